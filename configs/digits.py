@@ -1,0 +1,30 @@
+"""Learned connectivity on scikit-learn's digits: the whole method in a minute.
+
+python -m maskconnect_jax.main --config=configs/digits.py --workdir=runs/digits
+"""
+
+import ml_collections
+
+from maskconnect_jax import config as config_lib
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """1,437 images of 8x8 to train on, 360 to test on."""
+  config = config_lib.default()
+  config.duration = '60 epochs'
+  config.batch_size = 128
+  config.eval_batch_size = 360
+  config.evaluate_every = '10 epochs'
+  config.checkpoint_every = '10 epochs'
+  config.log_every = '1 epochs'
+
+  config.model.name = 'resnet20'
+  config.connectivity.fan_in = 3
+
+  config.optimizer.schedule = 'cosine'
+  config.optimizer.warmup = '5%'
+
+  config.data.source = 'digits'
+  config.data.pad = 1
+  config.data.flip = False  # a mirrored 2 is no digit
+  return config

@@ -1,0 +1,230 @@
+"""Every config field, its default and its meaning, and the check of them all.
+
+An experiment (`configs/*.py`) starts from `default()` and sets what it needs.
+Any field can be overridden from the command line:
+`--config.connectivity.fan_in=4`. Durations are strings, in whatever unit reads
+best: '60 epochs', '400 steps', '1e6 examples' or '50%' of the whole run.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from typing import Any
+
+import ml_collections
+
+RULES = ('learned', 'fixed_prev', 'fixed_random', 'fixed_all')
+CHOICES = {
+  'connectivity.rule': RULES,
+  'connectivity.gradient': ('all', 'drawn'),
+  'connectivity.scale': ('mean', 'sum'),
+  'connectivity.adapter': ('pool', 'projection', 'same_stage'),
+  'masks.schedule': ('constant', 'cosine', 'step'),
+  'optimizer.schedule': ('constant', 'cosine', 'step'),
+  'data.source': ('digits', 'idx', 'folder', 'tfds'),
+  'model.dtype': ('float32', 'bfloat16'),
+}
+
+
+class InputError(ValueError):
+  """What the user gave cannot be used.
+
+  The message is one line that names the thing and what would be right; the
+  command line prints it and exits with status 2, without a traceback.
+  """
+
+
+def default() -> ml_collections.ConfigDict:
+  """Returns the whole config with its defaults: the reference of all fields."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0  # everything random is a function of (seed, step)
+  config.batch_size = 128
+  config.eval_batch_size = 500
+  config.duration = '300 epochs'  # connectivity phase and fine-tuning together
+  config.evaluate_every = '10 epochs'  # on validation, or test without one
+  config.checkpoint_every = '10 epochs'
+  config.keep_checkpoints = 2  # the newest so many; the best is kept beside
+  config.log_every = '50 steps'  # a line in metrics.jsonl and TensorBoard
+
+  config.model = ml_collections.ConfigDict()
+  config.model.name = 'resnet38'  # list_models() names them
+  config.model.width = 16  # channels of the first stage; doubled per stage
+  config.model.dtype = 'float32'  # of the activations; the rest is float32
+
+  # The rows of "Decided here" (README) are these fields.
+  config.connectivity = ml_collections.ConfigDict()
+  config.connectivity.rule = 'learned'
+  config.connectivity.fan_in = 4  # K: sources per block
+  config.connectivity.phase = '50%'  # masks move for this long, then freeze
+  config.connectivity.stem_source = True  # may later blocks take the stem?
+  config.connectivity.gradient = 'all'  # which valid entries get a gradient
+  config.connectivity.initial = 0.5  # every real mask entry starts here, ...
+  config.connectivity.initial_spread = 0.0  # ... plus uniform(-spread, spread)
+  config.connectivity.scale = 'mean'  # of the K terms
+  config.connectivity.adapter = 'pool'  # between sources of unlike shape
+  config.connectivity.batchnorm_batches = 50  # averaged at the freeze; 0: off
+
+  config.masks = ml_collections.ConfigDict()  # how the real masks are trained
+  config.masks.learning_rate = 0.1
+  config.masks.schedule = 'constant'
+  config.masks.momentum = 0.0
+
+  config.optimizer = ml_collections.ConfigDict()  # how the weights are trained
+  config.optimizer.learning_rate = 0.1
+  config.optimizer.schedule = 'step'
+  config.optimizer.warmup = '0 steps'
+  config.optimizer.steps_at = ('50%', '75%')  # 'step': times 0.1 at each
+  config.optimizer.momentum = 0.9
+  config.optimizer.nesterov = True
+  config.optimizer.weight_decay = 5e-4
+  config.optimizer.decay_all = False  # also BatchNorm and biases
+  config.optimizer.label_smoothing = 0.0
+
+  config.data = ml_collections.ConfigDict()
+  config.data.source = 'digits'
+  config.data.name = ''  # the TFDS name, with source 'tfds'
+  config.data.dir = ''  # where the files are ('tfds': the data_dir)
+  config.data.image_size = 0  # images are resized to so many pixels; 0: as is
+  config.data.validation = 0  # training images held out for choosing settings
+  config.data.skip_errors = False  # count and skip images that do not decode
+  config.data.memory_gb = 8.0  # decoded images may take so much
+  config.data.pad = 4  # random crop after so many pixels of padding
+  config.data.flip = True  # random horizontal flip
+  config.data.mean = ()  # per channel on the 0..255 scale; (): measured
+  config.data.std = ()
+  return config
+
+
+def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns {'optimizer.warmup': '0 steps', ...}, every leaf by its path."""
+  leaves: dict[str, Any] = {}
+  for name, value in config.items():
+    if isinstance(value, ml_collections.ConfigDict):
+      leaves |= {f'{name}.{path}': leaf for path, leaf in flat(value).items()}
+    else:
+      leaves[name] = value
+  return leaves
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Raises InputError for a field or value that no run can use."""
+  known, given = flat(default()), flat(config)
+  for path in given:
+    if path not in known:
+      raise InputError(unknown_field(path))
+  for path in known:
+    if path not in given:
+      raise InputError(
+        f'config.{path} is missing; its default is {known[path]!r}'
+      )
+  for path, choices in CHOICES.items():
+    if given[path] not in choices:
+      raise InputError(
+        f'config.{path}={given[path]!r} is not one of {", ".join(choices)}'
+      )
+  for path in (
+    'batch_size',
+    'eval_batch_size',
+    'keep_checkpoints',
+    'model.width',
+    'connectivity.fan_in',
+  ):
+    if given[path] < 1:
+      raise InputError(f'config.{path}={given[path]} must be at least 1')
+  for path in (
+    'connectivity.initial_spread',
+    'connectivity.batchnorm_batches',
+    'masks.learning_rate',
+    'optimizer.learning_rate',
+    'optimizer.weight_decay',
+    'data.validation',
+    'data.pad',
+    'data.image_size',
+  ):
+    if given[path] < 0:
+      raise InputError(f'config.{path}={given[path]} must not be negative')
+  for path in (
+    'connectivity.initial',
+    'masks.momentum',
+    'optimizer.momentum',
+    'optimizer.label_smoothing',
+  ):
+    if not 0 <= given[path] <= 1:
+      raise InputError(f'config.{path}={given[path]} must be in [0, 1]')
+  for path in (
+    'duration',
+    'evaluate_every',
+    'checkpoint_every',
+    'log_every',
+    'connectivity.phase',
+    'optimizer.warmup',
+  ):
+    parse_duration(given[path], f'config.{path}')
+  for boundary in config.optimizer.steps_at:
+    parse_duration(boundary, 'config.optimizer.steps_at')
+  if '%' in config.duration:
+    raise InputError(
+      f'config.duration={config.duration!r} needs a unit of its'
+      " own: '60 epochs', '400 steps' or '1e6 examples'"
+    )
+
+
+def unknown_field(path: str) -> str:
+  """Returns the message for a field that does not exist, with the nearest."""
+  known = list(flat(default()))
+  near = difflib.get_close_matches(path, known, n=1, cutoff=0.4)
+  hint = (
+    f'did you mean config.{near[0]}?'
+    if near
+    else ('maskconnect_jax/config.py lists the fields')
+  )
+  return f'config.{path} is not a config field; {hint}'
+
+
+def parse_duration(text: str, name: str) -> tuple[float, str]:
+  """Splits '60 epochs' into (60.0, 'epochs'); '%' is the unit of '50%'."""
+  match = re.fullmatch(
+    r'\s*([0-9.]+(?:e[0-9]+)?)\s*(%|steps?|epochs?|examples?)\s*', str(text)
+  )
+  if not match:
+    raise InputError(
+      f"{name}={text!r} is not a duration; write '60 epochs',"
+      " '400 steps', '1e6 examples' or '50%'"
+    )
+  unit = match[2] if match[2].endswith(('%', 's')) else match[2] + 's'
+  return float(match[1]), unit
+
+
+def to_steps(
+  text: str,
+  *,
+  batch_size: int,
+  num_examples: int,
+  total: int | None = None,
+  name: str = 'duration',
+) -> int:
+  """Returns a duration in training steps.
+
+  Args:
+    text: '60 epochs', '400 steps', '1e6 examples', or '50%' of `total`.
+    batch_size: examples in a step.
+    num_examples: examples in the training set; an epoch is
+      `num_examples // batch_size` steps.
+    total: steps of the whole run, needed for '%'.
+    name: the field, for the message.
+
+  Raises:
+    InputError: `text` is no duration, or a per cent without a `total`.
+  """
+  amount, unit = parse_duration(text, name)
+  if unit == '%':
+    if total is None:
+      raise InputError(f'{name}={text!r} cannot be a per cent')
+    return round(amount / 100 * total)
+  if unit == 'epochs':
+    return round(amount * (num_examples // batch_size))
+  if unit == 'examples':
+    return math.ceil(amount / batch_size)
+  return round(amount)

@@ -1,0 +1,242 @@
+"""The method: which earlier blocks feed each block, learned by gradient.
+
+Karim Ahmed, Lorenzo Torresani, "MaskConnect: Connectivity Learning by Gradient
+Descent", ECCV 2018, arXiv 1807.11473.
+
+A network of L blocks has the sources 0..L: source 0 is the stem's output,
+source i the output y_i of block i. Row t of every array here belongs to block
+j = t + 1, column i to source i. A block takes its input from earlier sources
+only, so `valid[t, i]` is False wherever i > t.
+
+One training step of the connectivity phase reads, in the names used below:
+
+  b   = straight_through(r, draw(key, r, valid, K))       K sources per block
+  x_j = c * sum_i b[j, i] * A(y_i),   y_j = F_j(x_j)      aggregate.py
+  r   = project(r - rate * dloss/db, valid)               optimizer.py
+
+and at its end `freeze(r, valid, K)` gives the topology that is fine-tuned and
+whose unreachable blocks are pruned. All functions work on any leading axes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Below it an entry draws as if it stood here, so that k_j distinct sources
+# can be drawn from every row, also from one that is all zero.
+PROBABILITY_FLOOR = 1e-6
+
+TOPOLOGY_SCHEMA = 'maskconnect_jax.topology/1'
+
+
+def valid_sources(
+  num_blocks: int,
+  *,
+  stem_source: bool = True,
+  stages: Sequence[int] | None = None,
+) -> tuple[tuple[bool, ...], ...]:
+  """Returns which sources each block may take, as an [L, L] table.
+
+  Args:
+    num_blocks: L.
+    stem_source: whether blocks after the first may take the stem (source 0).
+    stages: the shape class of sources 0..L-1; if given, block j may only take
+      sources that have the class of its input, which is that of source j-1.
+  """
+
+  def allowed(target: int, source: int) -> bool:
+    if source == target:  # the block before: always there, so no row is empty
+      return True
+    return (
+      source < target
+      and (source > 0 or stem_source)
+      and (stages is None or stages[source] == stages[target])
+    )
+
+  return tuple(
+    tuple(allowed(target, source) for source in range(num_blocks))
+    for target in range(num_blocks)
+  )
+
+
+def fan_in_of(valid: Any, fan_in: int) -> jax.Array:
+  """Returns k_j = min(K, valid sources of block j), int32 [..., L]."""
+  return jnp.minimum(fan_in, jnp.sum(jnp.asarray(valid), -1, dtype=jnp.int32))
+
+
+def initial(
+  key: jax.Array, valid: Any, *, center: float = 0.5, spread: float = 0.0
+) -> jax.Array:
+  """Returns r before training, float32, in [0, 1] and 0 where not valid."""
+  valid = jnp.asarray(valid)
+  noise = jax.random.uniform(key, valid.shape, minval=-spread, maxval=spread)
+  return project(center + noise, valid)
+
+
+def draw(
+  key: jax.Array, real_mask: jax.Array, valid: Any, fan_in: int
+) -> jax.Array:
+  """Draws k_j distinct sources per row, without replacement, p ∝ r.
+
+  Perturbing log r by Gumbel noise and keeping the k largest is the same as
+  drawing one source after the other from r / sum(r) of those that are left
+  (Kool, van Hoof, Welling, "Stochastic Beams and Where to Find Them", 2019).
+
+  Args:
+    key: a PRNG key; one draw serves every example of a step.
+    real_mask: r, float [..., rows, sources].
+    valid: bool, of r's shape.
+    fan_in: K.
+
+  Returns:
+    b, of r's shape and dtype, with exactly k_j ones in row j.
+  """
+  noise = jax.random.gumbel(key, real_mask.shape, real_mask.dtype)
+  return _largest(
+    jnp.log(jnp.maximum(real_mask, PROBABILITY_FLOOR)) + noise, valid, fan_in
+  )
+
+
+def top_k(real_mask: jax.Array, valid: Any, fan_in: int) -> jax.Array:
+  """Keeps the k_j largest entries of each row; of equals, the latest source.
+
+  Clipping makes ties at 0 and 1 common, hence the rule for them.
+  """
+  return _largest(real_mask, valid, fan_in)
+
+
+def _largest(scores: jax.Array, valid: Any, fan_in: int) -> jax.Array:
+  """Returns ones at the k_j largest valid scores of each row, else zeros."""
+  valid = jnp.asarray(valid)
+  num_sources = scores.shape[-1]
+  # lax.top_k prefers the lower index among equals: turned round, the latest.
+  backwards = jnp.flip(jnp.where(valid, scores, -jnp.inf), -1)
+  _, picked = jax.lax.top_k(backwards, min(fan_in, num_sources))
+  ones = jax.nn.one_hot(
+    num_sources - 1 - picked, num_sources, dtype=scores.dtype
+  ).sum(-2)
+  # A row with fewer than K valid sources has also picked invalid ones.
+  return jnp.where(valid, ones, 0)
+
+
+@jax.custom_vjp
+def straight_through(real_mask: jax.Array, mask: jax.Array) -> jax.Array:
+  """Returns `mask`; backward, dloss/db goes to r unchanged, drawn or not.
+
+  Bengio, Léonard, Courville, "Estimating or Propagating Gradients Through
+  Stochastic Neurons", 2013. An undrawn source can thus earn its way in.
+  """
+  del real_mask
+  return mask
+
+
+def _straight_through_forward(
+  real_mask: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, None]:
+  return straight_through(real_mask, mask), None
+
+
+def _straight_through_backward(
+  residuals: None, gradient: jax.Array
+) -> tuple[jax.Array, None]:
+  del residuals
+  return gradient, None
+
+
+straight_through.defvjp(_straight_through_forward, _straight_through_backward)
+
+
+def project(real_mask: jax.Array, valid: Any) -> jax.Array:
+  """Returns r clipped to [0, 1], and 0 where a source is not valid."""
+  return jnp.where(jnp.asarray(valid), jnp.clip(real_mask, 0, 1), 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """A frozen mask: plain Python, hashable, known before anything is compiled.
+
+  Attributes:
+    sources: for each block j = 1..L the sources it takes, in rising order.
+  """
+
+  sources: tuple[tuple[int, ...], ...]
+
+  def __post_init__(self) -> None:
+    for target, sources in enumerate(self.sources):
+      if not sources or list(sources) != sorted(set(sources)):
+        raise ValueError(
+          f'block {target + 1} takes {sources}: its sources must'
+          ' be distinct, in rising order, and at least one'
+        )
+      if sources[0] < 0 or sources[-1] > target:
+        raise ValueError(
+          f'block {target + 1} takes {sources}: only sources'
+          f' 0..{target} come before it'
+        )
+
+  @property
+  def live(self) -> tuple[bool, ...]:
+    """For each block, whether the last block's output depends on it."""
+    needed = {len(self.sources)}
+    for block in range(len(self.sources), 0, -1):
+      if block in needed:
+        needed.update(self.sources[block - 1])
+    return tuple(block in needed for block in range(1, len(self.sources) + 1))
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns the JSON form; README, "topology.json", documents it."""
+    return {
+      'schema': TOPOLOGY_SCHEMA,
+      'form': 'block',
+      'num_blocks': len(self.sources),
+      'blocks': [
+        {'block': block, 'sources': list(sources), 'pruned': not live}
+        for block, (sources, live) in enumerate(
+          zip(self.sources, self.live, strict=True), start=1
+        )
+      ],
+    }
+
+  @classmethod
+  def from_dict(cls, record: dict[str, Any]) -> Topology:
+    """Reads what `to_dict` wrote. Raises ValueError for another schema."""
+    if record.get('schema') != TOPOLOGY_SCHEMA:
+      raise ValueError(
+        f'schema {record.get("schema")!r} is not {TOPOLOGY_SCHEMA!r}'
+      )
+    return cls(tuple(tuple(block['sources']) for block in record['blocks']))
+
+
+def freeze(real_mask: jax.Array, valid: Any, fan_in: int) -> Topology:
+  """Returns the topology of the k_j largest entries of each row of r [L, L]."""
+  return _to_topology(top_k(real_mask, valid, fan_in))
+
+
+def fixed_prev(num_blocks: int) -> Topology:
+  """Each block takes the one before: the ordinary network."""
+  return Topology(tuple((target,) for target in range(num_blocks)))
+
+
+def fixed_random(key: jax.Array, valid: Any, fan_in: int) -> Topology:
+  """Each block takes k_j sources drawn uniformly, once."""
+  uniform = jnp.ones(jnp.shape(jnp.asarray(valid)), jnp.float32)
+  return _to_topology(draw(key, uniform, valid, fan_in))
+
+
+def fixed_all(valid: Any) -> Topology:
+  """Each block takes every valid source."""
+  return _to_topology(jnp.asarray(valid))
+
+
+def _to_topology(mask: jax.Array) -> Topology:
+  return Topology(
+    tuple(
+      tuple(source for source, bit in enumerate(row) if bit)
+      for row in jax.device_get(mask).tolist()
+    )
+  )

@@ -1,0 +1,93 @@
+"""What a config would train, without training it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from clu import parameter_overview
+from flax import nnx
+
+from maskconnect_jax import config as config_lib
+from maskconnect_jax import (
+  connectivity,
+  datasets,
+  distributed,
+  models,
+  steps,
+  train,
+)
+
+
+def describe(config: ml_collections.ConfigDict) -> str:
+  """Returns the network layer by layer, and what one training step costs.
+
+  FLOPs, bytes and memory are XLA's own count of the compiled training step of
+  the first phase, per device.
+
+  Raises:
+    InputError: the config or its data cannot be used.
+  """
+  config_lib.check(config)
+  dataset = datasets.load(config.data)
+  plan = train.make_plan(config, len(dataset.train))
+  architecture = train.architecture(config, dataset)
+  model = models.create_model(**architecture)
+  mesh = distributed.make_mesh()
+  recipe = train.make_recipe(config, dataset, plan, model, mesh)
+  state = jax.eval_shape(
+    lambda: steps.init_state(model, recipe.optimizer, len(dataset.train))
+  )
+  images = jax.ShapeDtypeStruct(dataset.train.images.shape, jnp.uint8)
+  labels = jax.ShapeDtypeStruct(dataset.train.labels.shape, jnp.int32)
+  compiled = (
+    jax.jit(steps.train_step, static_argnums=0, donate_argnums=1)
+    .lower(recipe, state, images, labels)
+    .compile()
+  )
+  cost: Any = compiled.cost_analysis()
+  memory: Any = compiled.memory_analysis()
+
+  valid = model.stack.valid
+  fan_ins = connectivity.fan_in_of(valid, config.connectivity.fan_in)
+  num_valid = sum(map(sum, valid))
+  edges = (
+    sum(map(len, model.topology.sources))
+    if model.topology
+    else int(fan_ins.sum())
+  )
+  weights = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  return '\n'.join(
+    [
+      parameter_overview.get_parameter_overview(weights, include_stats=False),
+      '',
+      f'network      {config.model.name}, {len(valid)} blocks,'
+      f' {models.count_parameters(model):,} parameters',
+      f'input        {" x ".join(map(str, dataset.image_shape))},'
+      f' {len(dataset.classes)} classes',
+      f'wiring       {config.connectivity.rule}, {edges} edges of {num_valid}'
+      f' valid, fan-in {config.connectivity.fan_in}'
+      + note_on_fan_in(config, len(valid)),
+      f'data         {len(dataset.train):,} training,'
+      f' {len(dataset.validation) if dataset.validation else 0:,} validation,'
+      f' {len(dataset.test):,} test images',
+      f'run          {plan.total:,} steps of {config.batch_size} images,'
+      f' {plan.per_epoch:,} per epoch; masks move for the first'
+      f' {plan.freeze:,}',
+      f'a step       {cost["flops"] / 1e9:,.2f} GFLOP,'
+      f' {cost["bytes accessed"] / 1e9:,.2f} GB accessed,'
+      f' {memory.temp_size_in_bytes / 1e6:,.1f} MB temporary'
+      f' (XLA, {jax.default_backend()}, per device)',
+    ]
+  )
+
+
+def note_on_fan_in(config: ml_collections.ConfigDict, num_blocks: int) -> str:
+  """Returns a remark for a fan_in that no block can have, else ''."""
+  if config.connectivity.fan_in <= num_blocks:
+    return ''
+  return (
+    f'; no block has more than {num_blocks} sources, so each takes all it has'
+  )

@@ -1,0 +1,101 @@
+"""Start-up, the mesh, host arrays to global arrays, and preemption."""
+
+from __future__ import annotations
+
+import signal
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from maskconnect_jax.config import InputError
+
+
+def initialize() -> None:
+  """Joins the other processes of a pod or a cluster.
+
+  Slurm, Open MPI, Cloud TPU and Kubernetes are recognised by JAX; elsewhere
+  set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+  """
+  jax.distributed.initialize()
+
+
+def make_mesh() -> Mesh:
+  """Returns all devices, of all processes, as one axis named 'data'."""
+  return jax.make_mesh(
+    (jax.device_count(),), ('data',), axis_types=(AxisType.Auto,)
+  )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The sharding of parameters: a whole copy on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def sharded(mesh: Mesh) -> NamedSharding:
+  """The sharding of a batch: its first axis over the devices."""
+  return NamedSharding(mesh, PartitionSpec('data'))
+
+
+def to_global(tree: Any, sharding: NamedSharding) -> Any:
+  """Places host arrays that every process holds in full."""
+
+  def place(array: Any) -> jax.Array:
+    array = np.asarray(array)
+    return jax.make_array_from_callback(
+      array.shape, sharding, lambda index: array[index]
+    )
+
+  return jax.tree.map(place, tree)
+
+
+def check_batch_size(name: str, batch_size: int) -> None:
+  """Raises InputError unless the batch splits evenly over the devices."""
+  devices = jax.device_count()
+  if batch_size % devices:
+    nearest = max(devices, round(batch_size / devices) * devices)
+    raise InputError(
+      f'config.{name}={batch_size} does not divide over'
+      f' {devices} devices; {nearest} does'
+    )
+
+
+class Preemption:
+  """Notices that the machine wants its devices back (SIGTERM).
+
+  Used as a context manager around the loop; `requested(step)` then tells, on
+  all processes at the same step, that it is time to save and stop.
+  """
+
+  def __init__(self) -> None:
+    self._signalled = False
+
+  def __enter__(self) -> Preemption:
+    # With jax.distributed its own service owns the signal and agrees on a step.
+    self._coordinated = jax.process_count() > 1
+    if not self._coordinated:
+      try:
+        self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+      except ValueError:  # not the main thread, as under some notebooks
+        self._previous = None
+    return self
+
+  def __exit__(self, *exception: object) -> None:
+    if not self._coordinated and self._previous is not None:
+      signal.signal(signal.SIGTERM, self._previous)
+
+  def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    del number, frame
+    self._signalled = True
+
+  def requested(self, step: int) -> bool:
+    """Whether to save and stop after `step`."""
+    if self._coordinated:
+      return bool(multihost_utils.reached_preemption_sync_point(step))
+    if self._signalled:
+      logging.warning('SIGTERM: saving after step %d, then stopping', step)
+    return self._signalled

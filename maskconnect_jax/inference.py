@@ -1,0 +1,179 @@
+"""A model folder, and what it predicts.
+
+`model/` holds `arrays/` (Orbax, one array per parameter, named by its path)
+and `model.json`: architecture, topology, classes and preprocessing. Nothing
+else is needed to predict.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from maskconnect_jax import checkpoint, files, images, models
+from maskconnect_jax.config import InputError
+from maskconnect_jax.connectivity import Topology
+
+MODEL_SCHEMA = 'maskconnect_jax.model/1'
+BATCH = 256
+
+
+def save(
+  folder: Path,
+  model: Any,
+  *,
+  architecture: dict[str, Any],
+  classes: Sequence[str],
+  image_shape: Sequence[int],
+  mean: Sequence[float],
+  std: Sequence[float],
+) -> None:
+  """Writes a frozen, pruned model; a folder already there is replaced.
+
+  Args:
+    folder: such as workdir/model.
+    model: from `models.prune`.
+    architecture: the arguments of `create_model`.
+    classes: name of each output.
+    image_shape: (height, width, channels) that images are brought to.
+    mean: per channel, on the 0..255 scale.
+    std: likewise.
+  """
+  height, width, channels = image_shape
+  record = {
+    'schema': MODEL_SCHEMA,
+    'architecture': architecture,
+    'topology': model.topology.to_dict(),
+    'classes': list(classes),
+    'preprocessing': {
+      'height': height,
+      'width': width,
+      'channels': channels,
+      'mean': list(mean),
+      'std': list(std),
+    },
+  }
+  with files.replacing(folder) as temporary:
+    temporary.mkdir(parents=True)
+    checkpoint.save_arrays(temporary / 'arrays', _named_arrays(model))
+    files.write_json(temporary / 'model.json', record)
+
+
+def load(folder: str | Path) -> Classifier:
+  """Reads a model folder.
+
+  Args:
+    folder: such as 'runs/digits/model'.
+
+  Raises:
+    InputError: there is no whole model in it.
+  """
+  folder = Path(folder)
+  path = folder / 'model.json'
+  if not path.is_file():
+    raise InputError(
+      f'{folder} holds no model.json; give the model folder of a'
+      ' finished run, such as runs/digits/model'
+    )
+  try:
+    record = json.loads(path.read_text(encoding='utf-8'))
+    if record['schema'] != MODEL_SCHEMA:
+      raise ValueError(f'schema {record["schema"]!r} is not {MODEL_SCHEMA!r}')
+    topology = Topology.from_dict(record['topology'])
+    architecture = record['architecture'] | {'rule': 'fixed_prev'}
+    abstract = nnx.eval_shape(
+      lambda: models.prune(
+        models.freeze(models.create_model(**architecture), topology)
+      )
+    )
+  except (KeyError, TypeError, ValueError) as error:
+    raise InputError(f'{path} is damaged: {error}') from error
+  arrays = checkpoint.load_arrays(folder / 'arrays', _named_arrays(abstract))
+  network, state = nnx.split(abstract)
+  flat = nnx.to_flat_state(state)
+  loaded = nnx.from_flat_state(
+    (path, leaf.replace(arrays['/'.join(map(str, path))]))
+    for path, leaf in flat
+  )
+  return Classifier(network, loaded, record)
+
+
+def _named_arrays(model: Any) -> dict[str, Any]:
+  """Returns {'stack/blocks/0/conv1/kernel': array, ...}."""
+  return {
+    '/'.join(map(str, path)): leaf[...] if hasattr(leaf, 'value') else leaf
+    for path, leaf in nnx.to_flat_state(nnx.state(model))
+  }
+
+
+class Classifier:
+  """A trained, frozen and pruned network, ready to predict.
+
+  Attributes:
+    classes: name of each output.
+    topology: which sources feed each block.
+    image_shape: (height, width, channels) that images are brought to.
+    record: the content of model.json.
+  """
+
+  def __init__(self, network: Any, state: Any, record: dict[str, Any]) -> None:
+    """Made by `load`."""
+    self.record = record
+    self.classes: tuple[str, ...] = tuple(record['classes'])
+    self.topology = Topology.from_dict(record['topology'])
+    shape = record['preprocessing']
+    self.image_shape = (shape['height'], shape['width'], shape['channels'])
+    mean = jnp.asarray(shape['mean'], jnp.float32)
+    std = jnp.asarray(shape['std'], jnp.float32)
+    self._state = state
+
+    @jax.jit
+    def forward(state: Any, batch: jax.Array) -> jax.Array:
+      model = nnx.merge(network, state)
+      logits = model((batch.astype(jnp.float32) - mean) / std)
+      return jax.nn.softmax(logits)
+
+    self._forward = forward
+
+  def predict(self, images_or_paths: Any) -> np.ndarray:
+    """Returns class probabilities, float32 [N, len(classes)].
+
+    Args:
+      images_or_paths: uint8 [N, H, W, C] or [N, H, W], or a sequence of paths,
+        Pillow images and uint8 arrays. Any size; they are resized and
+        converted as in training.
+
+    Raises:
+      InputError: an image cannot be read, or an array is not an image.
+    """
+    batches = [
+      self._forward_padded(batch) for batch in self._batches(images_or_paths)
+    ]
+    if not batches:
+      return np.zeros((0, len(self.classes)), np.float32)
+    return np.concatenate(batches)
+
+  def _batches(self, given: Any) -> Iterator[np.ndarray]:
+    *size, channels = self.image_shape
+    for start in range(0, len(given), BATCH):
+      yield np.stack(
+        [
+          images.decode(item, channels=channels, size=tuple(size))
+          if isinstance(item, (str, Path))
+          else images.to_array(item, channels=channels, size=tuple(size))
+          for item in given[start : start + BATCH]
+        ]
+      )
+
+  def _forward_padded(self, batch: np.ndarray) -> np.ndarray:
+    # Powers of two: few shapes to compile for, whatever number is asked for.
+    padded = 1 << (len(batch) - 1).bit_length()
+    filled = np.pad(batch, ((0, padded - len(batch)), (0, 0), (0, 0), (0, 0)))
+    return np.asarray(self._forward(self._state, filled))[: len(batch)]

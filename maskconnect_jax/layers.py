@@ -1,0 +1,134 @@
+"""What the networks are made of: convolution, BatchNorm, shape adapters."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+# He et al., "Delving Deep into Rectifiers", 2015, eq. 14: variance 2 / fan-out.
+he_normal_by_fan_out = nnx.initializers.variance_scaling(
+  2.0, 'fan_out', 'normal'
+)
+
+
+def conv(
+  in_features: int,
+  out_features: int,
+  kernel_size: int,
+  *,
+  stride: int = 1,
+  dtype: DTypeLike,
+  rngs: nnx.Rngs,
+) -> nnx.Conv:
+  """A square convolution without bias, padded so that stride 1 keeps the size.
+
+  The padding is symmetric, as in the published networks; XLA's 'SAME' is not
+  at stride 2.
+  """
+  pad = kernel_size // 2
+  return nnx.Conv(
+    in_features,
+    out_features,
+    (kernel_size, kernel_size),
+    strides=stride,
+    padding=((pad, pad), (pad, pad)),
+    use_bias=False,
+    dtype=dtype,
+    param_dtype=jnp.float32,
+    kernel_init=he_normal_by_fan_out,
+    rngs=rngs,
+  )
+
+
+def batch_norm(
+  features: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+) -> nnx.BatchNorm:
+  """BatchNorm over batch and space; its statistics are float32.
+
+  Under jit with a sharded batch XLA takes the statistics over the whole batch,
+  on all devices.
+  """
+  return nnx.BatchNorm(
+    features,
+    momentum=0.9,
+    epsilon=1e-5,
+    dtype=dtype,
+    param_dtype=jnp.float32,
+    rngs=rngs,
+  )
+
+
+def zero_pad_channels(x: jax.Array, features: int) -> jax.Array:
+  """Returns [..., C] with zero channels appended up to `features`."""
+  missing = features - x.shape[-1]
+  if missing == 0:
+    return x
+  return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+
+
+def average_pool_to(x: jax.Array, height: int, width: int) -> jax.Array:
+  """Average-pools [N, H, W, C] to [N, height, width, C], windows side by side.
+
+  At the border of a size that does not divide, the mean is over the pixels
+  that are there.
+  """
+  window = (math.ceil(x.shape[1] / height), math.ceil(x.shape[2] / width))
+  if window == (1, 1):
+    return x
+  return nnx.avg_pool(
+    x, window, strides=window, padding='SAME', count_include_pad=False
+  )
+
+
+class PoolAdapter(nnx.Module):
+  """A without parameters: average pool, then zero channels."""
+
+  def __call__(
+    self, x: jax.Array, shape: tuple[int, ...], source: int
+  ) -> jax.Array:
+    """Returns source `source`, x [N, H, W, C], in the shape [N, h, w, c]."""
+    del source
+    return zero_pad_channels(average_pool_to(x, *shape[1:3]), shape[-1])
+
+
+class ProjectionAdapter(nnx.Module):
+  """A with parameters: average pool, then a 1x1 convolution.
+
+  There is one for each source and each wider shape it is brought to.
+  """
+
+  def __init__(
+    self, features: list[int], *, dtype: DTypeLike, rngs: nnx.Rngs
+  ) -> None:
+    """features: channels of sources 0..L."""
+    self.features = tuple(features)
+    self.projections = nnx.Dict(
+      {
+        f'source{source}_to{wider}': conv(own, wider, 1, dtype=dtype, rngs=rngs)
+        for source, own in enumerate(features)
+        for wider in sorted({f for f in features[source:-1] if f > own})
+      }
+    )
+
+  def __call__(
+    self, x: jax.Array, shape: tuple[int, ...], source: int
+  ) -> jax.Array:
+    """Returns source `source`, x [N, H, W, C], in the shape [N, h, w, c]."""
+    if x.shape == shape:
+      return x
+    return self.projections[f'source{source}_to{shape[-1]}'](
+      average_pool_to(x, *shape[1:3])
+    )
+
+  def prune(self, edges: set[tuple[int, int]]) -> None:
+    """Drops the projections that no (source, target source) edge uses."""
+    used = {
+      f'source{source}_to{self.features[target]}' for source, target in edges
+    }
+    for name in list(self.projections):
+      if name not in used:
+        del self.projections[name]

@@ -1,0 +1,252 @@
+r"""Trains, evaluates, describes and predicts from the command line.
+
+  python -m maskconnect_jax.main --config=configs/digits.py \
+      --workdir=runs/digits
+  python -m maskconnect_jax.main --mode=describe --config=configs/digits.py
+  python -m maskconnect_jax.main --mode=evaluate --workdir=runs/digits
+  python -m maskconnect_jax.main --mode=predict --workdir=runs/digits \
+      --images=photos
+
+Any config field is overridden by --config.FIELD=VALUE, such as
+--config.connectivity.rule=fixed_random.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import platformdirs
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from maskconnect_jax import config as config_lib
+from maskconnect_jax import (
+  datasets,
+  describe,
+  distributed,
+  images,
+  inference,
+  train,
+)
+from maskconnect_jax.config import InputError
+
+CONFIG = config_flags.DEFINE_config_file(
+  'config', None, 'The experiment, such as configs/digits.py.'
+)
+WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Where a run writes, and where it goes on from.'
+)
+MODE = flags.DEFINE_enum(
+  'mode',
+  'train',
+  ['train', 'evaluate', 'describe', 'predict'],
+  'train (goes on from the newest checkpoint in the workdir), evaluate (the'
+  ' finished model on the test images), describe (the network and the cost of'
+  ' a step) or predict (a class for each of --images).',
+)
+IMAGES = flags.DEFINE_multi_string(
+  'images', [], 'predict: a file or a folder; may be repeated.'
+)
+JSON = flags.DEFINE_bool(
+  'json', False, 'predict: print one JSON object per line.'
+)
+MULTIHOST = flags.DEFINE_bool(
+  'multihost', False, 'Join the other processes of a pod or cluster.'
+)
+
+
+def main(arguments: Sequence[str]) -> None:
+  """Runs one mode."""
+  if len(arguments) > 1:
+    raise InputError(f'{arguments[1]!r} is no flag; write --flag=value')
+  if MULTIHOST.value:
+    distributed.initialize()
+  {
+    'train': run_train,
+    'evaluate': run_evaluate,
+    'describe': run_describe,
+    'predict': run_predict,
+  }[MODE.value]()
+
+
+def run_train() -> None:
+  """Trains and prints the result."""
+  config, workdir = the_config(), the_workdir()
+  result = train.train(config, workdir)
+  if not result.interrupted and jax.process_index() == 0:
+    print(report(result.summary, workdir))
+
+
+def run_evaluate() -> None:
+  """Prints the accuracy of a finished model on its test images, as JSON."""
+  workdir = the_workdir()
+  config = CONFIG.value or stored_config(workdir)
+  config_lib.check(config)
+  model = inference.load(workdir / 'model')
+  test = datasets.load(config.data).test
+  right = model.predict(test.images).argmax(-1) == test.labels
+  print(
+    json.dumps(
+      {'test_accuracy': float(right.mean()), 'num_test_examples': len(test)}
+    )
+  )
+
+
+def run_describe() -> None:
+  """Prints the network and what a step costs."""
+  print(describe.describe(the_config()))
+
+
+def run_predict() -> None:
+  """Prints path, class and probability of each image, one line each."""
+  if not IMAGES.value:
+    raise InputError('--mode=predict needs --images, a file or a folder')
+  paths = [path for given in IMAGES.value for path in images.find_images(given)]
+  model = inference.load(the_workdir() / 'model')
+  for start in range(0, len(paths), inference.BATCH):
+    part = paths[start : start + inference.BATCH]
+    for path, row in zip(part, model.predict(part), strict=True):
+      best = int(row.argmax())
+      if JSON.value:
+        print(
+          json.dumps(
+            {
+              'image': str(path),
+              'class': model.classes[best],
+              'probability': float(row[best]),
+              'probabilities': dict(
+                zip(model.classes, row.tolist(), strict=True)
+              ),
+            }
+          )
+        )
+      else:
+        print(f'{path}\t{model.classes[best]}\t{row[best]:.4f}')
+
+
+def the_config() -> ml_collections.ConfigDict:
+  """Returns --config. Raises InputError without it."""
+  if CONFIG.value is None:
+    raise InputError(
+      f'--mode={MODE.value} needs --config, such as --config=configs/digits.py'
+    )
+  return CONFIG.value
+
+
+def the_workdir() -> Path:
+  """Returns --workdir. Raises InputError without it."""
+  if not WORKDIR.value:
+    raise InputError(
+      f'--mode={MODE.value} needs --workdir, such as --workdir=runs/digits'
+    )
+  return Path(WORKDIR.value)
+
+
+def stored_config(workdir: Path) -> ml_collections.ConfigDict:
+  """Returns the config that a workdir was written with."""
+  path = workdir / 'config.json'
+  if not path.is_file():
+    raise InputError(
+      f'{workdir} holds no config.json; give the workdir of a run, or --config'
+    )
+  config = config_lib.default()
+  stored = json.loads(path.read_text(encoding='utf-8'))
+  with config.ignore_type():  # JSON has lists where the config has tuples
+    config.update(stored)
+  return config
+
+
+def report(summary: dict[str, Any], workdir: Path) -> str:
+  """Returns the table that a run ends with."""
+  rows = [
+    ('with drawn masks', summary['test_accuracy_drawn']),
+    ('at the freeze', summary['test_accuracy_at_freeze']),
+    ('after fine-tuning', summary['test_accuracy']),
+    ('after pruning', summary['test_accuracy_pruned']),
+  ]
+  files = [
+    ('summary', 'summary.json'),
+    ('topology', 'topology.json'),
+    ('pictures', 'figures/'),
+    ('model', 'model/'),
+    ('metrics', 'metrics.jsonl'),
+    ('TensorBoard', 'tensorboard/'),
+    ('checkpoints', 'checkpoints/'),
+    ('config', 'config.json'),
+  ]
+  return '\n'.join(
+    [
+      '',
+      f'{summary["config"]}, {summary["rule"]}, fan-in {summary["fan_in"]},'
+      f' seed {summary["seed"]}: {summary["steps"]:,} steps in'
+      f' {summary["train_seconds"]:.0f} s,'
+      f' {summary["images_per_second"]:,.0f} images per second'
+      f' ({summary["num_devices"]} x {summary["device"]})',
+      '',
+      f'test accuracy ({summary["num_test_examples"]:,} images)',
+      *(
+        f'  {name:<20}{value:>9.2%}'
+        for name, value in rows
+        if value is not None
+      ),
+      '',
+      f'  {"":<20}{"blocks":>9}{"parameters":>13}',
+      f'  {"before pruning":<20}{summary["blocks"]:>9}'
+      f'{summary["parameters"]:>13,}',
+      f'  {"after pruning":<20}{summary["blocks_pruned"]:>9}'
+      f'{summary["parameters_pruned"]:>13,}',
+      '',
+      *(
+        f'  {name:<20}{workdir / path}{"/" if path[-1] == "/" else ""}'
+        for name, path in files
+      ),
+    ]
+  )
+
+
+def parse_flags(arguments: Sequence[str]) -> list[str]:
+  """Parses the command line; what is wrong with it is an InputError."""
+  try:
+    return app.parse_flags_with_usage(list(arguments))
+  except SystemExit:
+    raise
+  except (AttributeError, KeyError) as error:  # an unknown --config.field
+    for argument in arguments[1:]:
+      name = argument.partition('=')[0].lstrip('-')
+      if name.startswith('config.'):
+        path = name.removeprefix('config.')
+        if path not in config_lib.flat(config_lib.default()):
+          raise InputError(config_lib.unknown_field(path)) from error
+    raise
+
+
+def use_compilation_cache() -> None:
+  """Keeps compiled programs, so that the same run starts faster next time."""
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    jax.config.update(
+      'jax_compilation_cache_dir',
+      str(platformdirs.user_cache_path('maskconnect_jax') / 'xla'),
+    )
+
+
+def run() -> None:
+  """Entry point: bad input is one line on stderr and exit status 2."""
+  logging.set_verbosity(logging.WARNING)
+  logging.use_absl_handler()
+  use_compilation_cache()
+  try:
+    app.run(main, flags_parser=parse_flags)
+  except InputError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == '__main__':
+  run()

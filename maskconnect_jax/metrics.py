@@ -1,0 +1,145 @@
+"""What a run tells: metrics.jsonl, TensorBoard, progress and time left."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import tensorboardX
+import tqdm
+
+from maskconnect_jax import files
+
+PLAIN_SECONDS = 10.0  # between lines when the output is no terminal
+
+
+class MetricsWriter:
+  """Appends each logged step to metrics.jsonl and to TensorBoard events."""
+
+  def __init__(self, workdir: Path, start_step: int) -> None:
+    """Opens the files and drops what a cut run logged after `start_step`."""
+    self._path = workdir / 'metrics.jsonl'
+    kept = [record for record in read(workdir) if record['step'] <= start_step]
+    files.write_text(
+      self._path, ''.join(json.dumps(record) + '\n' for record in kept)
+    )
+    self._file = self._path.open('a', encoding='utf-8')
+    self._events = tensorboardX.SummaryWriter(
+      str(workdir / 'tensorboard'), purge_step=start_step + 1
+    )
+
+  def write(self, step: int, phase: str, values: dict[str, float]) -> None:
+    """Writes one line {"step": ..., "phase": ..., **values}."""
+    record = {'step': step, 'phase': phase, **values}
+    self._file.write(json.dumps(record) + '\n')
+    self._file.flush()
+    for name, value in values.items():
+      self._events.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    """Flushes both."""
+    self._file.close()
+    self._events.close()
+
+
+def read(workdir: Path) -> list[dict[str, Any]]:
+  """Returns the records of metrics.jsonl; a line cut by a kill is left out."""
+  path = workdir / 'metrics.jsonl'
+  if not path.exists():
+    return []
+  records = []
+  for line in path.read_text(encoding='utf-8').splitlines():
+    try:
+      records.append(json.loads(line))
+    except json.JSONDecodeError:
+      break
+  return records
+
+
+class Throughput:
+  """Images per second and seconds of training, pauses left out."""
+
+  def __init__(self) -> None:
+    self.images = 0
+    self.seconds = 0.0
+    self._since: float | None = None
+
+  def start(self) -> None:
+    """Begins, or goes on after a pause."""
+    self._since = time.perf_counter()
+
+  def stop(self, images: int) -> float:
+    """Adds the images done since `start`; returns their rate per second."""
+    if self._since is None:
+      return 0.0
+    elapsed = time.perf_counter() - self._since
+    self._since = None
+    self.images += images
+    self.seconds += elapsed
+    return images / elapsed
+
+  @property
+  def images_per_second(self) -> float:
+    """Over everything counted."""
+    return self.images / self.seconds if self.seconds else 0.0
+
+
+class Progress:
+  """One bar on a terminal; elsewhere a plain line every few seconds."""
+
+  def __init__(self, total: int, start: int) -> None:
+    """Shows `start` of `total` steps as done."""
+    self._total, self._start = total, start
+    self._begun = self._printed = time.monotonic()
+    self._bar = (
+      tqdm.tqdm(
+        total=total,
+        initial=start,
+        unit='step',
+        dynamic_ncols=True,
+        smoothing=0.1,
+      )
+      if sys.stderr.isatty()
+      else None
+    )
+
+  def update(self, step: int, phase: str, values: dict[str, float]) -> None:
+    """Shows the step and what was logged there."""
+    shown = {
+      'loss': f'{values["loss"]:.3f}',
+      'acc': f'{values["accuracy"]:.3f}',
+      'lr': f'{values["learning_rate"]:.2g}',
+      'img/s': f'{values["images_per_second"]:.0f}',
+    }
+    if self._bar is not None:
+      self._bar.set_description(phase, refresh=False)
+      self._bar.set_postfix(shown, refresh=False)
+      self._bar.update(step - self._bar.n)
+      return
+    now = time.monotonic()
+    if now - self._printed < PLAIN_SECONDS and step < self._total:
+      return
+    self._printed = now
+    left = (
+      (now - self._begun) / max(1, step - self._start) * (self._total - step)
+    )
+    self.say(
+      f'{phase} step {step}/{self._total}  '
+      + '  '.join(f'{name} {value}' for name, value in shown.items())
+      + f'  {tqdm.tqdm.format_interval(left)} left'
+    )
+
+  def say(self, line: str) -> None:
+    """Prints a line without breaking the bar."""
+    if self._bar is not None:
+      self._bar.write(line, file=sys.stderr)
+    else:
+      print(line, file=sys.stderr, flush=True)
+
+  def close(self) -> None:
+    """Leaves the bar as it stands."""
+    if self._bar is not None:
+      self._bar.close()

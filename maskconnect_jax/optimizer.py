@@ -1,0 +1,128 @@
+"""Schedules, and weights and masks as two groups of one optax transform."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def schedule(
+  kind: str,
+  base: float,
+  total_steps: int,
+  *,
+  warmup_steps: int = 0,
+  steps_at: Sequence[int] = (),
+) -> optax.Schedule:
+  """Returns the learning rate as a function of the step.
+
+  Args:
+    kind: 'constant'; 'cosine', from base to 0 at `total_steps`; or 'step',
+      times 0.1 at each of `steps_at`.
+    base: the rate after the warm-up.
+    total_steps: length of the run, warm-up included.
+    warmup_steps: the rate first rises linearly from 0 over so many steps.
+    steps_at: where 'step' drops, counted from the start of the run.
+  """
+  if kind == 'cosine':
+    after = optax.cosine_decay_schedule(
+      base, max(1, total_steps - warmup_steps)
+    )
+  elif kind == 'step':
+    after = optax.piecewise_constant_schedule(
+      base, {max(0, at - warmup_steps): 0.1 for at in steps_at}
+    )
+  else:
+    after = optax.constant_schedule(base)
+  if not warmup_steps:
+    return after
+  return optax.join_schedules(
+    [optax.linear_schedule(0.0, base, warmup_steps), after], [warmup_steps]
+  )
+
+
+def until(active: optax.Schedule, end: int) -> optax.Schedule:
+  """Returns `active` before step `end`, and 0 from there on."""
+  return optax.join_schedules([active, optax.constant_schedule(0.0)], [end])
+
+
+def weights_transform(
+  rate: optax.Schedule,
+  *,
+  momentum: float,
+  nesterov: bool,
+  weight_decay: float,
+  decay_all: bool,
+) -> optax.GradientTransformation:
+  """SGD with momentum and weight decay on kernels.
+
+  v <- momentum * v + g + weight_decay * w,   w <- w - rate * v
+  (Nesterov: rate * (g + weight_decay * w + momentum * v)).
+
+  Args:
+    rate: learning rate by step.
+    momentum: 0 keeps no velocity.
+    nesterov: Nesterov's form of momentum.
+    weight_decay: coefficient of w in the gradient.
+    decay_all: whether vectors, i.e. BatchNorm's and biases, decay too.
+  """
+
+  def decays(weights: Any) -> Any:
+    return jax.tree.map(lambda w: decay_all or w.ndim > 1, weights)
+
+  return optax.chain(
+    optax.add_decayed_weights(weight_decay, decays),
+    optax.sgd(rate, momentum or None, nesterov),
+  )
+
+
+def masks_transform(
+  rate: optax.Schedule, valid: Any, *, momentum: float = 0.0
+) -> optax.GradientTransformation:
+  """r <- clip(r - rate * dloss/db, 0, 1), without weight decay.
+
+  Args:
+    rate: learning rate by step.
+    valid: bool, of the shape of r; other entries stay 0.
+    momentum: 0 keeps no velocity.
+  """
+  return optax.chain(
+    optax.sgd(rate, momentum or None),
+    box_projection(jnp.asarray(valid, jnp.float32)),
+  )
+
+
+def box_projection(upper: jax.Array) -> optax.GradientTransformation:
+  """Changes updates u so that every parameter p + u stays in [0, upper].
+
+  clip(p + u, 0, upper) - p is at least -p and at most fl(upper - p), so that
+  adding it to p does not leave the box for an upper of 0 or 1, rounding
+  included: p + fl(1 - p) rounds to 1.
+  """
+
+  def update(
+    updates: Any, state: optax.EmptyState, params: Any = None
+  ) -> tuple[Any, optax.EmptyState]:
+    if params is None:
+      raise ValueError('the projection needs the parameters')
+    return jax.tree.map(
+      lambda p, u: optax.projections.projection_box(p + u, 0.0, upper) - p,
+      params,
+      updates,
+    ), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def partitioned(
+  weights: optax.GradientTransformation, masks: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """Joins both for parameters {'weights': ..., 'masks': ...}."""
+  return optax.partition(
+    {'weights': weights, 'masks': masks},
+    {'weights': 'weights', 'masks': 'masks'},
+  )

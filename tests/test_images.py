@@ -1,0 +1,267 @@
+"""Images are converted the same way from files, PIL images and arrays."""
+
+import io
+import re
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskconnect_jax import config, images
+
+RNG = np.random.default_rng(0)
+RGB = RNG.integers(0, 256, (6, 9, 3), np.uint8)
+GREY = RNG.integers(0, 256, (6, 9), np.uint8)
+ALPHA = RNG.integers(0, 256, (6, 9, 1), np.uint8)
+WIDE = RNG.integers(0, 65536, (6, 9), np.uint16)
+
+
+def luma(rgb):
+  """ITU-R 601-2, in floats."""
+  return rgb.astype(float) @ [0.299, 0.587, 0.114]
+
+
+def save(path, array, **kwargs):
+  Image.fromarray(array).save(path, **kwargs)
+  return path
+
+
+@pytest.mark.parametrize('suffix', ['png', 'bmp', 'tif', 'ppm'])
+def test_lossless_colour_is_read_back(tmp_path, suffix):
+  path = save(tmp_path / f'a.{suffix}', RGB)
+  decoded = images.decode(path, channels=3)
+  assert decoded.dtype == np.uint8
+  np.testing.assert_array_equal(decoded, RGB)
+  np.testing.assert_array_equal(images.decode(str(path), channels=3), RGB)
+  with path.open('rb') as file:
+    np.testing.assert_array_equal(images.decode(file, channels=3), RGB)
+
+
+def test_colour_becomes_grey_and_grey_colour(tmp_path):
+  grey = images.decode(save(tmp_path / 'c.png', RGB), channels=1)
+  assert grey.shape == (6, 9, 1)
+  np.testing.assert_allclose(grey[..., 0], luma(RGB), atol=1)
+  path = save(tmp_path / 'g.png', GREY)
+  np.testing.assert_array_equal(
+    images.decode(path, channels=1), GREY[..., None]
+  )
+  np.testing.assert_array_equal(
+    images.decode(path, channels=3), np.repeat(GREY[..., None], 3, 2)
+  )
+
+
+def test_alpha_is_dropped(tmp_path):
+  path = save(tmp_path / 'a.png', np.concatenate([RGB, ALPHA], 2))
+  np.testing.assert_array_equal(images.decode(path, channels=3), RGB)
+  path = save(tmp_path / 'la.png', np.concatenate([GREY[..., None], ALPHA], 2))
+  np.testing.assert_array_equal(
+    images.decode(path, channels=1), GREY[..., None]
+  )
+
+
+@pytest.mark.parametrize('options', [{}, {'transparency': b'\0\x80\xff'}])
+def test_palette_gives_its_colours(tmp_path, options):
+  indices = GREY % 3
+  colours = np.array([[255, 0, 0], [0, 255, 0], [10, 20, 30]], np.uint8)
+  image = Image.fromarray(indices).convert('P')
+  image.putdata(indices.ravel().tolist())
+  image.putpalette(colours.tobytes())
+  image.save(tmp_path / 'p.png', **options)
+  np.testing.assert_array_equal(
+    images.decode(tmp_path / 'p.png', channels=3), colours[indices]
+  )
+
+
+def test_one_bit_is_black_and_white(tmp_path):
+  Image.fromarray(GREY > 127).save(tmp_path / 'b.png')
+  expected = np.where(GREY > 127, 255, 0)[..., None]
+  for image in (tmp_path / 'b.png', GREY > 127):
+    convert = images.to_array if image is not tmp_path / 'b.png' else None
+    if isinstance(image, np.ndarray):
+      actual = convert(image, channels=1)
+    else:
+      actual = images.decode(image, channels=1)
+    np.testing.assert_array_equal(actual, expected)
+
+
+def test_cmyk(tmp_path):
+  Image.new('CMYK', (4, 5), (0, 255, 255, 0)).save(tmp_path / 'c.tif')
+  decoded = images.decode(tmp_path / 'c.tif', channels=3)
+  np.testing.assert_array_equal(
+    decoded, np.broadcast_to([255, 0, 0], (5, 4, 3))
+  )
+  Image.new('CMYK', (16, 16), (0, 255, 255, 0)).save(tmp_path / 'c.jpg')
+  decoded = images.decode(tmp_path / 'c.jpg', channels=3)
+  np.testing.assert_allclose(decoded[8, 8], [255, 0, 0], atol=6)
+
+
+@pytest.mark.parametrize('name', ['w.png', 'w.tif', 'w.pgm'])
+@pytest.mark.parametrize('channels', [1, 3])
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path, name, channels):
+  save(tmp_path / name, WIDE)
+  decoded = images.decode(tmp_path / name, channels=channels)
+  np.testing.assert_array_equal(
+    decoded, np.repeat((WIDE // 256)[..., None], channels, 2)
+  )
+  assert len(np.unique(decoded)) > 40  # clipped, nearly all would be 255
+
+
+def test_exif_orientation_turns_the_image(tmp_path):
+  exif = Image.Exif()
+  exif[0x0112] = 6  # the camera lay on its side: turn 90 degrees clockwise
+  path = save(tmp_path / 'e.png', RGB, exif=exif)
+  np.testing.assert_array_equal(
+    images.decode(path, channels=3), np.rot90(RGB, -1)
+  )
+  with Image.open(path) as image:
+    np.testing.assert_array_equal(
+      images.to_array(image, channels=3), np.rot90(RGB, -1)
+    )
+    assert image.size == (9, 6)  # the caller's own image is left as it was
+
+
+def test_resize_halves_by_triangle_filter():
+  # Bilinear with antialiasing, reducing by 2: weights 1 3 3 1 over the four
+  # nearest pixels; without antialiasing it would be 1 1 over two.
+  row = np.array([0, 0, 0, 0, 200, 0, 0, 0, 0, 0, 0, 0], np.uint8)
+  stripes = np.repeat(row[None], 12, 0)
+  resized = images.to_array(stripes, channels=1, size=(12, 6))[5, :, 0]
+  np.testing.assert_allclose(resized, [0, 25, 75, 0, 0, 0], atol=1)
+
+
+def test_resize_takes_height_then_width_and_leaves_equal_sizes(tmp_path):
+  path = save(tmp_path / 'a.png', RGB)
+  assert images.decode(path, channels=3, size=(4, 7)).shape == (4, 7, 3)
+  np.testing.assert_array_equal(
+    images.decode(path, channels=3, size=(6, 9)), RGB
+  )
+
+
+@pytest.mark.parametrize(
+  ('array', 'expected'),
+  [
+    (RGB, RGB),
+    (GREY, np.repeat(GREY[..., None], 3, 2)),
+    (GREY[..., None], np.repeat(GREY[..., None], 3, 2)),
+    (np.concatenate([RGB, ALPHA], 2), RGB),
+    (RGB[:, ::-1], RGB[:, ::-1]),
+    (RGB.astype(np.uint16) * 257, RGB),
+    (RGB.astype(np.uint16) * 256, RGB),
+  ],
+)
+def test_arrays(array, expected):
+  np.testing.assert_array_equal(images.to_array(array, channels=3), expected)
+
+
+def test_the_three_ways_in_agree(tmp_path):
+  array = RNG.integers(0, 256, (40, 31, 4), np.uint8)
+  path = save(tmp_path / 'a.png', array)
+  from_file = images.decode(path, channels=3, size=(8, 8))
+  for image in (array, Image.fromarray(array)):
+    np.testing.assert_array_equal(
+      images.to_array(image, channels=3, size=(8, 8)), from_file
+    )
+
+
+@pytest.mark.parametrize(
+  ('array', 'message'),
+  [
+    (np.zeros((4, 4, 3), np.float32), 'float32.*uint8'),
+    (np.zeros((4, 4, 5), np.uint8), r'\(4, 4, 5\).*\[H, W'),
+    (np.zeros(4, np.uint8), r'\(4,\).*\[H, W'),
+    (np.zeros((0, 4, 3), np.uint8), r'\(0, 4, 3\)'),
+    (Image.new('F', (4, 4)), 'floating-point.*8 or 16'),
+    (Image.new('I', (4, 4), 70000), '32-bit.*8 or 16'),
+  ],
+)
+def test_values_without_a_known_meaning_are_refused(array, message):
+  with pytest.raises(config.InputError, match=message):
+    images.to_array(array, channels=3)
+
+
+def test_other_numbers_of_channels_are_refused():
+  with pytest.raises(config.InputError, match='2 channels'):
+    images.to_array(RGB, channels=2)
+
+
+@pytest.mark.parametrize('suffix', ['jpg', 'png', 'bmp', 'gif', 'webp', 'tif'])
+@pytest.mark.parametrize('share', [0.3, 0.8])
+def test_truncated_file_is_named(tmp_path, suffix, share):
+  noise = RNG.integers(0, 256, (64, 64, 3), np.uint8)
+  path = save(tmp_path / f'cut.{suffix}', noise)
+  content = path.read_bytes()
+  path.write_bytes(content[: int(share * len(content))])
+  with pytest.raises(config.InputError, match=re.escape(str(path))) as error:
+    images.decode(path, channels=3)
+  assert '\n' not in str(error.value)
+
+
+def test_what_is_no_image_is_named(tmp_path):
+  path = tmp_path / 'text.jpg'
+  for content in (b'', b'not an image\n' * 9):
+    path.write_bytes(content)
+    with pytest.raises(config.InputError, match=f'{path}.*not an image'):
+      images.decode(path, channels=3)
+  with pytest.raises(config.InputError, match='none.jpg.*No such file'):
+    images.decode(tmp_path / 'none.jpg', channels=3)
+  with pytest.raises(config.InputError, match='the image is not an image'):
+    images.decode(io.BytesIO(b'nothing'), channels=3)
+
+
+def test_conversion_error_names_the_file(tmp_path):
+  Image.new('F', (4, 4)).save(tmp_path / 'f.tif')
+  with pytest.raises(config.InputError, match=r'f\.tif: floating-point'):
+    images.decode(tmp_path / 'f.tif', channels=3)
+
+
+def test_find_images(tmp_path):
+  for name in ('b.PNG', 'a.jpg', 'sub/c.webp', '.x.jpg', '.h/y.jpg', 'n.txt'):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b'')
+  found = images.find_images(tmp_path)
+  assert [str(p.relative_to(tmp_path)) for p in found] == [
+    'a.jpg', 'b.PNG', 'sub/c.webp',
+  ]  # fmt: skip
+  found = images.find_images(str(tmp_path), suffixes=None)
+  assert [p.name for p in found] == ['a.jpg', 'b.PNG', 'n.txt', 'c.webp']
+  assert images.find_images(tmp_path / 'n.txt') == [tmp_path / 'n.txt']
+
+
+def test_find_images_says_what_is_missing(tmp_path):
+  with pytest.raises(config.InputError, match='none does not exist'):
+    images.find_images(tmp_path / 'none')
+  with pytest.raises(config.InputError, match=f'{tmp_path} holds no images'):
+    images.find_images(tmp_path)
+
+
+def test_read_all_uses_threads_when_images_are_slow():
+  threads = set()
+
+  def read(i):
+    threads.add(threading.get_ident())
+    time.sleep(0.001)
+    return np.full((2, 3, 1), i % 251, np.uint8)
+
+  pixels, kept, errors = images.read_all(read, 500, name='x', memory_gb=1)
+  np.testing.assert_array_equal(pixels[:, 1, 2, 0], np.arange(500) % 251)
+  assert kept.all()
+  assert not errors
+  # This thread and those of the pool.
+  assert len(threads) > 2 or images.os.cpu_count() == 1
+
+
+def test_read_all_keeps_order_and_counts_what_it_skips():
+  def read(i):
+    if i % 7 == 0:
+      raise config.InputError(f'number {i}')
+    return np.full((2, 2, 1), i, np.uint8)
+
+  pixels, kept, errors = images.read_all(
+    read, 200, name='x', memory_gb=1, skip_errors=True
+  )
+  good = [i for i in range(200) if i % 7]
+  assert pixels[:, 0, 0, 0].tolist() == good
+  assert np.flatnonzero(kept).tolist() == good
+  assert errors == [f'number {i}' for i in range(0, 200, 7)]
