@@ -76,19 +76,23 @@ class Checkpoints:
       custom_metadata=progress,
     )
 
-  def load_newest(self, abstract: Any) -> tuple[Any, dict[str, Any]] | None:
+  def load_newest(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
     """Returns the newest whole state and its progress, or None without any.
 
     Args:
-      abstract: a state of jax.ShapeDtypeStruct with shardings.
+      like: a state, for its structure, shapes, dtypes and shardings.
 
     Raises:
       InputError: there are checkpoints, and all are damaged.
     """
+    abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      _as_dict(like),
+    )
     steps = self.steps()
     for step in reversed(steps):
       try:
-        loaded = self._checkpointer.load(step, _as_dict(abstract))
+        loaded = self._checkpointer.load(step, abstract)
         progress = self._checkpointer.metadata(step).custom_metadata
         if progress is None:
           raise ValueError('its metadata is missing')
@@ -99,17 +103,13 @@ class Checkpoints:
           _first_line(error),
         )
         continue
-      return type(abstract)(**loaded), dict(progress)
+      return type(like)(**loaded), dict(progress)
     if steps:
       raise InputError(
         f'no checkpoint in {self.folder} can be read; all are damaged. Give'
         ' another --workdir, or remove that folder to start anew'
       )
     return None
-
-  def wait(self) -> None:
-    """Blocks until what `save` began is on disk."""
-    self._checkpointer.wait()
 
   def close(self) -> None:
     """Waits, then releases Orbax's threads."""

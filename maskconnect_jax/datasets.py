@@ -169,10 +169,11 @@ def _read_idx(path: pathlib.Path, rank: int) -> np.ndarray:
   content, whole = bytearray(), True
   with gzip.open(path) if path.suffix == '.gz' else path.open('rb') as file:
     try:
-      while block := file.read(1 << 20):
+      # read() would lose what it has read when it comes upon the damage.
+      while block := file.read1(1 << 20):
         content += block
     except (EOFError, gzip.BadGzipFile, zlib.error):
-      whole = False  # what was read before it still tells how much is missing
+      whole = False
   header = np.frombuffer(
     content[: 4 + 4 * rank].ljust(4 + 4 * rank, b'\0'), '>u4'
   ).tolist()

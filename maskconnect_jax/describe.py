@@ -10,14 +10,11 @@ import ml_collections
 from clu import parameter_overview
 from flax import nnx
 
-from maskconnect_jax import config as config_lib
 from maskconnect_jax import (
   connectivity,
-  datasets,
-  distributed,
+  experiment,
   models,
   steps,
-  train,
 )
 
 
@@ -30,13 +27,8 @@ def describe(config: ml_collections.ConfigDict) -> str:
   Raises:
     InputError: the config or its data cannot be used.
   """
-  config_lib.check(config)
-  dataset = datasets.load(config.data)
-  plan = train.make_plan(config, len(dataset.train))
-  architecture = train.architecture(config, dataset)
-  model = models.create_model(**architecture)
-  mesh = distributed.make_mesh()
-  recipe = train.make_recipe(config, dataset, plan, model, mesh)
+  job = experiment.build(config)
+  dataset, plan, model, recipe = job.dataset, job.plan, job.model, job.recipe
   state = jax.eval_shape(
     lambda: steps.init_state(model, recipe.optimizer, len(dataset.train))
   )

@@ -115,6 +115,7 @@ def to_array(
   if isinstance(image, np.ndarray):
     if (
       image.dtype == np.uint8
+      and image.size
       and image.ndim == 3
       and image.shape[2] == channels
       and size in (None, image.shape[:2])

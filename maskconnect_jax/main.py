@@ -18,7 +18,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import ml_collections
@@ -33,6 +32,7 @@ from maskconnect_jax import (
   distributed,
   images,
   inference,
+  report,
   train,
 )
 from maskconnect_jax.config import InputError
@@ -81,7 +81,7 @@ def run_train() -> None:
   config, workdir = the_config(), the_workdir()
   result = train.train(config, workdir)
   if not result.interrupted and jax.process_index() == 0:
-    print(report(result.summary, workdir))
+    print(report.table(result.summary, workdir))
 
 
 def run_evaluate() -> None:
@@ -161,54 +161,6 @@ def stored_config(workdir: Path) -> ml_collections.ConfigDict:
   with config.ignore_type():  # JSON has lists where the config has tuples
     config.update(stored)
   return config
-
-
-def report(summary: dict[str, Any], workdir: Path) -> str:
-  """Returns the table that a run ends with."""
-  rows = [
-    ('with drawn masks', summary['test_accuracy_drawn']),
-    ('at the freeze', summary['test_accuracy_at_freeze']),
-    ('after fine-tuning', summary['test_accuracy']),
-    ('after pruning', summary['test_accuracy_pruned']),
-  ]
-  files = [
-    ('summary', 'summary.json'),
-    ('topology', 'topology.json'),
-    ('pictures', 'figures/'),
-    ('model', 'model/'),
-    ('metrics', 'metrics.jsonl'),
-    ('TensorBoard', 'tensorboard/'),
-    ('checkpoints', 'checkpoints/'),
-    ('config', 'config.json'),
-  ]
-  return '\n'.join(
-    [
-      '',
-      f'{summary["config"]}, {summary["rule"]}, fan-in {summary["fan_in"]},'
-      f' seed {summary["seed"]}: {summary["steps"]:,} steps in'
-      f' {summary["train_seconds"]:.0f} s,'
-      f' {summary["images_per_second"]:,.0f} images per second'
-      f' ({summary["num_devices"]} x {summary["device"]})',
-      '',
-      f'test accuracy ({summary["num_test_examples"]:,} images)',
-      *(
-        f'  {name:<20}{value:>9.2%}'
-        for name, value in rows
-        if value is not None
-      ),
-      '',
-      f'  {"":<20}{"blocks":>9}{"parameters":>13}',
-      f'  {"before pruning":<20}{summary["blocks"]:>9}'
-      f'{summary["parameters"]:>13,}',
-      f'  {"after pruning":<20}{summary["blocks_pruned"]:>9}'
-      f'{summary["parameters_pruned"]:>13,}',
-      '',
-      *(
-        f'  {name:<20}{workdir / path}{"/" if path[-1] == "/" else ""}'
-        for name, path in files
-      ),
-    ]
-  )
 
 
 def parse_flags(arguments: Sequence[str]) -> list[str]:

@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
 import tensorboardX
 import tqdm
 
@@ -19,8 +21,19 @@ PLAIN_SECONDS = 10.0  # between lines when the output is no terminal
 class MetricsWriter:
   """Appends each logged step to metrics.jsonl and to TensorBoard events."""
 
-  def __init__(self, workdir: Path, start_step: int) -> None:
-    """Opens the files and drops what a cut run logged after `start_step`."""
+  def __init__(
+    self, workdir: Path, start_step: int, *, enabled: bool = True
+  ) -> None:
+    """Opens the files and drops what a cut run logged after `start_step`.
+
+    Args:
+      workdir: of the run.
+      start_step: steps already done.
+      enabled: False on all but one process, which then write nothing.
+    """
+    self._enabled = enabled
+    if not enabled:
+      return
     self._path = workdir / 'metrics.jsonl'
     kept = [record for record in read(workdir) if record['step'] <= start_step]
     files.write_text(
@@ -33,6 +46,8 @@ class MetricsWriter:
 
   def write(self, step: int, phase: str, values: dict[str, float]) -> None:
     """Writes one line {"step": ..., "phase": ..., **values}."""
+    if not self._enabled:
+      return
     record = {'step': step, 'phase': phase, **values}
     self._file.write(json.dumps(record) + '\n')
     self._file.flush()
@@ -41,8 +56,9 @@ class MetricsWriter:
 
   def close(self) -> None:
     """Flushes both."""
-    self._file.close()
-    self._events.close()
+    if self._enabled:
+      self._file.close()
+      self._events.close()
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
@@ -62,9 +78,10 @@ def read(workdir: Path) -> list[dict[str, Any]]:
 class Throughput:
   """Images per second and seconds of training, pauses left out."""
 
-  def __init__(self) -> None:
-    self.images = 0
-    self.seconds = 0.0
+  def __init__(self, images: int = 0, seconds: float = 0.0) -> None:
+    """Goes on from what a run had done before it was cut."""
+    self.images = images
+    self.seconds = seconds
     self._since: float | None = None
 
   def start(self) -> None:
@@ -143,3 +160,46 @@ class Progress:
     """Leaves the bar as it stands."""
     if self._bar is not None:
       self._bar.close()
+
+
+class MaskHistory:
+  """The real mask at every logged step, in real_masks.npz."""
+
+  def __init__(self, workdir: Path, start: int) -> None:
+    """Reads what a cut run recorded up to `start`."""
+    self._path = workdir / 'real_masks.npz'
+    self._records: list[tuple[int, np.ndarray]] = []
+    if start and self._path.exists():
+      with np.load(self._path) as file:
+        self._records = [
+          (int(step), mask)
+          for step, mask in zip(file['steps'], file['masks'], strict=True)
+          if step <= start
+        ]
+
+  def add(self, step: int, masks: Any) -> None:
+    """Records r [L, L] after `step`."""
+    (mask,) = jax.tree.leaves(jax.device_get(masks))
+    self._records.append((step, mask))
+
+  @property
+  def steps(self) -> np.ndarray:
+    """int64 [T]."""
+    return np.array([step for step, _ in self._records])
+
+  @property
+  def masks(self) -> np.ndarray:
+    """float32 [T, L, L]."""
+    return np.stack([mask for _, mask in self._records])
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def save(self) -> None:
+    """Writes the file, if there is something to write."""
+    if self._records:
+      with (
+        files.replacing(self._path) as temporary,
+        temporary.open('wb') as file,
+      ):
+        np.savez_compressed(file, steps=self.steps, masks=self.masks)

@@ -80,9 +80,8 @@ class Recipe:
 
 def split(model: nnx.Module) -> tuple[Any, Any, Any, Any]:
   """Returns (network, weights, masks, statistics) of a model."""
-  network, weights, masks, statistics = nnx.split(
-    model, nnx.Param, RealMask, nnx.BatchStat
-  )
+  network, *states = nnx.split(model, nnx.Param, RealMask, nnx.BatchStat)
+  weights, masks, statistics = states
   return network, weights, masks, statistics
 
 

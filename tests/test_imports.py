@@ -28,13 +28,16 @@ ARROWS: dict[str, set[str]] = {
   },
   'train': {
     'augment', 'checkpoint', 'connectivity', 'datasets', 'distributed',
-    'inference', 'metrics', 'models', 'optimizer', 'plots', 'steps',
+    'files', 'inference', 'metrics', 'models', 'optimizer', 'plots', 'steps',
   },
-  'describe': {'connectivity', 'models', 'optimizer', 'steps'},
+  'describe': {
+    'connectivity', 'datasets', 'distributed', 'models', 'optimizer', 'steps',
+  },
   'steps': {'augment', 'connectivity', 'models', 'optimizer'},
-  'inference': {'checkpoint', 'connectivity', 'images', 'models'},
+  'inference': {'checkpoint', 'connectivity', 'files', 'images', 'models'},
   'models': {'aggregate', 'connectivity', 'layers'},
   'datasets': {'images'},
+  'metrics': {'files'},
   'plots': {'connectivity'},
   'aggregate': set(),
   'augment': set(),
@@ -42,9 +45,9 @@ ARROWS: dict[str, set[str]] = {
   'config': set(),
   'connectivity': set(),
   'distributed': set(),
+  'files': set(),
   'images': set(),
   'layers': set(),
-  'metrics': set(),
   'optimizer': set(),
 }  # fmt: skip
 BOTTOM = 'config'

@@ -1,0 +1,201 @@
+"""From a config to what is run: steps, network, schedules, compiled recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import ml_collections
+import optax
+
+from maskconnect_jax import (
+  config as config_lib,
+)
+from maskconnect_jax import (
+  datasets,
+  distributed,
+  models,
+  optimizer,
+  steps,
+)
+from maskconnect_jax.config import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A config's durations, in steps."""
+
+  total: int
+  freeze: int  # the connectivity phase is [0, freeze); 0 for a fixed rule
+  log_every: int
+  evaluate_every: int
+  checkpoint_every: int
+  per_epoch: int
+
+  def phase(self, step: int) -> str:
+    """The phase that `step`, counted from 0, belongs to."""
+    if not self.freeze:
+      return 'train'
+    return 'connectivity' if step < self.freeze else 'fine-tune'
+
+
+def make_plan(config: ml_collections.ConfigDict, num_examples: int) -> Plan:
+  """Turns the durations of a config into steps.
+
+  Raises:
+    InputError: the batch is larger than the training set, or there are no
+      steps to take.
+  """
+  if config.batch_size > num_examples:
+    raise InputError(
+      f'config.batch_size={config.batch_size} is larger than the'
+      f' {num_examples} training images'
+    )
+  to_steps = functools.partial(
+    config_lib.to_steps, batch_size=config.batch_size, num_examples=num_examples
+  )
+  total = to_steps(config.duration, name='config.duration')
+  if total < 1:
+    raise InputError(f'config.duration={config.duration!r} is not one step')
+
+  def steps_of(text: str, name: str) -> int:
+    return to_steps(text, total=total, name=f'config.{name}')
+
+  freeze = steps_of(config.connectivity.phase, 'connectivity.phase')
+  if not 1 <= freeze <= total:
+    raise InputError(
+      f'config.connectivity.phase={config.connectivity.phase!r} is {freeze}'
+      f' steps; it must be between 1 and the {total} of the run'
+    )
+  return Plan(
+    total=total,
+    freeze=freeze if config.connectivity.rule == 'learned' else 0,
+    log_every=max(1, steps_of(config.log_every, 'log_every')),
+    evaluate_every=max(1, steps_of(config.evaluate_every, 'evaluate_every')),
+    checkpoint_every=max(
+      1, steps_of(config.checkpoint_every, 'checkpoint_every')
+    ),
+    per_epoch=num_examples // config.batch_size,
+  )
+
+
+def make_schedules(
+  config: ml_collections.ConfigDict, plan: Plan
+) -> tuple[optax.Schedule, optax.Schedule]:
+  """Returns the learning rates of the weights and of the masks, by step."""
+
+  def steps_of(text: str, name: str) -> int:
+    return config_lib.to_steps(
+      text,
+      batch_size=config.batch_size,
+      num_examples=plan.per_epoch * config.batch_size,
+      total=plan.total,
+      name=f'config.optimizer.{name}',
+    )
+
+  own = config.optimizer
+  drops = [steps_of(at, 'steps_at') for at in own.steps_at]
+  weights = optimizer.schedule(
+    own.schedule,
+    own.learning_rate,
+    plan.total,
+    steps_at=drops,
+    warmup_steps=steps_of(own.warmup, 'warmup'),
+  )
+  masks = optimizer.schedule(
+    config.masks.schedule,
+    config.masks.learning_rate,
+    plan.freeze,
+    steps_at=[round(drop * plan.freeze / plan.total) for drop in drops],
+  )
+  return weights, optimizer.until(masks, plan.freeze)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """A config and all that follows from it, before anything is trained.
+
+  Attributes:
+    config: see `maskconnect_jax/config.py`.
+    dataset: in host memory.
+    plan: the durations in steps.
+    architecture: the arguments of `create_model`, plain enough for JSON.
+    model: the network before training.
+    mesh: all devices.
+    recipe: what the first phase's step is compiled for.
+  """
+
+  config: ml_collections.ConfigDict
+  dataset: datasets.Dataset
+  plan: Plan
+  architecture: dict[str, Any]
+  model: models.ResNet
+  mesh: jax.sharding.Mesh
+  recipe: steps.Recipe
+
+
+def build(config: ml_collections.ConfigDict) -> Experiment:
+  """Reads the data and builds the network; writes nothing.
+
+  Raises:
+    InputError: the config or its data cannot be used.
+  """
+  config_lib.check(config)
+  for name in ('batch_size', 'eval_batch_size'):
+    distributed.check_batch_size(name, config[name])
+  dataset = datasets.load(config.data)
+  plan = make_plan(config, len(dataset.train))
+  own = config.connectivity
+  architecture = {
+    'name': config.model.name,
+    'num_classes': len(dataset.classes),
+    'in_channels': dataset.image_shape[-1],
+    'width': config.model.width,
+    'dtype': config.model.dtype,
+    'fan_in': own.fan_in,
+    'rule': own.rule,
+    'stem_source': own.stem_source,
+    'adapter': own.adapter,
+    'scale': own.scale,
+    'gradient': own.gradient,
+    'initial': own.initial,
+    'initial_spread': own.initial_spread,
+    'seed': config.seed,
+  }
+  model = models.create_model(**architecture)
+  mean, std = tuple(config.data.mean), tuple(config.data.std)
+  if not mean or not std:
+    mean, std = (tuple(map(float, x)) for x in dataset.mean_and_std())
+  if not len(mean) == len(std) == dataset.image_shape[-1]:
+    raise InputError(
+      'config.data.mean and .std need one number for each of'
+      f' the {dataset.image_shape[-1]} channels'
+    )
+  mesh = distributed.make_mesh()
+  rate, mask_rate = make_schedules(config, plan)
+  recipe = steps.Recipe(
+    network=steps.split(model)[0],
+    optimizer=optimizer.partitioned(
+      optimizer.weights_transform(
+        rate,
+        momentum=config.optimizer.momentum,
+        nesterov=config.optimizer.nesterov,
+        weight_decay=config.optimizer.weight_decay,
+        decay_all=config.optimizer.decay_all,
+      ),
+      optimizer.masks_transform(
+        mask_rate, model.stack.valid, momentum=config.masks.momentum
+      ),
+    ),
+    seed=config.seed,
+    batch_size=config.batch_size,
+    pad=config.data.pad,
+    flip=config.data.flip,
+    mean=mean,
+    std=std,
+    label_smoothing=config.optimizer.label_smoothing,
+    batch_sharding=distributed.sharded(mesh),
+  )
+  return Experiment(config, dataset, plan, architecture, model, mesh, recipe)

@@ -1,0 +1,174 @@
+"""What a finished run leaves to read: summary, pictures, the closing table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from maskconnect_jax import (
+  experiment,
+  files,
+  inference,
+  metrics,
+  models,
+  plots,
+)
+
+
+def at_freeze(progress: dict[str, Any], step: int) -> str:
+  """Returns the line that tells of the freeze."""
+  return (
+    f'froze the topology after step {step}: test accuracy'
+    f' {progress["test_accuracy_drawn"]:.2%} with drawn masks,'
+    f' {progress["test_accuracy_at_freeze"]:.2%} with the frozen one'
+  )
+
+
+def summarize(
+  job: experiment.Experiment,
+  frozen: Any,
+  pruned: Any,
+  accuracies: dict[str, float | None],
+  clock: metrics.Throughput,
+) -> dict[str, Any]:
+  """Returns the content of summary.json; README, "The workdir"."""
+  own = job.config.connectivity
+  return {
+    'model': job.config.model.name,
+    'rule': own.rule,
+    'fan_in': own.fan_in,
+    'seed': job.config.seed,
+    'steps': job.plan.total,
+    **accuracies,
+    'num_train_examples': len(job.dataset.train),
+    'num_test_examples': len(job.dataset.test),
+    'skipped_files': job.dataset.skipped,
+    'parameters': models.count_parameters(frozen),
+    'parameters_pruned': models.count_parameters(pruned),
+    'blocks': len(frozen.stack.blocks),
+    'blocks_pruned': sum(frozen.topology.live),
+    'images_per_second': clock.images_per_second,
+    'train_seconds': clock.seconds,
+    'device': jax.devices()[0].device_kind,
+    'num_devices': jax.device_count(),
+    'jax': jax.__version__,
+  }
+
+
+def write(
+  workdir: Path,
+  job: experiment.Experiment,
+  frozen: Any,
+  pruned: Any,
+  summary: dict[str, Any],
+  history: metrics.MaskHistory,
+) -> None:
+  """Writes topology, model, pictures and, last of all, the summary."""
+  history.save()
+  files.write_json(workdir / 'topology.json', frozen.topology.to_dict())
+  inference.save(
+    workdir / 'model',
+    pruned,
+    architecture=job.architecture,
+    classes=job.dataset.classes,
+    image_shape=job.dataset.image_shape,
+    mean=job.recipe.mean,
+    std=job.recipe.std,
+  )
+  draw_figures(workdir, job.config, frozen, history)
+  files.write_json(workdir / 'summary.json', summary)
+
+
+def draw_figures(
+  workdir: Path,
+  config: ml_collections.ConfigDict,
+  frozen: Any,
+  history: metrics.MaskHistory,
+) -> None:
+  """Draws the topology, and where it was learned the real mask behind it."""
+  topology = frozen.topology
+  own = config.connectivity
+  title = f'{config.model.name}, {own.rule.replace("_", "-")}'
+  if own.rule in ('learned', 'fixed_random'):
+    title += f', fan-in {own.fan_in}'
+  folder = workdir / 'figures'
+  plots.save(
+    plots.topology_figure(
+      topology.sources, stages=frozen.stages, live=topology.live, title=title
+    ),
+    folder / 'topology',
+  )
+  if own.rule != 'learned':
+    return
+  plots.save(
+    plots.mask_figure(
+      np.asarray(frozen.stack.real_mask[...]),
+      topology.sources,
+      stages=frozen.stages,
+      title=title,
+    ),
+    folder / 'real_mask',
+  )
+  if len(history) > 1:
+    plots.save(
+      plots.history_figure(
+        history.steps,
+        history.masks,
+        topology.sources,
+        stages=frozen.stages,
+        title=title,
+      ),
+      folder / 'real_mask_history',
+    )
+
+
+def table(summary: dict[str, Any], workdir: Path) -> str:
+  """Returns the table that a run ends with."""
+  rows = [
+    ('with drawn masks', summary['test_accuracy_drawn']),
+    ('at the freeze', summary['test_accuracy_at_freeze']),
+    ('after fine-tuning', summary['test_accuracy']),
+    ('after pruning', summary['test_accuracy_pruned']),
+  ]
+  files = [
+    ('summary', 'summary.json'),
+    ('topology', 'topology.json'),
+    ('pictures', 'figures/'),
+    ('model', 'model/'),
+    ('metrics', 'metrics.jsonl'),
+    ('TensorBoard', 'tensorboard/'),
+    ('checkpoints', 'checkpoints/'),
+    ('config', 'config.json'),
+  ]
+  return '\n'.join(
+    [
+      '',
+      f'{summary["model"]}, {summary["rule"]}, fan-in {summary["fan_in"]},'
+      f' seed {summary["seed"]}: {summary["steps"]:,} steps in'
+      f' {summary["train_seconds"]:.0f} s,'
+      f' {summary["images_per_second"]:,.0f} images per second'
+      f' ({summary["num_devices"]} x {summary["device"]})',
+      '',
+      f'test accuracy ({summary["num_test_examples"]:,} images)',
+      *(
+        f'  {name:<20}{value:>9.2%}'
+        for name, value in rows
+        if value is not None
+      ),
+      '',
+      f'  {"":<20}{"blocks":>9}{"parameters":>13}',
+      f'  {"before pruning":<20}{summary["blocks"]:>9}'
+      f'{summary["parameters"]:>13,}',
+      f'  {"after pruning":<20}{summary["blocks_pruned"]:>9}'
+      f'{summary["parameters_pruned"]:>13,}',
+      '',
+      *(
+        f'  {name:<20}{workdir / path}{"/" if path[-1] == "/" else ""}'
+        for name, path in files
+      ),
+    ]
+  )
