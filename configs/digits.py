@@ -11,11 +11,11 @@ from maskconnect_jax import config as config_lib
 def get_config() -> ml_collections.ConfigDict:
   """1,437 images of 8x8 to train on, 360 to test on."""
   config = config_lib.default()
-  config.duration = '60 epochs'
+  config.duration = '30 epochs'
   config.batch_size = 128
   config.eval_batch_size = 360
-  config.evaluate_every = '10 epochs'
-  config.checkpoint_every = '10 epochs'
+  config.evaluate_every = '5 epochs'
+  config.checkpoint_every = '5 epochs'
   config.log_every = '1 epochs'
 
   config.model.name = 'resnet20'

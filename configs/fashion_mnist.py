@@ -1,0 +1,30 @@
+"""Fashion-MNIST, or any set in MNIST's IDX files: resnet20 learns its wiring.
+
+  python -m maskconnect_jax.main --config=configs/fashion_mnist.py \
+      --workdir=runs/fashion_mnist --config.data.dir=DIR
+
+DIR holds train-images-idx3-ubyte[.gz] and the other three; Debian's package
+dataset-fashion-mnist puts them into /usr/share/datasets/fashion-mnist.
+"""
+
+import ml_collections
+
+from maskconnect_jax import config as config_lib
+
+
+def get_config() -> ml_collections.ConfigDict:
+  config = config_lib.default()
+  config.duration = '30 epochs'
+  config.batch_size = 128
+  config.evaluate_every = '5 epochs'
+  config.checkpoint_every = '1 epochs'
+
+  config.model.name = 'resnet20'
+  config.connectivity.fan_in = 4
+
+  config.optimizer.schedule = 'cosine'
+  config.optimizer.warmup = '5%'
+
+  config.data.source = 'idx'
+  config.data.pad = 2
+  return config
