@@ -6,11 +6,20 @@ background, and when the newest is damaged falls back to the one before.
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import json
+import logging as standard_logging
 import re
+import sys
+import warnings
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
@@ -34,19 +43,21 @@ class Checkpoints:
       keep: the newest so many are kept, and the most accurate one.
     """
     self.folder = folder
+    _drop_damaged_metrics(folder)
     # Without LatestN, keeping the best would evict the newest.
-    self._checkpointer = ocp.training.Checkpointer(
-      folder.absolute(),
-      preservation_policy=_policies.AnyPreservationPolicy(
-        [
-          _policies.LatestN(keep),
-          _policies.BestN(
-            n=1, get_metric_fn=_metric, keep_checkpoints_without_metrics=False
-          ),
-        ]
-      ),
-      cleanup_tmp_directories=True,
-    )
+    with _quiet():
+      self._checkpointer = ocp.training.Checkpointer(
+        folder.absolute(),
+        preservation_policy=_policies.AnyPreservationPolicy(
+          [
+            _policies.LatestN(keep),
+            _policies.BestN(
+              n=1, get_metric_fn=_metric, keep_checkpoints_without_metrics=False
+            ),
+          ]
+        ),
+        cleanup_tmp_directories=True,
+      )
 
   def steps(self) -> list[int]:
     """Returns the steps that have a finished checkpoint, in rising order."""
@@ -73,7 +84,11 @@ class Checkpoints:
       force=True,
       overwrite=True,
       metrics=None if accuracy is None else {'accuracy': accuracy},
-      custom_metadata=progress,
+      # A copy: it is written later, and the caller's goes on changing.
+      custom_metadata={
+        'progress': dict(progress),
+        'digest': digest(_as_dict(state)),
+      },
     )
 
   def load_newest(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
@@ -91,19 +106,25 @@ class Checkpoints:
     )
     steps = self.steps()
     for step in reversed(steps):
-      try:
-        loaded = self._checkpointer.load(step, abstract)
-        progress = self._checkpointer.metadata(step).custom_metadata
-        if progress is None:
-          raise ValueError('its metadata is missing')
-      except Exception as error:  # whatever a broken file makes Orbax raise
-        logging.warning(
-          'checkpoint %s is damaged (%s); trying the one before',
-          self.folder / str(step),
-          _first_line(error),
-        )
-        continue
-      return type(like)(**loaded), dict(progress)
+      damage = ''
+      with _quiet():
+        try:
+          loaded = self._checkpointer.load(step, abstract)
+          metadata = self._checkpointer.metadata(step).custom_metadata or {}
+          if 'progress' not in metadata:
+            raise ValueError('its metadata is missing')
+          # Orbax does not notice a changed byte in an array.
+          if digest(loaded) != metadata.get('digest'):
+            raise ValueError('its arrays are not those that were saved')
+        except Exception as error:  # whatever a broken file makes Orbax raise
+          damage = _first_line(error)
+      if not damage:
+        return type(like)(**loaded), dict(metadata['progress'])
+      logging.warning(
+        'checkpoint %s is damaged (%s); trying the one before',
+        self.folder / str(step),
+        damage,
+      )
     if steps:
       raise InputError(
         f'no checkpoint in {self.folder} can be read; all are damaged. Give'
@@ -114,6 +135,14 @@ class Checkpoints:
   def close(self) -> None:
     """Waits, then releases Orbax's threads."""
     self._checkpointer.close()
+
+
+def digest(arrays: Any) -> int:
+  """Returns a CRC-32 over the bytes of all arrays of a pytree."""
+  crc = 0
+  for leaf in jax.tree.leaves(arrays):
+    crc = zlib.crc32(np.asarray(leaf).tobytes(), crc)
+  return crc
 
 
 def has_checkpoint(folder: Path) -> bool:
@@ -137,19 +166,21 @@ def load_arrays(
     InputError: the folder is missing or damaged, or holds other arrays.
   """
   sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  try:
-    return ocp.load(
-      folder.absolute(),
-      {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        for name, leaf in abstract.items()
-      },
-    )
-  except Exception as error:  # whatever a broken file makes Orbax raise
-    raise InputError(
-      f'{folder} is no whole set of arrays ({_first_line(error)}); write it'
-      ' again with --mode=train'
-    ) from error
+  with _quiet():
+    try:
+      return ocp.load(
+        folder.absolute(),
+        {
+          name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+          for name, leaf in abstract.items()
+        },
+      )
+    except Exception as error:  # whatever a broken file makes Orbax raise
+      damage = _first_line(error)
+  raise InputError(
+    f'{folder} is no whole set of arrays ({damage}); write it again with'
+    ' --mode=train'
+  )
 
 
 def _as_dict(state: Any) -> dict[str, Any]:
@@ -157,6 +188,45 @@ def _as_dict(state: Any) -> dict[str, Any]:
   return dict(vars(state))
 
 
+def _drop_damaged_metrics(folder: Path) -> None:
+  # Orbax reads all of them when it opens the folder, and fails at such a one.
+  # Without it, the checkpoint is one whose accuracy was not measured.
+  for path in folder.glob('*/metrics/metrics'):
+    try:
+      float(json.loads(path.read_text(encoding='utf-8'))['accuracy'])
+    except (ValueError, TypeError, KeyError):
+      logging.warning('%s is damaged; removing it', path)
+      path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Keeps what Orbax tells of a broken file in the background off the terminal.
+
+  To be caught inside: what an exception refers to is collected at the end,
+  and complains once more as it goes.
+  """
+  disabled = standard_logging.root.manager.disable
+  hooks = sys.excepthook, sys.unraisablehook
+  standard_logging.disable(standard_logging.CRITICAL)
+  sys.excepthook = lambda *_: None
+  sys.unraisablehook = lambda _: None
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')
+      try:
+        yield
+      finally:
+        gc.collect()
+  finally:
+    standard_logging.disable(disabled)
+    sys.excepthook, sys.unraisablehook = hooks
+
+
 def _first_line(error: Exception) -> str:
+  while cause := error.__cause__ or error.__context__:
+    if not isinstance(cause, Exception):
+      break
+    error = cause
   text = (str(error) or type(error).__name__).splitlines()[0]
   return text if len(text) < 120 else text[:117] + '...'

@@ -119,11 +119,8 @@ def check(config: ml_collections.ConfigDict) -> None:
       raise InputError(
         f'config.{path} is missing; its default is {known[path]!r}'
       )
-  for path, choices in CHOICES.items():
-    if given[path] not in choices:
-      raise InputError(
-        f'config.{path}={given[path]!r} is not one of {", ".join(choices)}'
-      )
+  for path in CHOICES:
+    check_choice(path, given[path], f'config.{path}')
   for path in (
     'batch_size',
     'eval_batch_size',
@@ -143,8 +140,10 @@ def check(config: ml_collections.ConfigDict) -> None:
     'data.pad',
     'data.image_size',
   ):
-    if given[path] < 0:
-      raise InputError(f'config.{path}={given[path]} must not be negative')
+    if not 0 <= given[path] < math.inf:
+      raise InputError(
+        f'config.{path}={given[path]} must be 0 or a number above it'
+      )
   for path in (
     'connectivity.initial',
     'masks.momentum',
@@ -171,6 +170,14 @@ def check(config: ml_collections.ConfigDict) -> None:
     )
 
 
+def check_choice(path: str, value: Any, name: str) -> None:
+  """Raises InputError, calling it `name`, if a field cannot have a value."""
+  if value not in CHOICES[path]:
+    raise InputError(
+      f'{name}={value!r} is not one of {", ".join(CHOICES[path])}'
+    )
+
+
 def unknown_field(path: str) -> str:
   """Returns the message for a field that does not exist, with the nearest."""
   known = list(flat(default()))
@@ -186,7 +193,8 @@ def unknown_field(path: str) -> str:
 def parse_duration(text: str, name: str) -> tuple[float, str]:
   """Splits '60 epochs' into (60.0, 'epochs'); '%' is the unit of '50%'."""
   match = re.fullmatch(
-    r'\s*([0-9.]+(?:e[0-9]+)?)\s*(%|steps?|epochs?|examples?)\s*', str(text)
+    r'\s*([0-9]*\.?[0-9]+(?:e[0-9]{1,2})?)\s*(%|steps?|epochs?|examples?)\s*',
+    str(text),
   )
   if not match:
     raise InputError(

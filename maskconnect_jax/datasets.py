@@ -79,12 +79,11 @@ class Dataset:
     return mean, np.where(variance > 0, np.sqrt(variance), 1.0)
 
 
-def load(data: ml_collections.ConfigDict, *, seed: int = 0) -> Dataset:
+def load(data: ml_collections.ConfigDict) -> Dataset:
   """Reads the data set that `config.data` describes into host memory.
 
   Args:
     data: `config.data`.
-    seed: the run's. Ignored: no split may depend on it (see above).
 
   Returns:
     Images in a fixed order, resized to `data.image_size` where that is set.
@@ -94,7 +93,6 @@ def load(data: ml_collections.ConfigDict, *, seed: int = 0) -> Dataset:
     InputError: the data is missing, damaged, inconsistent or larger than
       `data.memory_gb`; one line that names the folder, file or field.
   """
-  del seed
   if data.source not in SOURCES:
     raise config.InputError(
       f'config.data.source={data.source!r} is not one of {", ".join(SOURCES)}'

@@ -50,6 +50,7 @@ def describe(config: ml_collections.ConfigDict) -> str:
     if model.topology
     else int(fan_ins.sum())
   )
+  note = experiment.note_on_fan_in(job)
   weights = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   return '\n'.join(
     [
@@ -61,25 +62,16 @@ def describe(config: ml_collections.ConfigDict) -> str:
       f' {len(dataset.classes)} classes',
       f'wiring       {config.connectivity.rule}, {edges} edges of {num_valid}'
       f' valid, fan-in {config.connectivity.fan_in}'
-      + note_on_fan_in(config, len(valid)),
+      + (f'; {note}' if note else ''),
       f'data         {len(dataset.train):,} training,'
       f' {len(dataset.validation) if dataset.validation else 0:,} validation,'
       f' {len(dataset.test):,} test images',
       f'run          {plan.total:,} steps of {config.batch_size} images,'
       f' {plan.per_epoch:,} per epoch; masks move for the first'
       f' {plan.freeze:,}',
-      f'a step       {cost["flops"] / 1e9:,.2f} GFLOP,'
-      f' {cost["bytes accessed"] / 1e9:,.2f} GB accessed,'
+      f'a step       {cost["flops"] / 1e6:,.1f} MFLOP,'
+      f' {cost["bytes accessed"] / 1e6:,.1f} MB accessed,'
       f' {memory.temp_size_in_bytes / 1e6:,.1f} MB temporary'
       f' (XLA, {jax.default_backend()}, per device)',
     ]
-  )
-
-
-def note_on_fan_in(config: ml_collections.ConfigDict, num_blocks: int) -> str:
-  """Returns a remark for a fan_in that no block can have, else ''."""
-  if config.connectivity.fan_in <= num_blocks:
-    return ''
-  return (
-    f'; no block has more than {num_blocks} sources, so each takes all it has'
   )

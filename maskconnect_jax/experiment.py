@@ -165,9 +165,11 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     'seed': config.seed,
   }
   model = models.create_model(**architecture)
-  mean, std = tuple(config.data.mean), tuple(config.data.std)
-  if not mean or not std:
-    mean, std = (tuple(map(float, x)) for x in dataset.mean_and_std())
+  measured = dataset.mean_and_std()
+  mean, std = (
+    tuple(config.data[name]) or tuple(map(float, values))
+    for name, values in zip(('mean', 'std'), measured, strict=True)
+  )
   if not len(mean) == len(std) == dataset.image_shape[-1]:
     raise InputError(
       'config.data.mean and .std need one number for each of'
@@ -199,3 +201,14 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     batch_sharding=distributed.sharded(mesh),
   )
   return Experiment(config, dataset, plan, architecture, model, mesh, recipe)
+
+
+def note_on_fan_in(job: Experiment) -> str:
+  """Returns a remark for a fan_in that no block can have, else ''."""
+  own, num_blocks = job.config.connectivity, len(job.model.stack.blocks)
+  if own.fan_in <= num_blocks or own.rule not in ('learned', 'fixed_random'):
+    return ''
+  return (
+    f'no block has more than {num_blocks} sources, so with'
+    f' fan_in={own.fan_in} each takes all it has'
+  )

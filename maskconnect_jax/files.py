@@ -19,8 +19,8 @@ def replacing(path: Path) -> Iterator[Path]:
   or, if the block raises, not at all.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  _remove(temporary)
+  temporary = path.with_name(f'.{path.name}.tmp')
+  _remove(temporary)  # what a killed run may have left
   try:
     yield temporary
     if temporary.is_dir():  # a folder can only be renamed to a free name

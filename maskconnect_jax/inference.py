@@ -47,10 +47,12 @@ def save(
     std: likewise.
   """
   height, width, channels = image_shape
+  arrays = _named_arrays(model)
   record = {
     'schema': MODEL_SCHEMA,
     'architecture': architecture,
     'topology': model.topology.to_dict(),
+    'digest': checkpoint.digest(arrays),
     'classes': list(classes),
     'preprocessing': {
       'height': height,
@@ -62,7 +64,7 @@ def save(
   }
   with files.replacing(folder) as temporary:
     temporary.mkdir(parents=True)
-    checkpoint.save_arrays(temporary / 'arrays', _named_arrays(model))
+    checkpoint.save_arrays(temporary / 'arrays', arrays)
     files.write_json(temporary / 'model.json', record)
 
 
@@ -96,19 +98,29 @@ def load(folder: str | Path) -> Classifier:
   except (KeyError, TypeError, ValueError) as error:
     raise InputError(f'{path} is damaged: {error}') from error
   arrays = checkpoint.load_arrays(folder / 'arrays', _named_arrays(abstract))
+  if checkpoint.digest(arrays) != record.get('digest'):
+    raise InputError(
+      f'{folder / "arrays"} is damaged: not the arrays that were saved; write'
+      ' the model again with --mode=train'
+    )
   network, state = nnx.split(abstract)
   flat = nnx.to_flat_state(state)
   loaded = nnx.from_flat_state(
     (path, leaf.replace(arrays['/'.join(map(str, path))]))
     for path, leaf in flat
   )
-  return Classifier(network, loaded, record)
+  try:
+    return Classifier(network, loaded, record)
+  except (KeyError, TypeError) as error:
+    raise InputError(f'{folder / "model.json"} is damaged: {error}') from error
 
 
 def _named_arrays(model: Any) -> dict[str, Any]:
   """Returns {'stack/blocks/0/conv1/kernel': array, ...}."""
   return {
-    '/'.join(map(str, path)): leaf[...] if hasattr(leaf, 'value') else leaf
+    '/'.join(map(str, path)): leaf.get_value()
+    if isinstance(leaf, nnx.Variable)
+    else leaf
     for path, leaf in nnx.to_flat_state(nnx.state(model))
   }
 

@@ -79,9 +79,10 @@ def average_pool_to(x: jax.Array, height: int, width: int) -> jax.Array:
   window = (math.ceil(x.shape[1] / height), math.ceil(x.shape[2] / width))
   if window == (1, 1):
     return x
+  # Flax's mean over what is there is float32 whatever x is.
   return nnx.avg_pool(
     x, window, strides=window, padding='SAME', count_include_pad=False
-  )
+  ).astype(x.dtype)
 
 
 class PoolAdapter(nnx.Module):

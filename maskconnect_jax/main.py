@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
@@ -157,7 +159,10 @@ def stored_config(workdir: Path) -> ml_collections.ConfigDict:
       f'{workdir} holds no config.json; give the workdir of a run, or --config'
     )
   config = config_lib.default()
-  stored = json.loads(path.read_text(encoding='utf-8'))
+  try:
+    stored = json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise InputError(f'{path} is damaged ({error}); give --config') from error
   with config.ignore_type():  # JSON has lists where the config has tuples
     config.update(stored)
   return config
@@ -165,18 +170,62 @@ def stored_config(workdir: Path) -> ml_collections.ConfigDict:
 
 def parse_flags(arguments: Sequence[str]) -> list[str]:
   """Parses the command line; what is wrong with it is an InputError."""
+  given = [a.lstrip('-').partition('=')[0] for a in arguments[1:]]
+  fields = [g.removeprefix('config.') for g in given if g[:7] == 'config.']
+  if fields and 'config' not in given:
+    raise InputError(
+      f'--config.{fields[0]} changes a field of --config, which is missing;'
+      ' give it too, such as --config=configs/digits.py'
+    )
+  config = _value_of('config', arguments)
+  if config is not None and not Path(config.partition(':')[0]).is_file():
+    raise InputError(_no_config_file(config, 'there is no such file'))
+  known = config_lib.flat(config_lib.default())
   try:
-    return app.parse_flags_with_usage(list(arguments))
-  except SystemExit:
-    raise
+    return flags.FLAGS(list(arguments))
+  except flags.IllegalFlagValueError as error:
+    for field in fields:
+      if field in known and f'--config.{field}=' in str(error):
+        raise InputError(
+          f'{_one_line(error)}; give {_kind(known[field])}, such as'
+          f' {known[field]!r}'
+        ) from error
+    raise InputError(f'{_one_line(error)}; --help says what is') from error
+  except flags.Error as error:
+    raise InputError(f'{_one_line(error)}; --help lists the flags') from error
   except (AttributeError, KeyError) as error:  # an unknown --config.field
-    for argument in arguments[1:]:
-      name = argument.partition('=')[0].lstrip('-')
-      if name.startswith('config.'):
-        path = name.removeprefix('config.')
-        if path not in config_lib.flat(config_lib.default()):
-          raise InputError(config_lib.unknown_field(path)) from error
+    for field in fields:
+      if field not in known:
+        raise InputError(config_lib.unknown_field(field)) from error
     raise
+  except SyntaxError as error:
+    raise InputError(_no_config_file(config or '', str(error))) from error
+
+
+def _value_of(name: str, arguments: Sequence[str]) -> str | None:
+  """Returns the value of --name=value or --name value, before it is parsed."""
+  for argument, following in zip(arguments, [*arguments[1:], ''], strict=True):
+    flag, equals, value = argument.partition('=')
+    if flag in (f'-{name}', f'--{name}'):
+      return value if equals else following
+  return None
+
+
+def _no_config_file(name: str, why: str) -> str:
+  return (
+    f'--config={name} is no config file ({why}); give a Python file that has'
+    ' get_config(), such as configs/digits.py'
+  )
+
+
+def _kind(value: Any) -> str:
+  return {bool: 'true or false', int: 'a whole number', float: 'a number'}.get(
+    type(value), f'a {type(value).__name__}'
+  )
+
+
+def _one_line(error: Exception) -> str:
+  return str(error).splitlines()[0].rstrip('.')
 
 
 def use_compilation_cache() -> None:
@@ -198,6 +247,9 @@ def run() -> None:
   except InputError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
+  except KeyboardInterrupt:
+    print('interrupted; the same command goes on', file=sys.stderr)
+    sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == '__main__':

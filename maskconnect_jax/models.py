@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from maskconnect_jax import connectivity, layers
 from maskconnect_jax.aggregate import masked_sum, static_sum
-from maskconnect_jax.config import RULES, InputError
+from maskconnect_jax.config import InputError, check_choice
 from maskconnect_jax.connectivity import Topology
 
 
@@ -137,8 +137,12 @@ class MaskedStack(nnx.Module):
     """
     if fan_in < 1:
       raise InputError(f'fan_in={fan_in} must be at least 1')
-    if rule not in RULES:
-      raise InputError(f'rule={rule!r} is not one of {", ".join(RULES)}')
+    for option, value in (
+      ('rule', rule),
+      ('scale', scale),
+      ('gradient', gradient),
+    ):
+      check_choice(f'connectivity.{option}', value, option)
     self.blocks = nnx.List(blocks)
     self.adapter = layers.PoolAdapter() if adapter is None else adapter
     self.fan_in = fan_in
@@ -263,6 +267,7 @@ class ResNet(nnx.Module):
     seed: int = 0,
   ) -> None:
     """Builds the network; the arguments are those of `create_model`."""
+    check_choice('connectivity.adapter', adapter, 'adapter')
     rngs = nnx.Rngs(seed)
     dtype = jnp.dtype(dtype)
     self.stem_conv = layers.conv(in_channels, width, 3, dtype=dtype, rngs=rngs)

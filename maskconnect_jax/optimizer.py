@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,8 +34,9 @@ def schedule(
       base, max(1, total_steps - warmup_steps)
     )
   elif kind == 'step':
+    drops = collections.Counter(max(0, at - warmup_steps) for at in steps_at)
     after = optax.piecewise_constant_schedule(
-      base, {max(0, at - warmup_steps): 0.1 for at in steps_at}
+      base, {at: 0.1**times for at, times in drops.items()}
     )
   else:
     after = optax.constant_schedule(base)

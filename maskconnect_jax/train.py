@@ -7,6 +7,7 @@ What a workdir starts from, the first that applies:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -88,6 +89,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Result:
   writer = metrics.MetricsWriter(workdir, start, enabled=primary)
   history = metrics.MaskHistory(workdir, start)
   bar = metrics.Progress(plan.total, start)
+  if note := experiment.note_on_fan_in(job):
+    bar.say(note)
   if loaded:
     bar.say(f'going on from step {start} of {plan.total} in {workdir}')
 
@@ -104,7 +107,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Result:
     recipe = frozen_recipe(recipe, state)
   train_step: Any = None
 
-  with distributed.Preemption() as preemption:
+  with (
+    distributed.Preemption() as preemption,
+    contextlib.closing(checkpoints),
+    contextlib.closing(writer),
+    contextlib.closing(bar),
+  ):
     for step in range(start, plan.total):
       if plan.freeze and step == plan.freeze:
         recipe, state = freeze(job, state, images, labels, evaluate, progress)
@@ -152,9 +160,6 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Result:
       if interrupted:
         break
 
-  checkpoints.close()
-  writer.close()
-  bar.close()
   if interrupted:
     bar.say(
       f'stopped after step {int(state.step)} of {plan.total}; the same'

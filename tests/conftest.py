@@ -6,12 +6,20 @@ JAX_PLATFORMS says otherwise. Programs that a test starts inherit all of it.
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import runpy
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
 from absl import flags
+from absl.testing import flagsaver
 
 assert 'jax' not in sys.modules, 'jax was imported before conftest.py'
 
@@ -52,3 +60,122 @@ def pytest_report_header() -> str:
     f'jax {jax.__version__}, flax {flax.__version__}, '
     f'{jax.device_count()} {jax.default_backend()} devices'
   )
+
+
+# A whole run in a few seconds. Its real mask starts from noise, with a seed
+# that leaves block 2 without a reader, so that there is something to prune.
+TINY = """
+from maskconnect_jax import config as config_lib
+
+
+def get_config():
+  config = config_lib.default()
+  config.seed = 5
+  config.duration = '24 steps'
+  config.batch_size = 64
+  config.eval_batch_size = 200
+  config.evaluate_every = '8 steps'
+  config.checkpoint_every = '4 steps'
+  config.keep_checkpoints = 100
+  config.log_every = '2 steps'
+  config.model.name = 'resnet8'
+  config.model.width = 8
+  config.connectivity.fan_in = 2
+  config.connectivity.initial_spread = 0.5
+  config.connectivity.batchnorm_batches = 4
+  config.optimizer.schedule = 'cosine'
+  config.data.pad = 1
+  config.data.flip = False
+  return config
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+  """A run that went through without a cut."""
+
+  workdir: Path
+  summary: dict[str, Any]
+  stderr: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+  """What a command line gave."""
+
+  code: int
+  out: str
+  err: str
+
+
+@pytest.fixture(scope='session')
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """The config file of the tiny run."""
+  path = tmp_path_factory.mktemp('config') / 'tiny.py'
+  path.write_text(TINY)
+  return path
+
+
+@pytest.fixture
+def tiny_config(tiny: Path) -> Any:
+  """Its config, to be changed at will."""
+  return runpy.run_path(str(tiny))['get_config']()
+
+
+@pytest.fixture(scope='session')
+def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+  """The tiny run, done once for all tests; they must not change it."""
+  import contextlib
+  import io
+
+  from maskconnect_jax import train
+
+  workdir = tmp_path_factory.mktemp('finished') / 'run'
+  config = runpy.run_path(str(tiny))['get_config']()
+  with contextlib.redirect_stderr(io.StringIO()) as stderr:
+    result = train.train(config, workdir)
+  return Finished(workdir, result.summary, stderr.getvalue())
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+  """Runs the command line in this process, as main.py would."""
+  from maskconnect_jax import main
+
+  def run(*arguments: object) -> Ran:
+    capsys.readouterr()
+    with flagsaver.flagsaver(), pytest.MonkeyPatch.context() as patch:
+      patch.setattr(sys, 'argv', ['main.py', *map(str, arguments)])
+      with pytest.raises(SystemExit) as exited:
+        main.run()
+    code = exited.value.code or 0
+    assert isinstance(code, int)
+    captured = capsys.readouterr()
+    return Ran(code, captured.out, captured.err)
+
+  return run
+
+
+@pytest.fixture(scope='session')
+def arrays_in() -> Callable[[Path], dict[str, np.ndarray]]:
+  """Reads a folder of arrays with TensorStore alone, without Orbax."""
+  import tensorstore
+
+  def read(folder: Path) -> dict[str, np.ndarray]:
+    base = {'driver': 'file', 'path': f'{folder.absolute()}/'}
+    store = {'driver': 'ocdbt', 'base': base}
+    keys = tensorstore.KvStore.open(store).result().list().result()
+    names = [key.decode().removesuffix('/zarr.json') for key in keys]
+    opened = {
+      name: tensorstore.open(
+        {'driver': 'zarr3', 'kvstore': store | {'path': f'{name}/'}}
+      )
+      for name, key in zip(names, keys, strict=True)
+      if key.endswith(b'/zarr.json')
+    }
+    return {
+      name: np.asarray(array.result().read().result())
+      for name, array in sorted(opened.items())
+    }
+
+  return read

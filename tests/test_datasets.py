@@ -22,11 +22,11 @@ from maskconnect_jax import config, datasets
 RNG = np.random.default_rng(0)
 
 
-def load(seed=0, **fields):
+def load(**fields):
   data = config.default().data
   with data.unlocked():
     data.update(fields)
-  return datasets.load(data, seed=seed)
+  return datasets.load(data)
 
 
 def assert_splits_equal(actual, expected):
@@ -61,7 +61,7 @@ def test_digits_are_scikit_learns():
 
 
 def test_digits_split_is_stratified_and_fixed():
-  dataset, other = load(), load(seed=7)
+  dataset, other = load(), load()
   assert_splits_equal(other.train, dataset.train)
   assert_splits_equal(other.test, dataset.test)
   counts = np.bincount(dataset.test.labels)
@@ -74,7 +74,7 @@ def test_digits_split_is_stratified_and_fixed():
 
 
 def test_validation_is_held_out_of_train():
-  whole, held, other = load(), load(validation=200), load(1, validation=200)
+  whole, held, other = load(), load(validation=200), load(validation=200)
   assert (len(held.train), len(held.validation)) == (1237, 200)
   assert_splits_equal(held.test, whole.test)
   assert_splits_equal(other.validation, held.validation)

@@ -23,15 +23,20 @@ FILES = sorted(ROOT.rglob('*.py'))
 ARROWS: dict[str, set[str]] = {
   '__init__': {'connectivity', 'inference', 'models'},
   'main': {
-    'checkpoint', 'datasets', 'describe', 'distributed', 'inference',
-    'metrics', 'models', 'optimizer', 'plots', 'steps', 'train',
+    'datasets', 'describe', 'distributed', 'images', 'inference', 'report',
+    'train',
   },
   'train': {
-    'augment', 'checkpoint', 'connectivity', 'datasets', 'distributed',
-    'files', 'inference', 'metrics', 'models', 'optimizer', 'plots', 'steps',
+    'checkpoint', 'distributed', 'evaluation', 'experiment', 'files',
+    'metrics', 'models', 'report', 'steps',
   },
-  'describe': {
-    'connectivity', 'datasets', 'distributed', 'models', 'optimizer', 'steps',
+  'report': {
+    'experiment', 'files', 'inference', 'metrics', 'models', 'plots',
+  },
+  'describe': {'connectivity', 'experiment', 'models', 'steps'},
+  'evaluation': {'datasets', 'distributed', 'steps'},
+  'experiment': {
+    'datasets', 'distributed', 'models', 'optimizer', 'steps',
   },
   'steps': {'augment', 'connectivity', 'models', 'optimizer'},
   'inference': {'checkpoint', 'connectivity', 'files', 'images', 'models'},

@@ -1,0 +1,75 @@
+"""What --mode=describe says, against counts made by hand."""
+
+import re
+
+import jax
+import pytest
+
+from maskconnect_jax import config, describe
+
+
+@pytest.fixture(scope='module')
+def text(tiny):
+  import runpy
+
+  return describe.describe(runpy.run_path(str(tiny))['get_config']())
+
+
+def number(pattern, text):
+  (found,) = re.findall(pattern, text)
+  return float(found.replace(',', ''))
+
+
+def convolutions():
+  """(pixels, inputs, outputs) of each 3x3 convolution; width 8 on 8x8."""
+  yield 64, 1, 8
+  for pixels, into, out in ((64, 8, 8), (16, 8, 16), (4, 16, 32)):
+    yield pixels, into, out
+    yield pixels, out, out
+
+
+def test_parameters(text, finished):
+  kernels = sum(9 * into * out for _, into, out in convolutions())
+  norms = sum(2 * out for _, _, out in convolutions())
+  total = kernels + norms + 32 * 10 + 10
+  assert number(r'3 blocks, ([\d,]+) parameters', text) == total
+  assert number(r'Total: ([\d,]+)', text) == total
+  assert total == finished.summary['parameters']
+
+
+def test_layers(text):
+  assert re.search(r'stem_conv/kernel.*\(3, 3, 1, 8\)', text)
+  assert re.search(r'stack/blocks/2/conv2/kernel.*\(3, 3, 32, 32\)', text)
+  assert re.search(r'head/kernel.*\(32, 10\)', text)
+
+
+def test_wiring_data_and_run(text):
+  # Blocks 1, 2, 3 have 1, 2, 3 sources, of which they take at most 2.
+  assert '5 edges of 6 valid, fan-in 2\n' in text
+  assert '8 x 8 x 1, 10 classes' in text
+  assert '1,437 training, 0 validation, 360 test' in text
+  assert '24 steps of 64 images, 22 per epoch' in text
+  assert 'masks move for the first 12\n' in text
+
+
+def test_cost_of_a_step(text):
+  products = 0
+  for index, (pixels, into, out) in enumerate(convolutions()):
+    # At the border a 3x3 kernel lies partly outside: at most (3n-2)^2 of
+    # 9n^2 products of a side n are with pixels. Forward, the kernel's
+    # gradient and, but for the first, the input's.
+    side = int(pixels**0.5)
+    products += (3 * side - 2) ** 2 * into * out * (3 if index else 2)
+  per_device = 64 // jax.device_count()
+  flops = number(r'([\d,.]+) MFLOP', text) * 1e6
+  assert 2 * products * per_device < flops < 20 * products * per_device
+  # It must read its images, weights and momenta, and write the latter.
+  accessed = number(r'([\d,.]+) MB accessed', text) * 1e6
+  assert accessed > 64 / jax.device_count() * 64 + 4 * 4 * 19_074
+  assert number(r'([\d,.]+) MB temporary', text) > 0
+
+
+def test_bad_config(tiny_config):
+  tiny_config.model.name = 'resnet9'
+  with pytest.raises(config.InputError, match='6n'):
+    describe.describe(tiny_config)

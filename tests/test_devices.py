@@ -1,0 +1,120 @@
+"""One step on eight devices is one step on one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from maskconnect_jax import layers, models, optimizer, steps
+
+RNG = np.random.default_rng(0)
+COUNT, BATCH, CLASSES = 40, 16, 3
+IMAGES = RNG.integers(0, 256, (COUNT, 8, 8, 1), np.uint8)
+LABELS = RNG.integers(0, CLASSES, COUNT, np.int32)
+
+
+def step_on(count, rule):
+  """One compiled training step, what it gives, and what evaluation does."""
+  model = models.ResNet(
+    (2, 1),
+    num_classes=CLASSES,
+    fan_in=2,
+    width=4,
+    in_channels=1,
+    rule=rule,
+  )
+  transform = optimizer.partitioned(
+    optimizer.weights_transform(
+      lambda _: 0.1,
+      momentum=0.9,
+      nesterov=True,
+      weight_decay=1e-4,
+      decay_all=False,
+    ),
+    optimizer.masks_transform(lambda _: 0.1, model.stack.valid),
+  )
+  mesh = Mesh(
+    np.array(jax.devices()[:count]), ('data',), axis_types=(AxisType.Auto,)
+  )
+  whole = NamedSharding(mesh, PartitionSpec())
+  sharded = NamedSharding(mesh, PartitionSpec('data'))
+  recipe = steps.Recipe(
+    network=steps.split(model)[0],
+    optimizer=transform,
+    seed=1,
+    batch_size=BATCH,
+    pad=1,
+    flip=True,
+    mean=(120.0,),
+    std=(70.0,),
+    label_smoothing=0.0,
+    batch_sharding=sharded,
+  )
+  state = jax.device_put(steps.init_state(model, transform, COUNT), whole)
+  images, labels = jax.device_put((IMAGES, LABELS), whole)
+  compiled = (
+    jax.jit(steps.train_step, static_argnums=0)
+    .lower(recipe, state, images, labels)
+    .compile()
+  )
+  after, metrics = compiled(state, images, labels)
+  batch = jax.device_put(
+    (IMAGES[:BATCH], LABELS[:BATCH], np.arange(BATCH) < 13), sharded
+  )
+  sums = jax.jit(steps.eval_step, static_argnums=0)(
+    recipe, after.variables(), *batch, jax.device_put(jax.random.key(2), whole)
+  )
+  assert metrics['loss'].sharding.device_set == set(jax.devices()[:count])
+  return jax.device_get((state, after, metrics, sums)), compiled
+
+
+@pytest.mark.parametrize('rule', ['learned', 'fixed_random'])
+def test_a_step_on_eight_devices_is_one_on_one(rule):
+  assert jax.device_count() >= 8
+  (before, one, metrics, sums), alone = step_on(1, rule)
+  (_, eight, metrics8, sums8), shared = step_on(8, rule)
+  np.testing.assert_array_equal(one.order, eight.order)
+  assert len(jax.tree.leaves(one.masks)) == (rule == 'learned')
+  for a, b in zip(
+    jax.tree.leaves((one, metrics)),
+    jax.tree.leaves((eight, metrics8)),
+    strict=True,
+  ):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6)
+  # All of it moved far more than that.
+  for tree in ('weights', 'masks', 'statistics'):
+    for a, b in zip(
+      jax.tree.leaves(getattr(before, tree)),
+      jax.tree.leaves(getattr(one, tree)),
+      strict=True,
+    ):
+      assert np.abs(a - b).max() > 1e-4
+  assert sums['count'] == sums8['count'] == 13
+  assert sums['correct'] == sums8['correct']
+  np.testing.assert_allclose(sums['loss'], sums8['loss'], rtol=1e-4)
+  # The work is shared, not done eight times over.
+  flops = [program.cost_analysis()['flops'] for program in (alone, shared)]
+  assert flops[1] < flops[0] / 4
+
+
+def test_batch_norm_is_over_the_whole_batch():
+  # Every device holds one number: its own variance would be 0.
+  mesh = Mesh(
+    np.array(jax.devices()[:8]), ('data',), axis_types=(AxisType.Auto,)
+  )
+  x = np.repeat(np.arange(8.0, dtype=np.float32), 2)[:, None, None, None]
+  x = np.broadcast_to(x, (16, 2, 2, 3))
+  norm = layers.batch_norm(3, dtype=jnp.float32, rngs=nnx.Rngs(0))
+  inputs = jax.device_put(x, NamedSharding(mesh, PartitionSpec('data')))
+  network, state = nnx.split(norm)
+
+  @jax.jit
+  def run(state, x):
+    norm = nnx.merge(network, state, copy=True)
+    return norm(x, use_running_average=False)
+
+  np.testing.assert_allclose(
+    run(state, inputs), (x - 3.5) / np.sqrt(5.25 + 1e-5), rtol=1e-4
+  )

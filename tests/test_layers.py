@@ -1,0 +1,193 @@
+"""Convolution, BatchNorm and adapters against NumPy and SciPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.signal
+from flax import nnx
+
+from maskconnect_jax import layers
+
+RNG = np.random.default_rng(0)
+
+
+def pooled(x, height, width):
+  """Mean over the pixels of each window, in plain loops."""
+  window = (-(-x.shape[1] // height), -(-x.shape[2] // width))
+  # The windows hang over the border by so much, the smaller half before it.
+  over = (height * window[0] - x.shape[1], width * window[1] - x.shape[2])
+  result = np.zeros((x.shape[0], height, width, x.shape[3]))
+  for i in range(height):
+    for j in range(width):
+      top = i * window[0] - over[0] // 2
+      left = j * window[1] - over[1] // 2
+      pixels = x[
+        :,
+        max(top, 0) : top + window[0],
+        max(left, 0) : left + window[1],
+      ]
+      result[:, i, j] = pixels.mean((1, 2))
+  return result
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('kernel_size', [1, 3])
+@pytest.mark.parametrize('size', [(8, 8), (7, 5)])
+def test_convolution_is_scipys(stride, kernel_size, size):
+  module = layers.conv(
+    2, 3, kernel_size, stride=stride, dtype=jnp.float32, rngs=nnx.Rngs(0)
+  )
+  assert module.bias is None
+  kernel = np.asarray(module.kernel[...], np.float64)
+  x = RNG.normal(size=(2, *size, 2))
+  pad = kernel_size // 2
+  padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+  expected = np.stack(
+    [
+      [
+        sum(
+          scipy.signal.correlate2d(
+            image[..., i], kernel[..., i, o], mode='valid'
+          )
+          for i in range(2)
+        )[::stride, ::stride]
+        for o in range(3)
+      ]
+      for image in padded
+    ]
+  ).transpose(0, 2, 3, 1)
+  actual = module(jnp.asarray(x, jnp.float32))
+  np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_kernels_start_he_normal_by_fan_out():
+  module = layers.conv(64, 32, 3, dtype=jnp.float32, rngs=nnx.Rngs(0))
+  kernel = np.asarray(module.kernel[...])
+  expected = 2 / (9 * 32)
+  # The variance of n normal numbers has the relative deviation sqrt(2/n).
+  tolerance = 5 * np.sqrt(2 / kernel.size)
+  assert kernel.var() == pytest.approx(expected, rel=tolerance)
+  assert abs(kernel.mean()) < 5 * np.sqrt(expected / kernel.size)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_batch_norm_is_numpys_and_keeps_float32_averages(dtype):
+  module = layers.batch_norm(3, dtype=dtype, rngs=nnx.Rngs(0))
+  scale, bias = RNG.normal(size=(2, 3))
+  module.scale[...] = jnp.asarray(scale, jnp.float32)
+  module.bias[...] = jnp.asarray(bias, jnp.float32)
+  x = np.asarray(
+    jnp.asarray(RNG.normal(2, 3, size=(4, 5, 6, 3)), dtype), np.float64
+  )
+  mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
+  tolerance = 1e-4 if dtype == jnp.float32 else 0.05
+
+  def check(actual, mean, var):
+    assert actual.dtype == dtype
+    expected = (x - mean) / np.sqrt(var + 1e-5) * scale + bias
+    np.testing.assert_allclose(
+      np.asarray(actual, np.float64), expected, atol=tolerance
+    )
+
+  inputs = jnp.asarray(x, dtype)
+  check(module(inputs, use_running_average=False), mean, var)
+  mean, var = 0.1 * mean, 0.9 + 0.1 * var
+  for statistic, expected in ((module.mean, mean), (module.var, var)):
+    assert statistic[...].dtype == jnp.float32
+    np.testing.assert_allclose(statistic[...], expected, rtol=1e-4)
+  check(module(inputs, use_running_average=True), mean, var)
+  np.testing.assert_allclose(module.mean[...], mean, rtol=1e-4)
+
+
+def test_channels_are_padded_with_zeros_behind():
+  x = RNG.normal(size=(2, 3, 4, 5)).astype(np.float32)
+  padded = np.asarray(layers.zero_pad_channels(jnp.asarray(x), 8))
+  np.testing.assert_array_equal(padded[..., :5], x)
+  np.testing.assert_array_equal(padded[..., 5:], np.zeros((2, 3, 4, 3)))
+  same = jnp.asarray(x)
+  assert layers.zero_pad_channels(same, 5) is same
+
+
+@pytest.mark.parametrize(
+  ('size', 'to'),
+  [
+    ((8, 8), (4, 4)),
+    ((8, 8), (2, 2)),
+    ((25, 25), (13, 13)),
+    ((25, 25), (7, 7)),
+    ((28, 9), (7, 3)),
+    ((8, 25), (2, 7)),
+  ],
+)
+def test_average_pool_is_the_mean_of_the_pixels_there_are(size, to):
+  x = RNG.normal(size=(2, *size, 3))
+  actual = layers.average_pool_to(jnp.asarray(x, jnp.float32), *to)
+  np.testing.assert_allclose(actual, pooled(x, *to), rtol=1e-4, atol=1e-5)
+
+
+def test_average_pool_meets_the_strided_blocks_size_for_every_input():
+  for size in range(8, 70):
+    stage = size
+    for _ in range(2):
+      stage = len(range(0, stage, 2))  # every second pixel
+      shape = jax.eval_shape(
+        lambda x, to=stage: layers.average_pool_to(x, to, to),
+        jax.ShapeDtypeStruct((1, size, size, 1), jnp.float32),
+      ).shape
+      assert shape == (1, stage, stage, 1)
+
+
+def test_an_array_of_the_right_size_is_not_pooled():
+  x = jnp.ones((1, 4, 4, 2))
+  assert layers.average_pool_to(x, 4, 4) is x
+
+
+def test_pool_adapter_pools_and_pads():
+  x = RNG.normal(size=(2, 9, 9, 3))
+  actual = layers.PoolAdapter()(jnp.asarray(x, jnp.float32), (2, 5, 5, 6), 1)
+  expected = np.pad(pooled(x, 5, 5), ((0, 0),) * 3 + ((0, 3),))
+  np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+# Sources 0..4 have these channels. Blocks 1..5 get inputs as wide as 0..4.
+FEATURES = [4, 4, 8, 8, 16, 16]
+PROJECTIONS = {
+  'source0_to8',
+  'source0_to16',
+  'source1_to8',
+  'source1_to16',
+  'source2_to16',
+  'source3_to16',
+}
+
+
+@pytest.fixture
+def projection():
+  return layers.ProjectionAdapter(FEATURES, dtype=jnp.float32, rngs=nnx.Rngs(0))
+
+
+def test_there_is_a_projection_for_each_source_and_wider_shape(projection):
+  assert set(projection.projections) == PROJECTIONS
+  # The last block's output is read by no block.
+  narrow = layers.ProjectionAdapter(
+    [4, 4, 8], dtype=jnp.float32, rngs=nnx.Rngs(0)
+  )
+  assert set(narrow.projections) == set()
+
+
+def test_projection_pools_and_mixes_channels(projection):
+  x = RNG.normal(size=(2, 9, 9, 4))
+  kernel = np.asarray(projection.projections['source1_to16'].kernel[...])
+  assert kernel.shape == (1, 1, 4, 16)
+  actual = projection(jnp.asarray(x, jnp.float32), (2, 3, 3, 16), 1)
+  expected = pooled(x, 3, 3) @ kernel[0, 0].astype(np.float64)
+  np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+  same = jnp.ones((2, 9, 9, 4))
+  assert projection(same, (2, 9, 9, 4), 1) is same
+
+
+def test_projections_that_no_edge_uses_are_dropped(projection):
+  # Target 4 (block 5) has an input as wide as source 4: 16 channels.
+  projection.prune({(0, 0), (0, 2), (1, 4), (2, 3)})
+  assert set(projection.projections) == {'source0_to8', 'source1_to16'}

@@ -1,0 +1,295 @@
+"""The command line: every mode, and every bad input in one line."""
+
+import gzip
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import sklearn.datasets
+from PIL import Image
+
+import maskconnect_jax
+
+DIGITS = np.rint(sklearn.datasets.load_digits().images * 255 / 16).astype(
+  np.uint8
+)
+
+
+@pytest.fixture
+def refused(cli, tiny, tmp_path):
+  """Runs a command that must fail in one line and leave no workdir."""
+
+  def check(*arguments, says, mode='train', config=tiny, workdir=True):
+    workdir = tmp_path / 'workdir' if workdir is True else workdir
+    ran = cli(
+      *([f'--mode={mode}'] if mode else []),
+      *([f'--config={config}'] if config else []),
+      *([f'--workdir={workdir}'] if workdir else []),
+      *arguments,
+    )
+    assert ran.code == 2, ran
+    assert ran.out == ''
+    lines = ran.err.splitlines()
+    assert len(lines) == 1, ran.err
+    assert lines[0].startswith('error: ')
+    for part in [says] if isinstance(says, str) else says:
+      assert part in lines[0]
+    assert not (tmp_path / 'workdir').exists()
+
+  return check
+
+
+@pytest.mark.parametrize(
+  ('argument', 'says'),
+  [
+    ('config.sede=1', ['config.sede', 'did you mean config.seed?']),
+    (
+      'config.connectivity.fanin=1',
+      ['config.connectivity.fanin', 'did you mean config.connectivity.fan_in?'],
+    ),
+    ('config.conectivity.fan_in=1', 'did you mean config.connectivity.fan_in?'),
+    ('config.zzzzzz=1', ['config.zzzzzz', 'config.py lists the fields']),
+    ('config.seed=abc', ['config.seed=abc', 'a whole number, such as 0']),
+    ('config.seed=1.5', ['config.seed=1.5', 'a whole number']),
+    ('config.optimizer.momentum=x', ['momentum=x', 'a number, such as 0.9']),
+    ('config.data.flip=maybe', ['config.data.flip=maybe', 'true or false']),
+    ('config.seed', ['--config.seed', 'Missing value']),
+    ('config.connectivity=3', '--config.connectivity=3'),
+    ('config.connectivity.rule=lerned', 'learned, fixed_prev, fixed_random'),
+    ('config.connectivity.fan_in=0', ['fan_in=0', 'at least 1']),
+    ('config.connectivity.phase=150%', ["phase='150%'", 'between 1 and']),
+    (
+      'config.model.name=resnet21',
+      ['resnet21', '6n+2', 'resnet20', 'resnet26'],
+    ),
+    ('config.model.name=resnext', ['resnext', 'did you mean']),
+    ('config.duration=soon', ["duration='soon'", '60 epochs']),
+    ('config.duration=10%', ["duration='10%'", 'needs a unit']),
+    ('config.duration=0 steps', ["duration='0 steps'", 'not one step']),
+    ('config.batch_size=1440', ['1440', 'larger than the 1437']),
+    ('config.data.mean=(1.0,2.0)', ['data.mean', '1 channels']),
+    ('mode=tarin', ['--mode=tarin', 'train|evaluate|describe|predict']),
+    ('workdr=x', ["'workdr'", 'workdir']),
+    ('nonsense=1', ["'nonsense'", '--help']),
+    ('json=maybe', '--json=maybe'),
+  ],
+)
+def test_bad_flags(argument, says, refused):
+  refused(f'--{argument}', says=says)
+
+
+@pytest.mark.parametrize('field', ['batch_size', 'eval_batch_size'])
+def test_batch_that_does_not_divide(field, refused):
+  devices = jax.device_count()
+  refused(
+    f'--config.{field}={8 * devices + 1}',
+    says=[f'config.{field}=', f'over {devices} devices; {8 * devices} does'],
+  )
+
+
+def test_bad_command_lines(refused, tmp_path):
+  refused(config=None, says='--mode=train needs --config')
+  refused(config=None, mode='describe', says='--mode=describe needs --config')
+  for mode in ('train', 'evaluate'):
+    refused(mode=mode, workdir=None, says=f'--mode={mode} needs --workdir')
+  refused(mode='predict', says='--mode=predict needs --images')
+  refused('stray', says="'stray' is no flag")
+  refused('--config.seed=1', config=None, says='--config, which is missing')
+  refused(mode='evaluate', config=None, says='holds no config.json')
+  refused(mode='evaluate', says='holds no model.json')
+  for more in ((), ('--config.seed=1',)):
+    refused(*more, config='none.py', says=['--config=none.py', 'no such file'])
+  other = tmp_path / 'other.py'
+  other.write_text('{"not": Python')
+  refused(config=other, says=['other.py is no config file', 'get_config'])
+
+
+def test_no_traceback_in_a_process_of_its_own(tiny, tmp_path):
+  ran = subprocess.run(
+    [
+      sys.executable,
+      '-m',
+      'maskconnect_jax.main',
+      f'--config={tiny}',
+      f'--workdir={tmp_path / "workdir"}',
+      '--config.connectivity.fan_inn=3',
+    ],
+    cwd=os.path.dirname(os.path.dirname(__file__)),
+    capture_output=True,
+    text=True,
+    timeout=200,
+    check=False,
+  )
+  assert ran.returncode == 2
+  assert ran.stdout == ''
+  assert ran.stderr == (
+    'error: config.connectivity.fan_inn is not a config field;'
+    ' did you mean config.connectivity.fan_in?\n'
+  )
+  assert not (tmp_path / 'workdir').exists()
+
+
+# Data.
+
+
+def make_folder(root, train=('cat', 'dog'), test=('cat', 'dog')):
+  for split, classes in (('train', train), ('test', test)):
+    for name in classes:
+      folder = root / split / name
+      folder.mkdir(parents=True)
+      for number in range(8):
+        Image.fromarray(DIGITS[number]).convert('RGB').save(
+          folder / f'{number}.png'
+        )
+  return root
+
+
+@pytest.mark.parametrize(
+  ('train', 'test', 'says'),
+  [
+    (None, None, 'data'),  # missing
+    ((), (), 'train'),  # empty
+    (('cat', 'dog'), (), 'test'),
+    (('cat',), ('cat',), 'cat'),
+    (('cat', 'dog'), ('cat', 'cow'), ['cow', 'dog']),
+  ],
+)
+def test_bad_data_dir(train, test, says, refused, tmp_path):
+  root = tmp_path / 'data'
+  if train is not None:
+    root.mkdir()
+    make_folder(root, train, test)
+  refused(
+    '--config.data.source=folder', f'--config.data.dir={root}',
+    '--config.batch_size=8', says=[says] if isinstance(says, str) else says,
+  )  # fmt: skip
+
+
+def test_truncated_image_is_named(refused, tmp_path):
+  root = make_folder(tmp_path / 'data')
+  bad = root / 'train/dog/3.png'
+  bad.write_bytes(bad.read_bytes()[:60])
+  refused(
+    '--config.data.source=folder', f'--config.data.dir={root}',
+    '--config.batch_size=8', says=[str(bad), 'skip_errors'],
+  )  # fmt: skip
+
+
+def test_idx_cut_short(refused, tmp_path):
+  for part in ('train', 't10k'):
+    images = struct.pack('>4I', 0x803, 16, 8, 8) + DIGITS[:16].tobytes()
+    labels = struct.pack('>2I', 0x801, 16) + bytes(range(2)) * 8
+    (tmp_path / f'{part}-labels-idx1-ubyte').write_bytes(labels)
+    path = tmp_path / f'{part}-images-idx3-ubyte.gz'
+    path.write_bytes(gzip.compress(images[:-5]))
+  refused(
+    '--config.data.source=idx', f'--config.data.dir={tmp_path}',
+    '--config.batch_size=8', says='train-images-idx3-ubyte.gz',
+  )  # fmt: skip
+
+
+# The other modes.
+
+
+def test_describe(cli, tiny, tmp_path):
+  ran = cli(
+    f'--config={tiny}', '--mode=describe', '--config.connectivity.fan_in=7'
+  )
+  assert ran.code == 0
+  assert '6 edges of 6 valid, fan-in 7; no block has more than 3' in ran.out
+  assert '19,074 parameters' in ran.out
+  assert 'MFLOP' in ran.out
+
+
+def test_evaluate(cli, finished, tiny):
+  for more in ((), (f'--config={tiny}',)):
+    ran = cli('--mode=evaluate', f'--workdir={finished.workdir}', *more)
+    assert ran.code == 0
+    assert json.loads(ran.out) == {
+      'test_accuracy': pytest.approx(finished.summary['test_accuracy_pruned']),
+      'num_test_examples': 360,
+    }
+
+
+def test_evaluate_with_a_damaged_config(refused, finished, tmp_path):
+  workdir = tmp_path / 'other'
+  shutil.copytree(finished.workdir / 'model', workdir / 'model')
+  (workdir / 'config.json').write_text('{')
+  refused(
+    mode='evaluate', config=None, workdir=workdir,
+    says=['config.json is damaged', '--config'],
+  )  # fmt: skip
+
+
+@pytest.fixture
+def photos(tmp_path):
+  """A folder of digits: grey, larger, with alpha, 16 bits, and a note."""
+  folder = tmp_path / 'photos'
+  (folder / 'deeper').mkdir(parents=True)
+  image = Image.fromarray(DIGITS[4])
+  image.save(folder / 'a_grey.png')
+  image.resize((32, 32)).save(folder / 'b_large.png')
+  image.convert('RGBA').save(folder / 'c_alpha.png')
+  Image.fromarray(DIGITS[4].astype(np.uint16) << 8).save(folder / 'd_16.png')
+  (folder / 'note.txt').write_text('not a picture')
+  return folder
+
+
+def test_predict(cli, finished, photos):
+  arguments = (
+    '--mode=predict', f'--workdir={finished.workdir}', f'--images={photos}',
+    f'--images={photos / "a_grey.png"}',
+  )  # fmt: skip
+  model = maskconnect_jax.load(finished.workdir / 'model')
+  names = ['a_grey.png', 'b_large.png', 'c_alpha.png', 'd_16.png', 'a_grey.png']
+  expected = model.predict([photos / name for name in names])
+
+  ran = cli(*arguments)
+  assert ran.code == 0
+  assert ran.out.splitlines() == [
+    f'{photos / name}\t{row.argmax()}\t{row.max():.4f}'
+    for name, row in zip(names, expected, strict=True)
+  ]
+
+  ran = cli(*arguments, '--json')
+  records = [json.loads(line) for line in ran.out.splitlines()]
+  assert [r['image'] for r in records] == [str(photos / name) for name in names]
+  for record, row in zip(records, expected, strict=True):
+    assert record['class'] == str(row.argmax())
+    assert record['probability'] == pytest.approx(row.max())
+    assert list(record['probabilities']) == list('0123456789')
+    assert sum(record['probabilities'].values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_predict_what_cannot_be(refused, finished, photos, tmp_path):
+  def bad(path, says):
+    refused(
+      f'--images={path}', mode='predict', config=None,
+      workdir=finished.workdir, says=[str(path), says],
+    )  # fmt: skip
+
+  bad(tmp_path / 'none.png', '')
+  bad(photos / 'note.txt', 'not an image')
+  bad(photos / 'deeper', 'image')
+  refused(
+    f'--images={photos}', mode='predict', config=None, says='no model.json'
+  )
+
+
+def test_diverged(cli, tiny, tmp_path):
+  ran = cli(
+    f'--config={tiny}', f'--workdir={tmp_path}',
+    '--config.connectivity.rule=fixed_prev', '--config.duration=4 steps',
+    '--config.optimizer.learning_rate=1e38', '--config.optimizer.schedule=step',
+  )  # fmt: skip
+  assert ran.code == 2
+  *_, last = ran.err.splitlines()
+  assert last.startswith('error: the loss is not finite at step ')
+  assert 'lower config.optimizer.learning_rate' in last
+  assert 'Traceback' not in ran.err

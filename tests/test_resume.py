@@ -1,0 +1,319 @@
+"""A run that is cut anywhere and started again ends with the same bits."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from maskconnect_jax import checkpoint, config, metrics, train
+
+# Runs the command line, but kills itself (kill -9) right after the line of a
+# step is written, or right after a save has been started in the background.
+COMMAND = """
+import os, signal, sys
+from maskconnect_jax import checkpoint, main, metrics
+
+moment, at = sys.argv.pop(1), int(sys.argv.pop(1))
+
+def write(self, step, *rest, real=metrics.MetricsWriter.write):
+  real(self, step, *rest)
+  if moment == 'step' and step == at:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def save(self, step, *rest, real=checkpoint.Checkpoints.save):
+  real(self, step, *rest)
+  if moment == 'save' and step == at:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+metrics.MetricsWriter.write = write
+checkpoint.Checkpoints.save = save
+main.run()
+"""
+
+ACCURACIES = (
+  'test_accuracy_drawn',
+  'test_accuracy_at_freeze',
+  'test_accuracy',
+  'test_accuracy_pruned',
+)
+
+
+def start(tiny, workdir, moment='', at=0):
+  return subprocess.run(
+    [
+      sys.executable, '-W', 'error::UserWarning', '-c', COMMAND, moment,
+      str(at), f'--config={tiny}', f'--workdir={workdir}',
+    ],
+    capture_output=True,
+    text=True,
+    cwd=os.path.dirname(os.path.dirname(__file__)),
+    timeout=250,
+    check=False,
+  )  # fmt: skip
+
+
+def lines(workdir):
+  text = (workdir / 'metrics.jsonl').read_text()
+  return [json.loads(line) for line in text.splitlines()]
+
+
+def without_times(records):
+  return [
+    {k: v for k, v in record.items() if k != 'images_per_second'}
+    for record in records
+  ]
+
+
+def steps(workdir):
+  """Steps that have a whole checkpoint."""
+  return sorted(
+    int(p.name) for p in (workdir / 'checkpoints').iterdir() if p.name.isdigit()
+  )
+
+
+@pytest.fixture
+def assert_same_end(finished, arrays_in):
+  """Compares a workdir with that of the run that was never cut."""
+
+  def check(workdir, *, same_lines=True):
+    final = arrays_in(workdir / 'checkpoints/24/state')
+    expected = arrays_in(finished.workdir / 'checkpoints/24/state')
+    groups = {name.partition('.')[0] for name in expected}
+    assert groups == {
+      'step', 'order', 'weights', 'masks', 'statistics', 'optimizer',
+    }  # fmt: skip
+    assert set(final) == set(expected)
+    for name, array in expected.items():
+      assert final[name].dtype == array.dtype, name
+      assert final[name].tobytes() == array.tobytes(), name
+    assert int(final['step']) == 24
+    if same_lines:
+      assert without_times(lines(workdir)) == without_times(
+        lines(finished.workdir)
+      )
+      with (
+        np.load(workdir / 'real_masks.npz') as ours,
+        np.load(finished.workdir / 'real_masks.npz') as theirs,
+      ):
+        np.testing.assert_array_equal(ours['steps'], theirs['steps'])
+        np.testing.assert_array_equal(ours['masks'], theirs['masks'])
+    summary = json.loads((workdir / 'summary.json').read_text())
+    for name in ACCURACIES:
+      assert summary[name] == finished.summary[name], name
+    assert summary['train_seconds'] * summary[
+      'images_per_second'
+    ] == pytest.approx(24 * 64)
+    topology = (workdir / 'topology.json').read_bytes()
+    assert topology == (finished.workdir / 'topology.json').read_bytes()
+
+  return check
+
+
+def cut(finished, workdir, step):
+  """Makes the workdir of a run killed after the save at `step`."""
+  shutil.copytree(
+    finished.workdir,
+    workdir,
+    ignore=shutil.ignore_patterns(
+      'summary.json', 'topology.json', 'model', 'figures'
+    ),
+  )
+  for path in (workdir / 'checkpoints').iterdir():
+    if int(path.name) > step:
+      shutil.rmtree(path)
+  return workdir
+
+
+def test_killed_and_started_again(tiny, tmp_path, finished, assert_same_end):
+  """kill -9 in the first phase, then during a save after the freeze."""
+  workdir = tmp_path / 'run'
+  ran = start(tiny, workdir, 'step', 6)
+  assert ran.returncode == -signal.SIGKILL, ran.stderr
+  assert lines(workdir)[-1]['step'] == 6
+  assert steps(workdir) in ([], [4])  # the save of 4 may be under way still
+
+  ran = start(tiny, workdir, 'save', 16)
+  assert ran.returncode == -signal.SIGKILL, ran.stderr
+  assert [r['step'] for r in lines(workdir)] == list(range(2, 17, 2))
+  assert 16 not in steps(workdir)
+  assert 8 in steps(workdir)
+
+  ran = start(tiny, workdir)
+  assert ran.returncode == 0, ran.stderr
+  assert 'going on from step' in ran.stderr
+  assert_same_end(workdir)
+  assert not [p for p in workdir.rglob('*') if 'tmp' in p.name]
+  # The table a person reads.
+  for name in ACCURACIES:
+    assert f'{finished.summary[name]:.2%}' in ran.stdout
+  for name in ('parameters', 'parameters_pruned'):
+    assert f'{finished.summary[name]:,}' in ran.stdout
+  for name in (
+    'summary.json', 'topology.json', 'metrics.jsonl', 'config.json', 'figures/',
+    'model/', 'tensorboard/', 'checkpoints/',
+  ):  # fmt: skip
+    assert str(workdir / name) + '/' * (name[-1] == '/') in ran.stdout
+    assert (workdir / name).exists()
+  assert 'Traceback' not in ran.stderr
+
+
+@pytest.mark.parametrize('step', [12, 16])
+def test_from_any_checkpoint(
+  step, tiny_config, tmp_path, finished, assert_same_end, capsys
+):
+  """Exactly at and after the freeze; a kill before it is tested above."""
+  workdir = cut(finished, tmp_path / 'run', step)
+  # A kill also leaves a line half written, and lines of steps done again.
+  with (workdir / 'metrics.jsonl').open('a') as file:
+    file.write('{"step": 26, "pha')
+  train.train(tiny_config, workdir)
+  assert f'going on from step {step} of 24' in capsys.readouterr().err
+  assert_same_end(workdir)
+
+
+def test_same_command_same_bits(tiny_config, tmp_path, assert_same_end):
+  train.train(tiny_config, tmp_path / 'run')
+  assert_same_end(tmp_path / 'run')
+
+
+def test_sigterm_saves_and_stops(
+  tiny, tmp_path, cli, assert_same_end, monkeypatch, capsys
+):
+  workdir = tmp_path / 'run'
+  real = train.report.at_freeze
+
+  def at_freeze(progress, step):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return real(progress, step)
+
+  before = signal.getsignal(signal.SIGTERM)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train.report, 'at_freeze', at_freeze)
+    ran = cli(f'--config={tiny}', f'--workdir={workdir}')
+  assert ran.code == 0
+  assert ran.out == ''
+  assert 'stopped after step 13 of 24; the same command goes on' in ran.err
+  assert steps(workdir)[-1] == 13  # the step under way, not one of every 4
+  assert not (workdir / 'summary.json').exists()
+  assert signal.getsignal(signal.SIGTERM) == before
+  ran = cli(f'--config={tiny}', f'--workdir={workdir}')
+  assert ran.code == 0
+  assert 'going on from step 13 of 24' in ran.err
+  assert_same_end(workdir, same_lines=False)
+  found = [record['step'] for record in lines(workdir)]
+  assert found == [2, 4, 6, 8, 10, 12, 13, *range(14, 25, 2)]
+
+
+def test_finished_run_trains_nothing(
+  tiny_config, tmp_path, finished, assert_same_end, monkeypatch
+):
+  workdir = cut(finished, tmp_path / 'run', 24)
+
+  def never(*arguments):
+    raise AssertionError('a step was compiled')
+
+  monkeypatch.setattr(train, 'compile_step', never)
+  result = train.train(tiny_config, workdir)
+  assert result.summary == finished.summary
+  assert_same_end(workdir)
+
+
+def damage(workdir, step, how):
+  folder = workdir / 'checkpoints' / str(step)
+  files = [path for path in folder.rglob('*') if path.is_file()]
+  largest = max(files, key=lambda path: path.stat().st_size)
+  content = bytearray(largest.read_bytes())
+  middle = len(content) // 2
+  if how == 'flip':
+    content[middle : middle + 8] = bytes(b ^ 255 for b in content[middle:][:8])
+    largest.write_bytes(content)
+  elif how == 'delete':
+    largest.unlink()
+  else:
+    (folder / 'metrics/metrics').write_text('{"accu')
+
+
+@pytest.mark.parametrize(
+  ('how', 'falls_back'),
+  [
+    ('flip', True),
+    ('delete', True),
+    ('metrics', False),  # only how good it was is lost
+  ],
+)
+def test_damaged_newest_checkpoint(
+  how, falls_back, tiny_config, tmp_path, finished, assert_same_end, capsys,
+  caplog,
+):  # fmt: skip
+  workdir = cut(finished, tmp_path / 'run', 24)
+  damage(workdir, 24, how)
+  train.train(tiny_config, workdir)
+  captured = capsys.readouterr().err
+  start = 20 if falls_back else 24
+  assert f'going on from step {start} of 24' in captured
+  said = [r.getMessage() for r in caplog.records if 'damaged' in r.getMessage()]
+  assert len(said) == 1
+  assert str(workdir / 'checkpoints/24') in said[0]
+  assert 'Traceback' not in captured + caplog.text
+  assert_same_end(workdir)
+
+
+def test_all_damaged(tiny, tmp_path, finished, cli):
+  workdir = cut(finished, tmp_path / 'run', 8)
+  for step in (4, 8):
+    damage(workdir, step, 'flip')
+  before = (workdir / 'metrics.jsonl').read_bytes()
+  ran = cli(f'--config={tiny}', f'--workdir={workdir}')
+  assert ran.code == 2
+  assert ran.out == ''
+  assert ran.err.count('\n') == 1
+  assert f'no checkpoint in {workdir / "checkpoints"} can be read' in ran.err
+  assert 'another --workdir' in ran.err
+  assert (workdir / 'metrics.jsonl').read_bytes() == before
+  assert steps(workdir) == [4, 8]
+
+
+def test_another_config_is_refused(tiny, tmp_path, finished, cli):
+  before = {
+    path: path.stat().st_mtime_ns for path in finished.workdir.rglob('*')
+  }
+  ran = cli(
+    f'--config={tiny}',
+    f'--workdir={finished.workdir}',
+    '--config.seed=1',
+    '--config.optimizer.steps_at=("10%",)',
+  )
+  assert ran.code == 2
+  assert ran.err.count('\n') == 1
+  assert 'seed (5 there, 1 now)' in ran.err
+  assert "optimizer.steps_at (['50%', '75%'] there, ['10%'] now)" in ran.err
+  assert 'batch_size' not in ran.err
+  after = {
+    path: path.stat().st_mtime_ns for path in finished.workdir.rglob('*')
+  }
+  assert after == before
+
+
+def test_a_damaged_config_is_refused(tiny_config, tmp_path):
+  (tmp_path / 'config.json').write_text('{')
+  with pytest.raises(config.InputError, match='config.json is damaged'):
+    train.train(tiny_config, tmp_path)
+
+
+def test_interrupted_from_the_keyboard(tiny, tmp_path, cli, monkeypatch):
+  """Ctrl-C: no traceback, the status that shells expect."""
+
+  def write(*arguments):
+    os.kill(os.getpid(), signal.SIGINT)
+
+  monkeypatch.setattr(metrics.MetricsWriter, 'write', write)
+  ran = cli(f'--config={tiny}', f'--workdir={tmp_path}')
+  assert ran.code == 130
+  assert 'interrupted; the same command goes on' in ran.err
+  assert 'Traceback' not in ran.err
+  assert not checkpoint.has_checkpoint(tmp_path / 'checkpoints')

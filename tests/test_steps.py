@@ -1,0 +1,312 @@
+"""The training and the evaluation step, against NumPy and each other."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from maskconnect_jax import models, optimizer, steps
+from maskconnect_jax.connectivity import Topology
+
+RNG = np.random.default_rng(0)
+COUNT, BATCH, CLASSES, SEED = 22, 8, 3, 7
+MEAN, STD, SMOOTHING = 100.0, 60.0, 0.1
+# Each class has a bright part of its own.
+LABELS = np.arange(COUNT, dtype=np.int32) % CLASSES
+IMAGES = RNG.integers(0, 120, (COUNT, 8, 8, 1), np.uint8)
+IMAGES[np.arange(COUNT), LABELS * 2] += 120
+
+train_step = jax.jit(steps.train_step, static_argnums=0)
+eval_step = jax.jit(steps.eval_step, static_argnums=0)
+
+
+def transform(valid):
+  return optimizer.partitioned(
+    optimizer.weights_transform(
+      optimizer.schedule('constant', 0.05, 100),
+      momentum=0.9,
+      nesterov=True,
+      weight_decay=1e-4,
+      decay_all=False,
+    ),
+    optimizer.masks_transform(optimizer.schedule('constant', 0.5, 100), valid),
+  )
+
+
+def made(model, **fields):
+  """Recipe and state of a run on one device, without augmentation."""
+  mesh = Mesh(
+    np.array(jax.devices()[:1]), ('data',), axis_types=(AxisType.Auto,)
+  )
+  recipe = steps.Recipe(
+    **{
+      'network': steps.split(model)[0],
+      'optimizer': transform(model.stack.valid),
+      'seed': SEED,
+      'batch_size': BATCH,
+      'pad': 0,
+      'flip': False,
+      'mean': (MEAN,),
+      'std': (STD,),
+      'label_smoothing': SMOOTHING,
+      'batch_sharding': NamedSharding(mesh, PartitionSpec('data')),
+    }
+    | fields
+  )
+  return recipe, steps.init_state(model, recipe.optimizer, COUNT)
+
+
+def tiny(**options):
+  return models.ResNet(
+    (1, 1, 1),
+    **{'num_classes': CLASSES, 'fan_in': 1, 'width': 4, 'in_channels': 1}
+    | options,
+  )
+
+
+@pytest.fixture(scope='module')
+def learned():
+  return made(tiny())
+
+
+@pytest.fixture(scope='module')
+def path(learned):
+  """The states of 31 steps, and the losses of the 30 between them."""
+  recipe, state = learned
+  states, losses = [state], []
+  for _ in range(30):
+    state, metrics = train_step(recipe, state, IMAGES, LABELS)
+    states.append(state)
+    losses.append(metrics)
+  return states, losses
+
+
+def assert_equal_trees(one, other):
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def cross_entropy(logits, labels, smoothing=0.0):
+  """Per example, in NumPy and float64."""
+  logits = np.asarray(logits, np.float64)
+  log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  target = np.eye(CLASSES)[labels] * (1 - smoothing) + smoothing / CLASSES
+  return -(target * log_p).sum(-1)
+
+
+def normalized(indices):
+  return jnp.asarray((IMAGES[indices] - MEAN) / STD, jnp.float32)
+
+
+# Training.
+
+
+def test_two_steps_from_one_state_are_bit_equal(learned, path):
+  recipe, _ = learned
+  for index in (0, 1):
+    again = train_step(recipe, path[0][index], IMAGES, LABELS)
+    assert_equal_trees(again, (path[0][index + 1], path[1][index]))
+
+
+def test_each_epoch_takes_every_image_once_less_the_remainder(path):
+  states, _ = path
+  per_epoch = COUNT // BATCH
+  orders = [np.asarray(state.order) for state in states[1:]]
+  for order in orders:
+    np.testing.assert_array_equal(np.sort(order), np.arange(COUNT))
+  epochs = [orders[i : i + per_epoch] for i in range(0, 30, per_epoch)]
+  for epoch in epochs:
+    for order in epoch:
+      np.testing.assert_array_equal(order, epoch[0])
+  assert len({tuple(epoch[0]) for epoch in epochs}) == len(epochs)
+
+
+def test_a_step_is_that_of_its_own_images_and_of_the_mask_of_its_key(
+  learned, path
+):
+  """And so a resumed run draws what one without a break would have drawn."""
+  recipe, _ = learned
+  states, metrics = path
+  stream = 3  # steps.MASK: another would change every run
+  masks = set()
+
+  @jax.jit
+  def run(variables, inputs, mask):
+    model = nnx.merge(recipe.network, *variables, copy=True)
+    return model(inputs, mask, train=True)
+
+  for step in (0, 1, 2, 5):
+    key = jax.random.fold_in(
+      jax.random.fold_in(jax.random.key(SEED), stream), step
+    )
+    before = states[step]
+    model = nnx.merge(recipe.network, *before.variables(), copy=True)
+    start = step % (COUNT // BATCH) * BATCH
+    indices = np.asarray(states[step + 1].order)[start : start + BATCH]
+    mask = np.array(model.draw(key))
+    masks.add(mask.tobytes())
+    logits = run(before.variables(), normalized(indices), mask)
+    losses = cross_entropy(logits, LABELS[indices], SMOOTHING)
+    assert float(metrics[step]['loss']) == pytest.approx(
+      losses.mean(), rel=1e-4
+    )
+    right = np.mean(np.argmax(logits, -1) == LABELS[indices])
+    assert float(metrics[step]['accuracy']) == pytest.approx(right)
+    # Had the last block taken another source, the loss would tell.
+    mask[2] = np.roll(mask[2], 1)
+    logits = run(before.variables(), normalized(indices), mask)
+    other = cross_entropy(logits, LABELS[indices], SMOOTHING).mean()
+    assert abs(other - losses.mean()) > 1e-3
+  assert len(masks) > 1
+
+
+def test_the_loss_falls(path):
+  _, metrics = path
+  losses = [float(m['loss']) for m in metrics]
+  assert np.isfinite(losses).all()
+  # Smoothed labels have this entropy, below which no loss can fall.
+  p = np.array([1 - SMOOTHING * 2 / 3, SMOOTHING / 3, SMOOTHING / 3])
+  least = -(p * np.log(p)).sum()
+  assert min(losses) >= least - 1e-5
+  assert np.mean(losses[-5:]) - least < 0.5 * (np.mean(losses[:3]) - least)
+
+
+def test_masks_move_where_they_are_valid_also_undrawn_entries(learned, path):
+  states, _ = path
+  first, second = (np.asarray(jax.tree.leaves(s.masks)[0]) for s in states[:2])
+  valid = np.tri(3, dtype=bool)
+  np.testing.assert_array_equal(first, np.where(valid, 0.5, 0))
+  # With K = 1 the last block drew one of three, yet all three moved.
+  assert (second[2] != first[2]).all()
+  for state in states:
+    (mask,) = jax.tree.leaves(state.masks)
+    assert mask.dtype == jnp.float32
+    assert np.min(mask) >= 0
+    assert np.max(mask) <= 1
+    assert not np.any(np.where(valid, 0, mask))
+  assert [int(state.step) for state in states] == list(range(31))
+
+
+@pytest.mark.parametrize('rule', ['fixed_prev', 'fixed_random', 'fixed_all'])
+def test_a_fixed_rule_trains_without_masks(rule):
+  recipe, state = made(tiny(rule=rule))
+  assert not jax.tree.leaves(state.masks)
+  after, metrics = jax.eval_shape(
+    functools.partial(steps.train_step, recipe), state, IMAGES, LABELS
+  )
+  assert not jax.tree.leaves(after.masks)
+  assert metrics['loss'].shape == ()
+
+
+def test_crops_and_flips_are_those_of_the_step(learned):
+  recipe, _ = learned
+  recipe = dataclasses.replace(recipe, pad=1, flip=True)
+  indices = jnp.arange(BATCH)
+
+  def batch(step):
+    inputs, targets = steps.training_batch(
+      recipe, jnp.asarray(IMAGES), jnp.asarray(LABELS), indices, step
+    )
+    np.testing.assert_array_equal(targets, LABELS[:BATCH])
+    return np.asarray(inputs)
+
+  np.testing.assert_array_equal(batch(0), batch(0))
+  assert (batch(0) != batch(1)).any()
+  padded = np.pad(
+    normalized(np.arange(BATCH)), ((0, 0), (1, 1), (1, 1), (0, 0))
+  )
+  for mine, source in zip(batch(3), padded, strict=True):
+    crops = [
+      source[y : y + 8, x : x + 8][:, ::turn]
+      for y in range(3)
+      for x in range(3)
+      for turn in (1, -1)
+    ]
+    assert min(np.abs(crop - mine).max() for crop in crops) < 1e-6
+
+
+# Evaluation.
+
+
+@pytest.mark.parametrize('key', [None, 11])
+def test_evaluation_counts_the_examples_and_not_the_padding(learned, path, key):
+  recipe, _ = learned
+  variables = path[0][-1].variables()
+  key = None if key is None else jax.random.key(key)
+  model = nnx.merge(recipe.network, *variables, copy=True)
+  mask = None if key is None else model.draw(key)
+  logits = model(normalized(np.arange(COUNT)), mask)
+  losses = cross_entropy(logits, LABELS)
+  right = np.argmax(logits, -1) == LABELS
+  totals = {'correct': 0, 'loss': 0.0, 'count': 0}
+  for start in range(0, COUNT, BATCH):
+    indices = np.arange(start, start + BATCH)
+    counted = indices < COUNT
+    images, labels = IMAGES[indices % COUNT], LABELS[indices % COUNT]
+    sums = eval_step(recipe, variables, images, labels, counted, key)
+    for name in totals:
+      totals[name] += sums[name].item()
+  assert totals['count'] == COUNT
+  assert totals['correct'] == right.sum()
+  assert totals['loss'] == pytest.approx(losses.sum(), rel=1e-4)
+  nothing = eval_step(
+    recipe,
+    variables,
+    IMAGES[:BATCH],
+    LABELS[:BATCH],
+    np.zeros(BATCH, bool),
+    key,
+  )
+  assert [nothing[name].item() for name in totals] == [0, 0, 0]
+
+
+# The statistics at the freeze.
+
+
+def test_batch_statistics_are_of_the_batch_and_a_dead_block_keeps_its_own(
+  path, learned
+):
+  recipe, _ = learned
+  state = path[0][-1]
+  model = nnx.merge(recipe.network, *state.variables(), copy=True)
+  model = models.freeze(model, Topology(((0,), (0,), (0, 2))))
+  recipe = dataclasses.replace(recipe, network=steps.split(model)[0])
+  measure = jax.jit(steps.batch_statistics, static_argnums=0)
+  kernel = np.asarray(model.stem_conv.kernel[...], np.float64)
+  order = np.asarray(
+    jax.random.permutation(
+      jax.random.fold_in(
+        jax.random.fold_in(jax.random.key(SEED), 0), state.step
+      ),
+      COUNT,
+    )
+  )
+  for index in (0, 1, 2):
+    start = index % (COUNT // BATCH) * BATCH
+    x = np.asarray(normalized(order[start : start + BATCH]), np.float64)
+    x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    outputs = sum(
+      x[:, i : i + 8, j : j + 8] @ kernel[i, j]
+      for i in range(3)
+      for j in range(3)
+    )
+    found = measure(recipe, state, IMAGES, LABELS, index)
+    stem = found['stem_norm']
+    np.testing.assert_allclose(
+      stem['mean'][...], outputs.mean((0, 1, 2)), rtol=1e-3, atol=1e-5
+    )
+    np.testing.assert_allclose(
+      stem['var'][...], outputs.var((0, 1, 2)), rtol=1e-3
+    )
+    blocks, old = (s['stack']['blocks'] for s in (found, state.statistics))
+    assert_equal_trees(blocks[0], old[0])
+    for live in (1, 2):
+      for norm in ('norm1', 'norm2'):
+        assert (
+          blocks[live][norm]['var'][...] != old[live][norm]['var'][...]
+        ).all()
+    assert jax.tree.structure(found) == jax.tree.structure(state.statistics)
