@@ -12,6 +12,7 @@ import json
 import logging as standard_logging
 import re
 import sys
+import time
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from maskconnect_jax.config import InputError
+
+# After a failed read the others that it had begun end, each with a complaint.
+_SETTLE_SECONDS = 0.3
 
 _policies = ocp.training.preservation_policies
 
@@ -118,6 +122,7 @@ class Checkpoints:
             raise ValueError('its arrays are not those that were saved')
         except Exception as error:  # whatever a broken file makes Orbax raise
           damage = _first_line(error)
+          time.sleep(_SETTLE_SECONDS)
       if not damage:
         return type(like)(**loaded), dict(metadata['progress'])
       logging.warning(
@@ -177,6 +182,7 @@ def load_arrays(
       )
     except Exception as error:  # whatever a broken file makes Orbax raise
       damage = _first_line(error)
+      time.sleep(_SETTLE_SECONDS)
   raise InputError(
     f'{folder} is no whole set of arrays ({damage}); write it again with'
     ' --mode=train'

@@ -16,7 +16,7 @@ from PIL import Image
 from tensorboardX.proto import event_pb2
 
 import maskconnect_jax
-from maskconnect_jax import config, train
+from maskconnect_jax import config, evaluation, experiment, steps, train
 
 BATCH, TOTAL, FREEZE, PER_EPOCH = 64, 24, 12, 1437 // 64
 
@@ -328,6 +328,21 @@ def test_masks_may_move_to_the_end(tiny_config, tmp_path, capsys):
   assert 'no block has more than 3 sources' in notes[0]
 
 
+# Evaluation.
+
+
+def test_every_example_is_counted_once(tiny_config):
+  job = experiment.build(tiny_config)
+  # It says "0" to everything, as the padding's label is.
+  job.model.head.bias[...] = jnp.array([1e6] + [0] * 9)
+  network, *variables = steps.split(job.model)
+  _, (_, labels) = digits()
+  for size in (200, 48):  # neither divides 360
+    evaluate = evaluation.Evaluator(job.recipe, size, job.mesh)
+    accuracy = evaluate(network, tuple(variables), job.dataset.test)
+    assert accuracy == pytest.approx((labels == 0).mean())
+
+
 # A loss that is not finite.
 
 
@@ -375,13 +390,13 @@ def test_a_loss_that_is_not_finite(tiny_config, tmp_path, arrays_in, breaking):
 
 
 def test_an_update_that_is_not_finite_is_not_saved(
-  tiny_config, tmp_path, breaking, finished
+  tiny_config, tmp_path, breaking, finished, monkeypatch
 ):
   breaking('weights', 8)
   with pytest.raises(config.InputError, match='update is not finite at step 8'):
     train.train(tiny_config, tmp_path)
   assert [p.name for p in (tmp_path / 'checkpoints').iterdir()] == ['4']
-  # And what is kept is good to go on from.
+  monkeypatch.undo()  # and what is kept is good to go on from
   breaking('nothing', 0)
   summary = train.train(tiny_config, tmp_path).summary
   assert summary['test_accuracy'] == finished.summary['test_accuracy']
