@@ -2,5 +2,13 @@
 
 from maskconnect_jax.inference import load
 from maskconnect_jax.models import create_model, list_models
+from maskconnect_jax.stack import MaskedStack, freeze, prune
 
-__all__ = ['create_model', 'list_models', 'load']
+__all__ = [
+  'MaskedStack',
+  'create_model',
+  'freeze',
+  'list_models',
+  'load',
+  'prune',
+]

@@ -18,6 +18,8 @@ import ml_collections
 RULES = ('learned', 'fixed_prev', 'fixed_random', 'fixed_all')
 CHOICES = {
   'connectivity.rule': RULES,
+  'connectivity.level': ('block', 'branch'),
+  'connectivity.branch_identity': ('1/K', '1/C'),
   'connectivity.gradient': ('all', 'drawn'),
   'connectivity.scale': ('mean', 'sum'),
   'connectivity.adapter': ('pool', 'projection', 'same_stage'),
@@ -50,13 +52,14 @@ def default() -> ml_collections.ConfigDict:
 
   config.model = ml_collections.ConfigDict()
   config.model.name = 'resnet38'  # list_models() names them
-  config.model.width = 16  # channels of the first stage; doubled per stage
+  config.model.width = 0  # channels of the first stage; 0: the network's own
   config.model.dtype = 'float32'  # of the activations; the rest is float32
 
   # The rows of "Decided here" (README) are these fields.
   config.connectivity = ml_collections.ConfigDict()
   config.connectivity.rule = 'learned'
-  config.connectivity.fan_in = 4  # K: sources per block
+  config.connectivity.level = 'block'  # or 'branch', for the ResNeXts
+  config.connectivity.fan_in = 4  # K: sources per block, or per branch
   config.connectivity.phase = '50%'  # masks move for this long, then freeze
   config.connectivity.stem_source = True  # may later blocks take the stem?
   config.connectivity.gradient = 'all'  # which valid entries get a gradient
@@ -64,6 +67,7 @@ def default() -> ml_collections.ConfigDict:
   config.connectivity.initial_spread = 0.0  # ... plus uniform(-spread, spread)
   config.connectivity.scale = 'mean'  # of the K terms
   config.connectivity.adapter = 'pool'  # between sources of unlike shape
+  config.connectivity.branch_identity = '1/K'  # s, with level 'branch'
   config.connectivity.batchnorm_batches = 50  # averaged at the freeze; 0: off
 
   config.masks = ml_collections.ConfigDict()  # how the real masks are trained
@@ -125,7 +129,6 @@ def check(config: ml_collections.ConfigDict) -> None:
     'batch_size',
     'eval_batch_size',
     'keep_checkpoints',
-    'model.width',
     'connectivity.fan_in',
   ):
     if given[path] < 1:
@@ -139,6 +142,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     'data.validation',
     'data.pad',
     'data.image_size',
+    'model.width',
   ):
     if not 0 <= given[path] < math.inf:
       raise InputError(

@@ -14,13 +14,15 @@ One training step of the connectivity phase reads, in the names used below:
   x_j = c * sum_i b[j, i] * A(y_i),   y_j = F_j(x_j)      aggregate.py
   r   = project(r - rate * dloss/db, valid)               optimizer.py
 
-and at its end `freeze(r, valid, K)` gives the topology that is fine-tuned and
-whose unreachable blocks are pruned. All functions work on any leading axes.
+and at its end `freeze(r, valid, K)` is the mask that is fine-tuned, turned into
+a static `topology`, and whose unreachable blocks are pruned.
+
+All functions take leading axes: a branch-level r is [L-1, C, C], a matrix for
+each two consecutive blocks, and all of its entries are valid.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,8 +32,6 @@ import jax.numpy as jnp
 # Below it an entry draws as if it stood here, so that k_j distinct sources
 # can be drawn from every row, also from one that is all zero.
 PROBABILITY_FLOOR = 1e-6
-
-TOPOLOGY_SCHEMA = 'maskconnect_jax.topology/1'
 
 
 def valid_sources(
@@ -151,92 +151,53 @@ def _straight_through_backward(
 straight_through.defvjp(_straight_through_forward, _straight_through_backward)
 
 
+def draw_through(
+  key: jax.Array,
+  real_mask: jax.Array,
+  valid: Any,
+  fan_in: int,
+  gradient: str = 'all',
+) -> jax.Array:
+  """Returns a drawn mask whose gradient reaches r straight through.
+
+  Args:
+    key: see `draw`.
+    real_mask: see `draw`.
+    valid: see `draw`.
+    fan_in: see `draw`.
+    gradient: whether 'all' valid entries get it, or only the 'drawn'.
+  """
+  mask = draw(key, real_mask, valid, fan_in)
+  through = straight_through(real_mask, mask)
+  # A drawn entry is a one: the product passes its gradient and no other's.
+  return through * mask if gradient == 'drawn' else through
+
+
 def project(real_mask: jax.Array, valid: Any) -> jax.Array:
   """Returns r clipped to [0, 1], and 0 where a source is not valid."""
   return jnp.where(jnp.asarray(valid), jnp.clip(real_mask, 0, 1), 0)
 
 
-@dataclasses.dataclass(frozen=True)
-class Topology:
-  """A frozen mask: plain Python, hashable, known before anything is compiled.
-
-  Attributes:
-    sources: for each block j = 1..L the sources it takes, in rising order.
-  """
-
-  sources: tuple[tuple[int, ...], ...]
-
-  def __post_init__(self) -> None:
-    for target, sources in enumerate(self.sources):
-      if not sources or list(sources) != sorted(set(sources)):
-        raise ValueError(
-          f'block {target + 1} takes {sources}: its sources must'
-          ' be distinct, in rising order, and at least one'
-        )
-      if sources[0] < 0 or sources[-1] > target:
-        raise ValueError(
-          f'block {target + 1} takes {sources}: only sources'
-          f' 0..{target} come before it'
-        )
-
-  @property
-  def live(self) -> tuple[bool, ...]:
-    """For each block, whether the last block's output depends on it."""
-    needed = {len(self.sources)}
-    for block in range(len(self.sources), 0, -1):
-      if block in needed:
-        needed.update(self.sources[block - 1])
-    return tuple(block in needed for block in range(1, len(self.sources) + 1))
-
-  def to_dict(self) -> dict[str, Any]:
-    """Returns the JSON form; README, "topology.json", documents it."""
-    return {
-      'schema': TOPOLOGY_SCHEMA,
-      'form': 'block',
-      'num_blocks': len(self.sources),
-      'blocks': [
-        {'block': block, 'sources': list(sources), 'pruned': not live}
-        for block, (sources, live) in enumerate(
-          zip(self.sources, self.live, strict=True), start=1
-        )
-      ],
-    }
-
-  @classmethod
-  def from_dict(cls, record: dict[str, Any]) -> Topology:
-    """Reads what `to_dict` wrote. Raises ValueError for another schema."""
-    if record.get('schema') != TOPOLOGY_SCHEMA:
-      raise ValueError(
-        f'schema {record.get("schema")!r} is not {TOPOLOGY_SCHEMA!r}'
-      )
-    return cls(tuple(tuple(block['sources']) for block in record['blocks']))
+def freeze(real_mask: jax.Array, valid: Any, fan_in: int) -> jax.Array:
+  """Returns the mask at the end of the connectivity phase: the top K of r."""
+  return top_k(real_mask, valid, fan_in)
 
 
-def freeze(real_mask: jax.Array, valid: Any, fan_in: int) -> Topology:
-  """Returns the topology of the k_j largest entries of each row of r [L, L]."""
-  return _to_topology(top_k(real_mask, valid, fan_in))
+# Rules to compare with, as masks of the same kind.
 
 
-def fixed_prev(num_blocks: int) -> Topology:
+def fixed_prev(valid: Any) -> jax.Array:
   """Each block takes the one before: the ordinary network."""
-  return Topology(tuple((target,) for target in range(num_blocks)))
+  valid = jnp.asarray(valid)
+  return jnp.broadcast_to(jnp.eye(valid.shape[-1]), valid.shape)
 
 
-def fixed_random(key: jax.Array, valid: Any, fan_in: int) -> Topology:
+def fixed_random(key: jax.Array, valid: Any, fan_in: int) -> jax.Array:
   """Each block takes k_j sources drawn uniformly, once."""
-  uniform = jnp.ones(jnp.shape(jnp.asarray(valid)), jnp.float32)
-  return _to_topology(draw(key, uniform, valid, fan_in))
+  valid = jnp.asarray(valid)
+  return draw(key, jnp.ones(valid.shape, jnp.float32), valid, fan_in)
 
 
-def fixed_all(valid: Any) -> Topology:
+def fixed_all(valid: Any) -> jax.Array:
   """Each block takes every valid source."""
-  return _to_topology(jnp.asarray(valid))
-
-
-def _to_topology(mask: jax.Array) -> Topology:
-  return Topology(
-    tuple(
-      tuple(source for source, bit in enumerate(row) if bit)
-      for row in jax.device_get(mask).tolist()
-    )
-  )
+  return jnp.asarray(valid, jnp.float32)

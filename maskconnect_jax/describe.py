@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from clu import parameter_overview
 from flax import nnx
 
@@ -42,13 +43,12 @@ def describe(config: ml_collections.ConfigDict) -> str:
   cost: Any = compiled.cost_analysis()
   memory: Any = compiled.memory_analysis()
 
-  valid = model.stack.valid
-  fan_ins = connectivity.fan_in_of(valid, config.connectivity.fan_in)
-  num_valid = sum(map(sum, valid))
-  edges = (
-    sum(map(len, model.topology.sources))
+  own, wiring = config.connectivity, model.stack
+  num_valid = int(np.sum(wiring.valid))
+  links = (
+    model.topology.num_links
     if model.topology
-    else int(fan_ins.sum())
+    else int(connectivity.fan_in_of(wiring.valid, own.fan_in).sum())
   )
   note = experiment.note_on_fan_in(job)
   weights = nnx.to_pure_dict(nnx.state(model, nnx.Param))
@@ -56,12 +56,12 @@ def describe(config: ml_collections.ConfigDict) -> str:
     [
       parameter_overview.get_parameter_overview(weights, include_stats=False),
       '',
-      f'network      {config.model.name}, {len(valid)} blocks,'
+      f'network      {config.model.name}, {len(wiring.blocks)} blocks,'
       f' {models.count_parameters(model):,} parameters',
       f'input        {" x ".join(map(str, dataset.image_shape))},'
       f' {len(dataset.classes)} classes',
-      f'wiring       {config.connectivity.rule}, {edges} edges of {num_valid}'
-      f' valid, fan-in {config.connectivity.fan_in}'
+      f'wiring       {own.rule}, {own.level}-level, {links:,} edges of'
+      f' {num_valid:,} valid, fan-in {own.fan_in}'
       + (f'; {note}' if note else ''),
       f'data         {len(dataset.train):,} training,'
       f' {len(dataset.validation) if dataset.validation else 0:,} validation,'

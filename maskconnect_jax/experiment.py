@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 import optax
 
 from maskconnect_jax import (
@@ -131,7 +132,7 @@ class Experiment:
   dataset: datasets.Dataset
   plan: Plan
   architecture: dict[str, Any]
-  model: models.ResNet
+  model: models.Network
   mesh: jax.sharding.Mesh
   recipe: steps.Recipe
 
@@ -152,18 +153,24 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     'name': config.model.name,
     'num_classes': len(dataset.classes),
     'in_channels': dataset.image_shape[-1],
-    'width': config.model.width,
+    'width': config.model.width or None,
     'dtype': config.model.dtype,
     'fan_in': own.fan_in,
     'rule': own.rule,
-    'stem_source': own.stem_source,
-    'adapter': own.adapter,
-    'scale': own.scale,
     'gradient': own.gradient,
     'initial': own.initial,
     'initial_spread': own.initial_spread,
     'seed': config.seed,
+    'level': own.level,
   }
+  if own.level == 'branch':
+    architecture['identity'] = own.branch_identity
+  else:
+    architecture |= {
+      'stem_source': own.stem_source,
+      'adapter': own.adapter,
+      'scale': own.scale,
+    }
   model = models.create_model(**architecture)
   measured = dataset.mean_and_std()
   mean, std = (
@@ -204,11 +211,12 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
 
 
 def note_on_fan_in(job: Experiment) -> str:
-  """Returns a remark for a fan_in that no block can have, else ''."""
-  own, num_blocks = job.config.connectivity, len(job.model.stack.blocks)
-  if own.fan_in <= num_blocks or own.rule not in ('learned', 'fixed_random'):
+  """Returns a remark for a fan_in that nothing can have, else ''."""
+  own = job.config.connectivity
+  most = int(np.sum(job.model.stack.valid, -1).max())
+  if own.fan_in <= most or own.rule not in ('learned', 'fixed_random'):
     return ''
   return (
-    f'no block has more than {num_blocks} sources, so with'
+    f'no {own.level} has more than {most} sources, so with'
     f' fan_in={own.fan_in} each takes all it has'
   )

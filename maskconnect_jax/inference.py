@@ -17,9 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from maskconnect_jax import checkpoint, files, images, models
+from maskconnect_jax import (
+  checkpoint,
+  files,
+  images,
+  models,
+  stack,
+  topology,
+)
 from maskconnect_jax.config import InputError
-from maskconnect_jax.connectivity import Topology
 
 MODEL_SCHEMA = 'maskconnect_jax.model/1'
 BATCH = 256
@@ -39,7 +45,7 @@ def save(
 
   Args:
     folder: such as workdir/model.
-    model: from `models.prune`.
+    model: from `stack.prune`.
     architecture: the arguments of `create_model`.
     classes: name of each output.
     image_shape: (height, width, channels) that images are brought to.
@@ -88,11 +94,11 @@ def load(folder: str | Path) -> Classifier:
     record = json.loads(path.read_text(encoding='utf-8'))
     if record['schema'] != MODEL_SCHEMA:
       raise ValueError(f'schema {record["schema"]!r} is not {MODEL_SCHEMA!r}')
-    topology = Topology.from_dict(record['topology'])
+    wiring = topology.from_dict(record['topology'])
     architecture = record['architecture'] | {'rule': 'fixed_prev'}
     abstract = nnx.eval_shape(
-      lambda: models.prune(
-        models.freeze(models.create_model(**architecture), topology)
+      lambda: stack.prune(
+        stack.freeze(models.create_model(**architecture), wiring)
       )
     )
   except (KeyError, TypeError, ValueError) as error:
@@ -139,7 +145,7 @@ class Classifier:
     """Made by `load`."""
     self.record = record
     self.classes: tuple[str, ...] = tuple(record['classes'])
-    self.topology = Topology.from_dict(record['topology'])
+    self.topology = topology.from_dict(record['topology'])
     shape = record['preprocessing']
     self.image_shape = (shape['height'], shape['width'], shape['channels'])
     mean = jnp.asarray(shape['mean'], jnp.float32)

@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 
 from maskconnect_jax import (
+  branch_plots,
   experiment,
   files,
   inference,
@@ -17,6 +18,7 @@ from maskconnect_jax import (
   models,
   plots,
 )
+from maskconnect_jax.topology import BranchTopology
 
 
 def at_freeze(progress: dict[str, Any], step: int) -> str:
@@ -51,11 +53,23 @@ def summarize(
     'parameters_pruned': models.count_parameters(pruned),
     'blocks': len(frozen.stack.blocks),
     'blocks_pruned': sum(frozen.topology.live),
+    **branches_of(frozen),
     'images_per_second': clock.images_per_second,
     'train_seconds': clock.seconds,
     'device': jax.devices()[0].device_kind,
     'num_devices': jax.device_count(),
     'jax': jax.__version__,
+  }
+
+
+def branches_of(frozen: Any) -> dict[str, int]:
+  """Returns how many branches there are and how many stay, at their level."""
+  if not isinstance(frozen.topology, BranchTopology):
+    return {}
+  live = frozen.topology.live_branches
+  return {
+    'branches': sum(block.branches for block in frozen.stack.blocks),
+    'branches_pruned': sum(map(len, live)),
   }
 
 
@@ -95,35 +109,43 @@ def draw_figures(
   title = f'{config.model.name}, {own.rule.replace("_", "-")}'
   if own.rule in ('learned', 'fixed_random'):
     title += f', fan-in {own.fan_in}'
+  real = (
+    np.asarray(frozen.stack.real_mask[...]) if own.rule == 'learned' else None
+  )
   folder = workdir / 'figures'
-  plots.save(
-    plots.topology_figure(
-      topology.sources, stages=frozen.stages, live=topology.live, title=title
-    ),
-    folder / 'topology',
-  )
-  if own.rule != 'learned':
-    return
-  plots.save(
-    plots.mask_figure(
-      np.asarray(frozen.stack.real_mask[...]),
-      topology.sources,
-      stages=frozen.stages,
-      title=title,
-    ),
-    folder / 'real_mask',
-  )
-  if len(history) > 1:
-    plots.save(
-      plots.history_figure(
-        history.steps,
-        history.masks,
+  if isinstance(topology, BranchTopology):
+    figures = {
+      'topology': branch_plots.topology_figure(
         topology.sources,
         stages=frozen.stages,
+        live=topology.live_branches,
         title=title,
-      ),
-      folder / 'real_mask_history',
-    )
+      )
+    }
+    if real is not None:
+      figures['real_mask'] = branch_plots.mask_figure(
+        real, topology.sources, title=title
+      )
+  else:
+    figures = {
+      'topology': plots.topology_figure(
+        topology.sources, stages=frozen.stages, live=topology.live, title=title
+      )
+    }
+    if real is not None:
+      figures['real_mask'] = plots.mask_figure(
+        real, topology.sources, stages=frozen.stages, title=title
+      )
+      if len(history) > 1:
+        figures['real_mask_history'] = plots.history_figure(
+          history.steps,
+          history.masks,
+          topology.sources,
+          stages=frozen.stages,
+          title=title,
+        )
+  for name, figure in figures.items():
+    plots.save(figure, folder / name)
 
 
 def table(summary: dict[str, Any], workdir: Path) -> str:

@@ -6,6 +6,7 @@ and resumed draws what an uninterrupted one would have drawn.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -15,7 +16,7 @@ import optax
 from flax import nnx
 
 from maskconnect_jax import augment
-from maskconnect_jax.models import RealMask
+from maskconnect_jax.stack import RealMask
 
 # The streams of random numbers: fold_in(fold_in(key(seed), stream), step).
 ORDER, CROP, FLIP, MASK, EVALUATION_MASK = range(5)
@@ -76,6 +77,11 @@ class Recipe:
     """Returns the key of one stream at one step."""
     root = jax.random.fold_in(jax.random.key(self.seed), stream)
     return jax.random.fold_in(root, step)
+
+  def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+    """Tells layers that shard by hand, inside the step, which mesh it is."""
+    mesh = self.batch_sharding.mesh
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def split(model: nnx.Module) -> tuple[Any, Any, Any, Any]:
@@ -182,9 +188,10 @@ def train_step(
     return loss, (logits, nnx.state(model, nnx.BatchStat))
 
   params = {'weights': state.weights, 'masks': state.masks}
-  (loss, (logits, statistics)), gradients = jax.value_and_grad(
-    loss_of, has_aux=True
-  )(params)
+  with recipe.on_mesh():
+    (loss, (logits, statistics)), gradients = jax.value_and_grad(
+      loss_of, has_aux=True
+    )(params)
   updates, optimizer_state = recipe.optimizer.update(
     gradients, state.optimizer, params
   )
@@ -225,9 +232,10 @@ def batch_statistics(
   model = nnx.merge(
     recipe.network, state.weights, state.masks, zeros, copy=True
   )
-  model(inputs, train=True)
+  with recipe.on_mesh():
+    model(inputs, train=True)
   statistics = jax.tree.map(
-    lambda s: s / (1 - model.stem_norm.momentum),
+    lambda s: s / (1 - model.stem.norm.momentum),
     nnx.state(model, nnx.BatchStat),
   )
   for block, live in enumerate(model.topology.live):
@@ -261,7 +269,8 @@ def eval_step(
   """
   model = nnx.merge(recipe.network, *variables, copy=True)
   mask = None if mask_key is None else model.draw(mask_key)
-  logits = model(augment.normalize(images, recipe.mean, recipe.std), mask)
+  with recipe.on_mesh():
+    logits = model(augment.normalize(images, recipe.mean, recipe.std), mask)
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
   right = (jnp.argmax(logits, -1) == labels) & counted
   return {

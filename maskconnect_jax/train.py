@@ -27,8 +27,8 @@ from maskconnect_jax import (
   experiment,
   files,
   metrics,
-  models,
   report,
+  stack,
   steps,
 )
 from maskconnect_jax import (
@@ -170,7 +170,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Result:
     recipe, state = freeze(job, state, images, labels, evaluate, progress)
 
   frozen = nnx.merge(recipe.network, *state.variables())
-  pruned = models.prune(frozen)
+  pruned = stack.prune(frozen)
   network, *variables = steps.split(pruned)
   test = job.dataset.test
   accuracies = {
@@ -230,7 +230,7 @@ def frozen_recipe(
 ) -> steps.Recipe:
   """Returns the recipe with the wiring fixed to the top-K of the real mask."""
   model = nnx.merge(recipe.network, *state.variables())
-  network, *_ = steps.split(models.freeze(model))
+  network, *_ = steps.split(stack.freeze(model))
   return dataclasses.replace(recipe, network=network)
 
 

@@ -117,7 +117,9 @@ def test_shipped_configs(path):
   config = runpy.run_path(str(path))['get_config']()
   config_lib.check(config)
   nnx.eval_shape(
-    lambda: models.create_model(config.model.name, num_classes=2, width=1)
+    lambda: models.create_model(
+      config.model.name, num_classes=2, level=config.connectivity.level
+    )
   )
   # Each opens with its own command.
   assert f'--config=configs/{path.name}' in path.read_text().split('"""')[1]

@@ -38,7 +38,7 @@ def test_parameters(text, finished):
 
 
 def test_layers(text):
-  assert re.search(r'stem_conv/kernel.*\(3, 3, 1, 8\)', text)
+  assert re.search(r'stem/conv/kernel.*\(3, 3, 1, 8\)', text)
   assert re.search(r'stack/blocks/2/conv2/kernel.*\(3, 3, 32, 32\)', text)
   assert re.search(r'head/kernel.*\(32, 10\)', text)
 

@@ -18,7 +18,7 @@ LABELS = RNG.integers(0, CLASSES, COUNT, np.int32)
 def step_on(count, rule):
   """One compiled training step, what it gives, and what evaluation does."""
   model = models.ResNet(
-    (2, 1),
+    models.Architecture((2, 1), width=4),
     num_classes=CLASSES,
     fan_in=2,
     width=4,

@@ -21,29 +21,37 @@ FILES = sorted(ROOT.rglob('*.py'))
 # Module -> the modules of this package that it may import. `config` is at the
 # bottom: everything but connectivity, which imports jax alone, may import it.
 ARROWS: dict[str, set[str]] = {
-  '__init__': {'connectivity', 'inference', 'models'},
+  '__init__': {'inference', 'models', 'stack'},
   'main': {
     'datasets', 'describe', 'distributed', 'images', 'inference', 'report',
     'train',
   },
   'train': {
     'checkpoint', 'distributed', 'evaluation', 'experiment', 'files',
-    'metrics', 'models', 'report', 'steps',
+    'metrics', 'report', 'stack', 'steps',
   },
   'report': {
-    'experiment', 'files', 'inference', 'metrics', 'models', 'plots',
+    'branch_plots', 'topology', 'experiment', 'files', 'inference',
+    'metrics', 'models', 'plots',
   },
   'describe': {'connectivity', 'experiment', 'models', 'steps'},
   'evaluation': {'datasets', 'distributed', 'steps'},
   'experiment': {
     'datasets', 'distributed', 'models', 'optimizer', 'steps',
   },
-  'steps': {'augment', 'connectivity', 'models', 'optimizer'},
-  'inference': {'checkpoint', 'connectivity', 'files', 'images', 'models'},
-  'models': {'aggregate', 'connectivity', 'layers'},
+  'steps': {'augment', 'stack'},
+  'inference': {
+    'checkpoint', 'files', 'images', 'models', 'stack', 'topology',
+  },
+  'models': {'blocks', 'branches', 'connectivity', 'layers', 'stack'},
+  'branches': {'connectivity', 'layers', 'stack'},
+  'stack': {'aggregate', 'connectivity', 'layers', 'topology'},
+  'topology': set(),
+  'blocks': {'layers'},
   'datasets': {'images'},
   'metrics': {'files'},
-  'plots': {'connectivity'},
+  'branch_plots': {'plots'},
+  'plots': set(),
   'aggregate': set(),
   'augment': set(),
   'checkpoint': set(),

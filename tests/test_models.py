@@ -9,10 +9,11 @@ import optax
 import pytest
 from flax import nnx
 
-from maskconnect_jax import connectivity, models
+from maskconnect_jax import connectivity, models, stack
 from maskconnect_jax.config import InputError
-from maskconnect_jax.connectivity import Topology
-from maskconnect_jax.models import MaskedStack, create_model
+from maskconnect_jax.models import create_model
+from maskconnect_jax.stack import MaskedStack
+from maskconnect_jax.topology import Topology, from_mask
 
 RNG = np.random.default_rng(0)
 
@@ -20,7 +21,7 @@ RNG = np.random.default_rng(0)
 def small(depths=(2, 2, 2), **options):
   """Blocks of 4, 8 and 16 channels."""
   options = {'num_classes': 5, 'width': 4, 'fan_in': 2, 'seed': 3} | options
-  return models.ResNet(depths, **options)
+  return models.ResNet(models.Architecture(depths, width=4), **options)
 
 
 def images(count=4, height=8, width=8, channels=3):
@@ -99,8 +100,8 @@ class Plain(nnx.Module):
 
 
 PATHS = [
-  ('stem_conv',),
-  ('stem_norm',),
+  ('stem', 'conv'),
+  ('stem', 'norm'),
   *(
     ('stack', 'blocks', i, name)
     for i in range(3)
@@ -278,7 +279,7 @@ def test_masks_gradient_is_the_finite_difference(scale, gradient, train):
     model = shake(
       small((2, 1, 1), dtype='float64', scale=scale, gradient=gradient)
     )
-    network, masks, rest = nnx.split(model, models.RealMask, ...)
+    network, masks, rest = nnx.split(model, stack.RealMask, ...)
     real = RNG.uniform(0.2, 0.8, size=(4, 4)) * np.tri(4)
     masks = jax.tree.map(lambda _: jnp.asarray(real), masks)
     rest = jax.tree.map(lambda w: w.astype(jnp.float64), rest)
@@ -290,8 +291,8 @@ def test_masks_gradient_is_the_finite_difference(scale, gradient, train):
       model = nnx.merge(network, masks, rest, copy=True)
       if mask is None:
         mask = model.draw(key)
-      y = model.stem_conv(x)
-      y = nnx.relu(model.stem_norm(y, use_running_average=not train))
+      y = model.stem.conv(x)
+      y = nnx.relu(model.stem.norm(y, use_running_average=not train))
       y = model.stack(y, mask, train=train)
       assert y.dtype == jnp.float64
       return jnp.sum(y * weighting), mask
@@ -353,7 +354,7 @@ def adapted(model, y, shape, source):
 
 def by_hand(model, topology, x):
   """Logits from a loop over all blocks, the dead ones too."""
-  x = nnx.relu(model.stem_norm(model.stem_conv(x), use_running_average=True))
+  x = nnx.relu(model.stem.norm(model.stem.conv(x), use_running_average=True))
   outputs = [x]
   for block, sources in zip(model.stack.blocks, topology.sources, strict=True):
     shape = outputs[-1].shape
@@ -395,8 +396,8 @@ def test_pruning_keeps_the_logits_and_drops_the_parameters(adapter):
   for seed in range(4):
     topology = random_topology(model, seed)
     expected = by_hand(model, topology, x)
-    frozen = models.freeze(model, topology)
-    pruned = models.prune(frozen)
+    frozen = stack.freeze(model, topology)
+    pruned = stack.prune(frozen)
     assert np.std(expected) > 0.1
     np.testing.assert_allclose(frozen(x), expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(pruned(x), expected, rtol=1e-4, atol=1e-4)
@@ -415,9 +416,9 @@ def test_pruning_keeps_the_logits_and_drops_the_parameters(adapter):
       topology, adapter == 'projection'
     )
     assert models.count_parameters(pruned) < whole
-    assert not jax.tree.leaves(nnx.state(pruned, models.RealMask))
+    assert not jax.tree.leaves(nnx.state(pruned, stack.RealMask))
     assert pruned.topology == topology
-    again = models.prune(pruned)
+    again = stack.prune(pruned)
     np.testing.assert_array_equal(again(x), pruned(x))
   assert models.count_parameters(model) == whole
   assert model.topology is None
@@ -426,12 +427,12 @@ def test_pruning_keeps_the_logits_and_drops_the_parameters(adapter):
 def test_a_pruned_network_runs_jitted_and_is_split_and_merged():
   model = shake(small(adapter='projection'))
   topology = random_topology(model, 0)
-  pruned = models.prune(models.freeze(model, topology))
+  pruned = stack.prune(stack.freeze(model, topology))
   network, state = nnx.split(pruned)
   x = images(height=9, width=11)
   run = jax.jit(lambda state, x: nnx.merge(network, state)(x))
   np.testing.assert_allclose(
-    run(state, x), models.freeze(model, topology)(x), rtol=1e-4, atol=1e-5
+    run(state, x), stack.freeze(model, topology)(x), rtol=1e-4, atol=1e-5
   )
 
 
@@ -439,7 +440,7 @@ def test_dead_blocks_are_not_in_the_program():
   model = small()
   for seed in range(4):
     topology = random_topology(model, seed)
-    frozen = models.freeze(model, topology)
+    frozen = stack.freeze(model, topology)
     program = str(jax.make_jaxpr(lambda x, frozen=frozen: frozen(x))(images()))
     dead = topology.live.count(False)
     assert program.count('conv_general_dilated[') == 1 + 2 * (6 - dead)
@@ -449,18 +450,18 @@ def test_freeze_takes_the_largest_entries_and_leaves_the_model():
   model = small()
   real = RNG.uniform(size=(6, 6)).astype(np.float32)
   model.stack.real_mask[...] = jnp.asarray(real)
-  frozen = models.freeze(model)
+  frozen = stack.freeze(model)
   assert model.topology is None
   assert frozen.topology.sources == tuple(
     tuple(sorted(np.argsort(row[: j + 1])[-2:].tolist()))
     for j, row in enumerate(real)
   )
-  assert models.freeze(frozen).topology == frozen.topology
+  assert stack.freeze(frozen).topology == frozen.topology
 
 
 def test_pruning_asks_for_a_frozen_model():
   with pytest.raises(ValueError, match='freeze'):
-    models.prune(small((1, 1, 1)))
+    stack.prune(small((1, 1, 1)))
 
 
 # Sizes, counts, names, dtypes.
@@ -496,7 +497,7 @@ def test_parameter_counts_are_the_published(depth, num_classes, millions):
 def test_real_masks_are_not_counted_as_parameters():
   model = nnx.eval_shape(lambda: small((1, 1, 1), width=8, in_channels=1))
   assert models.count_parameters(model) == parameters(8, 5, 8, 1)
-  (mask,) = jax.tree.leaves(nnx.state(model, models.RealMask))
+  (mask,) = jax.tree.leaves(nnx.state(model, stack.RealMask))
   assert mask.shape == (3, 3)
   assert mask.dtype == jnp.float32
 
@@ -514,7 +515,7 @@ def test_any_input_size_and_number_of_channels(size, rule):
     )
     if rule == 'fixed_all':
       model.stack.topology = nnx.static(
-        connectivity.fixed_all(model.stack.valid)
+        from_mask(connectivity.fixed_all(model.stack.valid))
       )
     else:
       model.stack.topology = nnx.static(None)
@@ -576,8 +577,9 @@ def test_bfloat16_keeps_all_else_float32_and_the_logits_near():
 def test_list_models_matches_patterns():
   names = ['resnet20', 'resnet32', 'resnet38', 'resnet44', 'resnet56']
   names += ['resnet74', 'resnet110']
-  assert models.list_models() == names
+  names += ['resnet50', 'resnet101']
   assert models.list_models('resnet*') == names
+  assert len(models.list_models()) == len(names) + 6
   assert models.list_models('*4') == ['resnet44', 'resnet74']
   assert models.list_models('vgg*') == []
 

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from maskconnect_jax import models, optimizer, steps
-from maskconnect_jax.connectivity import Topology
+from maskconnect_jax import models, optimizer, stack, steps
+from maskconnect_jax.topology import Topology
 
 RNG = np.random.default_rng(0)
 COUNT, BATCH, CLASSES, SEED = 22, 8, 3, 7
@@ -63,7 +63,7 @@ def made(model, **fields):
 
 def tiny(**options):
   return models.ResNet(
-    (1, 1, 1),
+    models.Architecture((1, 1, 1), width=4),
     **{'num_classes': CLASSES, 'fan_in': 1, 'width': 4, 'in_channels': 1}
     | options,
   )
@@ -273,10 +273,10 @@ def test_batch_statistics_are_of_the_batch_and_a_dead_block_keeps_its_own(
   recipe, _ = learned
   state = path[0][-1]
   model = nnx.merge(recipe.network, *state.variables(), copy=True)
-  model = models.freeze(model, Topology(((0,), (0,), (0, 2))))
+  model = stack.freeze(model, Topology(((0,), (0,), (0, 2))))
   recipe = dataclasses.replace(recipe, network=steps.split(model)[0])
   measure = jax.jit(steps.batch_statistics, static_argnums=0)
-  kernel = np.asarray(model.stem_conv.kernel[...], np.float64)
+  kernel = np.asarray(model.stem.conv.kernel[...], np.float64)
   order = np.asarray(
     jax.random.permutation(
       jax.random.fold_in(
@@ -295,7 +295,7 @@ def test_batch_statistics_are_of_the_batch_and_a_dead_block_keeps_its_own(
       for j in range(3)
     )
     found = measure(recipe, state, IMAGES, LABELS, index)
-    stem = found['stem_norm']
+    stem = found['stem']['norm']
     np.testing.assert_allclose(
       stem['mean'][...], outputs.mean((0, 1, 2)), rtol=1e-3, atol=1e-5
     )

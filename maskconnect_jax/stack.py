@@ -1,0 +1,303 @@
+"""The wiring of any list of blocks: learned, frozen, pruned.
+
+`MaskedStack` feeds each block the masked sum of earlier outputs; `freeze` and
+`prune` turn a model that has one into a smaller, static one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maskconnect_jax import connectivity, layers
+from maskconnect_jax import topology as topology_lib
+from maskconnect_jax.aggregate import masked_sum, static_sum
+from maskconnect_jax.config import InputError, check_choice
+from maskconnect_jax.topology import BranchTopology, Topology
+
+
+class RealMask(nnx.Variable[jax.Array]):
+  """The real-valued mask r, trained by an optimizer group of its own."""
+
+
+class Pruned(nnx.Module):
+  """What is left of a pruned block: no parameter, but its output's shape.
+
+  The block after a pruned one still adapts its sources to that shape.
+  """
+
+  def __init__(self, block: nnx.Module) -> None:
+    graphdef, state = nnx.split(block)
+    leaves, tree = jax.tree.flatten(state)
+    # Static, hence hashable: tuples all the way down.
+    self.graphdef = nnx.static(graphdef)
+    self.tree = nnx.static(tree)
+    self.leaves = nnx.static(
+      tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves)
+    )
+
+  def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
+    """Called under `jax.eval_shape` only, and so never computed."""
+    state = jax.tree.unflatten(
+      self.tree, [jnp.zeros(shape, dtype) for shape, dtype in self.leaves]
+    )
+    return nnx.merge(self.graphdef, state)(x, **options)
+
+
+class Wiring(nnx.Module):
+  """What the stacks of both levels share: the real mask and the topology.
+
+  Attributes:
+    valid: which sources each row may take, bool, of the shape of r.
+    fan_in: K.
+    topology: the frozen mask, or None while the connectivity is learned.
+    real_mask: r, float32; only there when it is learned.
+  """
+
+  def __init__(
+    self,
+    *,
+    valid: Any,
+    fan_in: int,
+    rule: str,
+    gradient: str,
+    initial: float,
+    initial_spread: float,
+    rngs: nnx.Rngs,
+  ) -> None:
+    """Makes r, or the topology of a fixed rule."""
+    if fan_in < 1:
+      raise InputError(f'fan_in={fan_in} must be at least 1')
+    check_choice('connectivity.rule', rule, 'rule')
+    check_choice('connectivity.gradient', gradient, 'gradient')
+    self.valid = nnx.static(valid)
+    self.fan_in = fan_in
+    self.gradient = gradient
+    self.topology: Any = None
+    if rule == 'learned':
+      self.real_mask = RealMask(
+        connectivity.initial(
+          rngs.connectivity(), valid, center=initial, spread=initial_spread
+        )
+      )
+    else:
+      # Python must see the mask, also where only shapes are asked for.
+      with jax.ensure_compile_time_eval():
+        if rule == 'fixed_random':
+          self.freeze(
+            connectivity.fixed_random(rngs.connectivity(), valid, fan_in)
+          )
+        elif rule == 'fixed_all':
+          self.freeze(connectivity.fixed_all(valid))
+        else:
+          self.freeze(connectivity.fixed_prev(valid))
+
+  def draw(self, key: jax.Array) -> jax.Array | None:
+    """Returns a step's mask b, straight-through to r; None if frozen."""
+    if self.topology is not None:
+      return None
+    return connectivity.draw_through(
+      key, self.real_mask[...], self.valid, self.fan_in, self.gradient
+    )
+
+  def freeze(self, mask: Any = None) -> None:
+    """Makes the wiring static: that of a mask, or else of the top K of r."""
+    if mask is None:
+      mask = connectivity.freeze(self.real_mask[...], self.valid, self.fan_in)
+    self.topology = nnx.static(topology_lib.from_mask(mask))
+
+  def prune(self) -> None:
+    """Drops what the output does not depend on, and the real mask.
+
+    Raises:
+      ValueError: the wiring is not frozen.
+    """
+    if self.topology is None:
+      raise ValueError('freeze the model before pruning it')
+    if hasattr(self, 'real_mask'):
+      del self.real_mask
+
+
+class MaskedStack(Wiring):
+  """Blocks in a row, each fed by the masked sum of earlier outputs.
+
+  x_j = c · Σ_i b[j,i] · A(y_i),   y_j = F_j(x_j),   j = 1..L,   y_0 = the input
+
+  A brings source i to the shape of y_{j-1}, once per source and shape. With a
+  topology, the sums and the blocks that nothing reads are left out of the
+  program; without one, every valid source is read and the mask is data.
+
+  Attributes:
+    blocks: the L blocks, each called as `block(x, **options)`.
+    adapter: A.
+    valid, fan_in, topology, real_mask: see `Wiring`; [L, L].
+  """
+
+  def __init__(
+    self,
+    blocks: Sequence[nnx.Module],
+    *,
+    fan_in: int,
+    rule: str = 'learned',
+    valid: tuple[tuple[bool, ...], ...] | None = None,
+    adapter: Callable[[jax.Array, tuple[int, ...], int], jax.Array]
+    | None = None,
+    scale: str = 'mean',
+    gradient: str = 'all',
+    initial: float = 0.5,
+    initial_spread: float = 0.0,
+    rngs: nnx.Rngs,
+  ) -> None:
+    """Builds the stack.
+
+    Args:
+      blocks: modules that map one array to one array.
+      fan_in: K, sources per block; a block with fewer takes all of them.
+      rule: 'learned', 'fixed_prev', 'fixed_random' or 'fixed_all'.
+      valid: [L, L], the sources each block may take; default all earlier ones.
+      adapter: A(x, shape, source), default `layers.PoolAdapter()`.
+      scale: c, 'mean' (1/k_j) or 'sum' (1).
+      gradient: whether 'all' valid entries of r get a gradient, or the 'drawn'.
+      initial: where the entries of r start.
+      initial_spread: half the width of the uniform noise added there.
+      rngs: its 'connectivity' stream draws r and the random topology.
+
+    Raises:
+      InputError: a fan_in below 1, or an unknown rule.
+    """
+    self.blocks = nnx.List(blocks)
+    self.adapter = layers.PoolAdapter() if adapter is None else adapter
+    check_choice('connectivity.scale', scale, 'scale')
+    self.scale = scale
+    super().__init__(
+      valid=valid or connectivity.valid_sources(len(blocks)),
+      fan_in=fan_in,
+      rule=rule,
+      gradient=gradient,
+      initial=initial,
+      initial_spread=initial_spread,
+      rngs=rngs,
+    )
+
+  def scale_of(self, num_terms: int) -> float:
+    """Returns c for a sum of so many terms."""
+    return 1 / num_terms if self.scale == 'mean' else 1.0
+
+  def __call__(
+    self, x: jax.Array, mask: jax.Array | None = None, **options: Any
+  ) -> jax.Array:
+    """Returns y_L.
+
+    Args:
+      x: y_0, [batch, ...].
+      mask: b, [L, L], from `draw`; None takes the topology, or without one
+        the top-K of r.
+      **options: passed on to every block, such as train=True.
+    """
+    if self.topology is not None:
+      return self._run_frozen(x, self.topology, options)
+    if mask is None:
+      mask = connectivity.top_k(self.real_mask[...], self.valid, self.fan_in)
+    sources = _Sources(x, self.adapter)
+    for target, block in enumerate(self.blocks):
+      valid = [i for i, ok in enumerate(self.valid[target]) if ok]
+      scale = self.scale_of(min(self.fan_in, len(valid)))
+      weights = jnp.stack([mask[target, i] * scale for i in valid])
+      total = masked_sum(weights, tuple(sources.take(valid)))
+      sources.outputs.append(block(total, **options))
+    return sources.outputs[-1]
+
+  def _run_frozen(
+    self, x: jax.Array, topology: Topology, options: dict[str, Any]
+  ) -> jax.Array:
+    sources = _Sources(x, self.adapter)
+    for block, picked, live in zip(
+      self.blocks, topology.sources, topology.live, strict=True
+    ):
+      if live:
+        total = static_sum(sources.take(picked), self.scale_of(len(picked)))
+        sources.outputs.append(block(total, **options))
+      else:
+        sources.outputs.append(jax.eval_shape(block, sources.outputs[-1]))
+    return sources.outputs[-1]
+
+  def prune(self) -> None:
+    """See `Wiring.prune`."""
+    super().prune()
+    edges = set()
+    for target, (sources, live) in enumerate(
+      zip(self.topology.sources, self.topology.live, strict=True)
+    ):
+      if live:
+        edges |= {(source, target) for source in sources}
+      elif not isinstance(self.blocks[target], Pruned):
+        self.blocks[target] = Pruned(self.blocks[target])
+    if isinstance(self.adapter, layers.ProjectionAdapter):
+      self.adapter.prune(edges)
+
+
+class _Sources:
+  """The outputs so far, adapted to a shape once however often it is taken."""
+
+  def __init__(self, x: jax.Array, adapter: Any) -> None:
+    self.outputs: list[Any] = [x]
+    self._adapter = adapter
+    self._adapted: dict[tuple[int, tuple[int, ...]], jax.Array] = {}
+
+  def take(self, picked: Sequence[int]) -> list[jax.Array]:
+    """Returns the picked sources in the shape of the newest output."""
+    shape = self.outputs[-1].shape
+    for i in picked:
+      if (i, shape) not in self._adapted:
+        y = self.outputs[i]
+        self._adapted[i, shape] = (
+          y if y.shape == shape else self._adapter(y, shape, i)
+        )
+    return [self._adapted[i, shape] for i in picked]
+
+
+def wirings_of(model: nnx.Module) -> list[Wiring]:
+  """Returns every stack in a model, the model itself included."""
+  return [
+    module
+    for _, module in nnx.iter_modules(model)
+    if isinstance(module, Wiring)
+  ]
+
+
+def freeze(
+  model: Any, topology: Topology | BranchTopology | None = None
+) -> Any:
+  """Returns a copy whose wiring is static.
+
+  Args:
+    model: any module with a `MaskedStack` in it, or one itself.
+    topology: what to freeze to; default the top-K of each real mask, or the
+      topology a stack already has.
+  """
+  model = nnx.clone(model)
+  for wiring in wirings_of(model):
+    if topology is not None:
+      wiring.topology = nnx.static(topology)
+    elif wiring.topology is None:
+      wiring.freeze()
+  return model
+
+
+def prune(model: Any) -> Any:
+  """Returns a copy of a frozen model without what the output ignores.
+
+  The output does not change. What only training needs, the real mask, goes
+  too.
+
+  Raises:
+    ValueError: the model is not frozen.
+  """
+  model = nnx.clone(model)
+  for wiring in wirings_of(model):
+    wiring.prune()
+  return model

@@ -1,0 +1,169 @@
+"""A frozen mask as plain Python: known before anything is compiled.
+
+`from_mask` makes one of a binary mask; `to_dict` and `from_dict` are its JSON
+form, which README, "The workdir", documents.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+SCHEMA = 'maskconnect_jax.topology/1'
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """A frozen mask: plain Python, hashable, known before anything is compiled.
+
+  Attributes:
+    sources: for each block j = 1..L the sources it takes, in rising order.
+  """
+
+  sources: tuple[tuple[int, ...], ...]
+
+  def __post_init__(self) -> None:
+    for target, sources in enumerate(self.sources):
+      if not sources or list(sources) != sorted(set(sources)):
+        raise ValueError(
+          f'block {target + 1} takes {sources}: its sources must'
+          ' be distinct, in rising order, and at least one'
+        )
+      if sources[0] < 0 or sources[-1] > target:
+        raise ValueError(
+          f'block {target + 1} takes {sources}: only sources'
+          f' 0..{target} come before it'
+        )
+
+  @property
+  def num_links(self) -> int:
+    """How many sources all blocks take together."""
+    return sum(map(len, self.sources))
+
+  @property
+  def live(self) -> tuple[bool, ...]:
+    """For each block, whether the last block's output depends on it."""
+    needed = {len(self.sources)}
+    for block in range(len(self.sources), 0, -1):
+      if block in needed:
+        needed.update(self.sources[block - 1])
+    return tuple(block in needed for block in range(1, len(self.sources) + 1))
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns the JSON form; README, "topology.json", documents it."""
+    return {
+      'schema': SCHEMA,
+      'form': 'block',
+      'num_blocks': len(self.sources),
+      'blocks': [
+        {'block': block, 'sources': list(sources), 'pruned': not live}
+        for block, (sources, live) in enumerate(
+          zip(self.sources, self.live, strict=True), start=1
+        )
+      ],
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class BranchTopology:
+  """Frozen masks between the branches of consecutive blocks.
+
+  Attributes:
+    sources: `sources[i][c]` are the branches of block i + 1 that branch c of
+      block i + 2 takes, in rising order; i = 0..L-2, branches from 0.
+  """
+
+  sources: tuple[tuple[tuple[int, ...], ...], ...]
+
+  def __post_init__(self) -> None:
+    for junction, rows in enumerate(self.sources):
+      for branch, row in enumerate(rows):
+        if not row or list(row) != sorted(set(row)) or row[0] < 0:
+          raise ValueError(
+            f'branch {branch} of block {junction + 2} takes {row}: its sources'
+            ' must be distinct, in rising order, and at least one'
+          )
+        if row[-1] >= len(self.sources[0]):
+          raise ValueError(
+            f'branch {branch} of block {junction + 2} takes {row}: there are'
+            f' only {len(self.sources[0])} branches'
+          )
+
+  @property
+  def num_links(self) -> int:
+    """How many sources all branches take together."""
+    return sum(len(row) for rows in self.sources for row in rows)
+
+  @property
+  def live(self) -> tuple[bool, ...]:
+    """For each block True: a block always keeps a branch."""
+    return (True,) * (len(self.sources) + 1)
+
+  @property
+  def live_branches(self) -> tuple[tuple[int, ...], ...]:
+    """For each block, the branches on which the last block's sum depends."""
+    live = [set(range(len(self.sources[-1])))]
+    for rows in reversed(self.sources):
+      live.append({k for c in live[-1] for k in rows[c]})
+    return tuple(tuple(sorted(branches)) for branches in reversed(live))
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns the JSON form; README, "topology.json", documents it."""
+    live = self.live_branches
+    count = len(self.sources[0])
+    first: tuple[tuple[int, ...], ...] = ((),) * count  # they take the stem
+    return {
+      'schema': SCHEMA,
+      'form': 'branch',
+      'num_blocks': len(live),
+      'num_branches': count,
+      'blocks': [
+        {
+          'block': block,
+          'branches': [
+            {
+              'branch': branch,
+              'sources': list(row),
+              'pruned': branch not in live[block - 1],
+            }
+            for branch, row in enumerate(rows)
+          ],
+        }
+        for block, rows in enumerate((first, *self.sources), start=1)
+      ],
+    }
+
+
+def from_dict(record: dict[str, Any]) -> Topology | BranchTopology:
+  """Reads what a topology's `to_dict` wrote.
+
+  Raises:
+    ValueError: another schema or form, or an impossible topology.
+  """
+  if record.get('schema') != SCHEMA:
+    raise ValueError(f'schema {record.get("schema")!r} is not {SCHEMA!r}')
+  if record['form'] == 'block':
+    return Topology(tuple(tuple(b['sources']) for b in record['blocks']))
+  if record['form'] == 'branch':
+    return BranchTopology(
+      tuple(
+        tuple(tuple(branch['sources']) for branch in block['branches'])
+        for block in record['blocks'][1:]
+      )
+    )
+  raise ValueError(f'form {record["form"]!r} is not block or branch')
+
+
+def from_mask(mask: Any) -> Topology | BranchTopology:
+  """Returns the topology of a binary mask, [L, L] or [L-1, C, C]."""
+  ones = np.asarray(mask) > 0
+  if ones.ndim == 2:
+    return Topology(_ones_of(ones))
+  return BranchTopology(tuple(map(_ones_of, ones)))
+
+
+def _ones_of(matrix: np.ndarray) -> tuple[tuple[int, ...], ...]:
+  """Returns, for each row of a binary matrix, where its ones are."""
+  return tuple(tuple(np.flatnonzero(row).tolist()) for row in matrix)

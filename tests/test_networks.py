@@ -1,0 +1,219 @@
+"""Every network of the registry, in both forms, against published counts."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import maskconnect_jax
+from maskconnect_jax import models, optimizer, stack
+
+# At fixed_prev. CIFAR with 100 classes: method tables (resnet38/74/110 and
+# 29_8x64d) and, for the others, layer-by-layer arithmetic below. ImageNet with
+# 1000: torchvision's model tables.
+PUBLISHED = {
+  'resnet38': (100, 0.567e6, 5e-4),
+  'resnet74': (100, 1.151e6, 5e-4),
+  'resnet110': (100, 1.734e6, 5e-4),
+  'resnext29_8x64d': (100, 34.5e6, 1e-3),
+  'resnet50': (1000, 25557032, 0),
+  'resnet101': (1000, 44549160, 0),
+  'resnext50_32x4d': (1000, 25028904, 0),
+  'resnext101_32x4d': (1000, 44.18e6, 1e-3),
+  'resnext101_64x4d': (1000, 83455272, 0),
+}
+
+
+def counted_by_hand(name):
+  """Parameters of a CIFAR-form network with 100 classes, layer by layer."""
+  own = models.architecture_of(name)
+  total, wide = 27 * own.width + 2 * own.width, own.width
+  for stage, depth in enumerate(own.blocks_per_stage):
+    width = own.width * 2**stage
+    for position in range(depth):
+      if own.bottleneck:
+        inner = own.cardinality * own.branch_width * 2**stage
+        total += wide * inner + 9 * inner**2 // own.cardinality
+        total += inner * 4 * width + 4 * inner + 8 * width
+        if position == 0:
+          total += wide * 4 * width + 8 * width
+        wide = 4 * width
+      else:
+        total += 9 * (wide * width + width**2) + 4 * width
+        wide = width
+  return total + 100 * wide + 100
+
+
+def abstract(name, **options):
+  return nnx.eval_shape(
+    lambda: maskconnect_jax.create_model(name, rule='fixed_prev', **options)
+  )
+
+
+@pytest.mark.parametrize('name', maskconnect_jax.list_models())
+def test_parameter_count(name):
+  classes, published, tolerance = PUBLISHED.get(name, (100, None, None))
+  count = models.count_parameters(abstract(name, num_classes=classes))
+  if published:
+    assert count == pytest.approx(published, rel=tolerance, abs=0.5)
+  if not models.architecture_of(name).large_images:
+    assert count == counted_by_hand(name)
+
+
+RULES = ('learned', 'fixed_prev', 'fixed_random', 'fixed_all')
+# One of each kind in the suite; all names under every rule with `make slow`.
+KINDS = {
+  ('resnet20', 'block', 'learned'),
+  ('resnet50', 'block', 'learned'),
+  ('resnext20_8x4d', 'block', 'fixed_random'),
+  ('resnext20_8x4d', 'branch', 'learned'),
+  ('resnext50_32x4d', 'branch', 'fixed_random'),
+}
+CASES = [
+  pytest.param(
+    *case, marks=() if case in KINDS else pytest.mark.slow, id='-'.join(case)
+  )
+  for case in (
+    (name, level, rule)
+    for name in maskconnect_jax.list_models()
+    for level in ('block', 'branch')
+    if level == 'block' or 'resnext' in name
+    for rule in RULES
+  )
+]
+
+
+@pytest.fixture
+def reduced(monkeypatch):
+  """The registry with one block per stage, of the same kinds."""
+  for name, own in list(models.REGISTRY.items()):
+    cardinality = min(own.cardinality, 8)
+    monkeypatch.setitem(
+      models.REGISTRY,
+      name,
+      dataclasses.replace(
+        own,
+        blocks_per_stage=(1,) * len(own.blocks_per_stage),
+        cardinality=cardinality,
+      ),
+    )
+
+
+def one_step(model, x, y):
+  """Takes a training step; returns the loss and the model after it."""
+  graph, weights, masks, statistics = nnx.split(
+    model, nnx.Param, stack.RealMask, nnx.BatchStat
+  )
+  transform = optimizer.partitioned(
+    optax.sgd(0.1),
+    optimizer.masks_transform(lambda step: 0.1, model.stack.valid),
+  )
+
+  @jax.jit
+  def step(params, statistics):
+    def loss_of(params):
+      model = nnx.merge(
+        graph, params['weights'], params['masks'], statistics, copy=True
+      )
+      logits = model(x, model.draw(jax.random.key(1)), train=True)
+      losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
+      return losses.mean(), nnx.state(model, nnx.BatchStat)
+
+    (loss, statistics), gradients = jax.value_and_grad(loss_of, has_aux=True)(
+      params
+    )
+    updates, _ = transform.update(gradients, transform.init(params), params)
+    return loss, optax.apply_updates(params, updates), statistics
+
+  loss, params, statistics = step(
+    {'weights': weights, 'masks': masks}, statistics
+  )
+  return loss, nnx.merge(
+    graph, params['weights'], params['masks'], statistics, copy=True
+  )
+
+
+@pytest.mark.parametrize(('name', 'level', 'rule'), CASES)
+def test_trains_freezes_and_prunes(reduced, name, level, rule):
+  model = maskconnect_jax.create_model(
+    name, num_classes=7, fan_in=1, rule=rule, level=level, width=16, seed=3
+  )
+  large = models.architecture_of(name).large_images
+  rng = np.random.default_rng(0)
+  side = 32 if large else 8
+  x = jnp.asarray(rng.normal(size=(4, side, side, 3)), jnp.float32)
+  for _ in range(2):
+    loss, model = one_step(model, x, jnp.arange(4))
+    assert np.isfinite(loss)
+  frozen = stack.freeze(model)
+  pruned = stack.prune(frozen)
+  run = nnx.jit(lambda model: model(x))
+  logits = run(frozen)
+  assert logits.shape == (4, 7)
+  np.testing.assert_allclose(run(pruned), logits, rtol=1e-5, atol=1e-5)
+
+
+def test_resnet50_is_the_ordinary_one():
+  """Against a ResNet-50 written out, on the same parameters: equal logits."""
+  model = maskconnect_jax.create_model(
+    'resnet50', num_classes=5, rule='fixed_prev', width=8
+  )
+  for block in model.stack.blocks:
+    assert not block.norm3.scale[...].any()  # zero-initialised
+    block.norm3.scale.set_value(jnp.full_like(block.norm3.scale[...], 0.7))
+  x = jnp.asarray(
+    np.random.default_rng(0).normal(size=(2, 64, 64, 3)), jnp.float32
+  )
+
+  def conv(x, layer, stride, pad):
+    return jax.lax.conv_general_dilated(
+      x,
+      layer.kernel[...],
+      (stride, stride),
+      ((pad, pad), (pad, pad)),
+      dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+
+  def norm(x, layer):
+    return layer(x, use_running_average=True)
+
+  relu = jax.nn.relu
+  y = relu(norm(conv(x, model.stem.conv, 2, 3), model.stem.norm))
+  y = jax.lax.reduce_window(
+    y,
+    -jnp.inf,
+    jax.lax.max,
+    (1, 3, 3, 1),
+    (1, 2, 2, 1),
+    ((0, 0), (1, 1), (1, 1), (0, 0)),
+  )
+  blocks = iter(model.stack.blocks)
+  for stage, depth in enumerate((3, 4, 6, 3)):
+    for position in range(depth):
+      block = next(blocks)
+      stride = 2 if stage and not position else 1
+      shortcut = y
+      if position == 0:
+        shortcut = norm(
+          conv(y, block.shortcut_conv, stride, 0), block.shortcut_norm
+        )
+      z = relu(norm(conv(y, block.conv1, 1, 0), block.norm1))
+      z = relu(norm(conv(z, block.conv2, stride, 1), block.norm2))
+      y = relu(norm(conv(z, block.conv3, 1, 0), block.norm3) + shortcut)
+  assert y.shape == (2, 2, 2, 256)
+  np.testing.assert_allclose(
+    model(x), model.head(y.mean((1, 2))), rtol=1e-6, atol=1e-6
+  )
+
+
+def test_a_bottleneck_depth_beside_the_registry():
+  own = models.architecture_of('resnet164_bottleneck')
+  assert own.blocks_per_stage == (18, 18, 18)
+  with pytest.raises(models.InputError, match='9n.2'):
+    models.architecture_of('resnet165_bottleneck')
