@@ -242,7 +242,7 @@ def test_model_json(finished):
     'name': 'resnet8', 'num_classes': 10, 'in_channels': 1, 'width': 8,
     'dtype': 'float32', 'fan_in': 2, 'rule': 'learned', 'stem_source': True,
     'adapter': 'pool', 'scale': 'mean', 'gradient': 'all', 'initial': 0.5,
-    'initial_spread': 0.5, 'seed': 5,
+    'initial_spread': 0.5, 'seed': 5, 'level': 'block',
   }  # fmt: skip
   shape = record['preprocessing']
   assert (shape['height'], shape['width'], shape['channels']) == (8, 8, 1)
