@@ -10,7 +10,6 @@ import contextlib
 import gc
 import json
 import logging as standard_logging
-import re
 import sys
 import time
 import warnings
@@ -148,13 +147,6 @@ def digest(arrays: Any) -> int:
   for leaf in jax.tree.leaves(arrays):
     crc = zlib.crc32(np.asarray(leaf).tobytes(), crc)
   return crc
-
-
-def has_checkpoint(folder: Path) -> bool:
-  """Whether the folder holds a finished checkpoint, told by its name alone."""
-  return folder.is_dir() and any(
-    re.fullmatch(r'\d+', child.name) for child in folder.iterdir()
-  )
 
 
 def save_arrays(folder: Path, arrays: dict[str, jax.Array]) -> None:

@@ -79,9 +79,7 @@ def test_what_was_saved_comes_back(tmp_path):
 
 
 def test_nothing_to_load(tmp_path):
-  assert not checkpoint.has_checkpoint(tmp_path / 'none')
   assert load(tmp_path / 'none') is None
-  assert not checkpoint.has_checkpoint(tmp_path / 'none')
 
 
 def test_newest_and_best_are_kept(tmp_path):
@@ -91,7 +89,6 @@ def test_newest_and_best_are_kept(tmp_path):
   assert save(tmp_path, [(7, None), (8, 0.2), (9, None)]) == [2, 8, 9]
   # ... and gives it up for a better one.
   assert save(tmp_path, [(10, 0.95), (11, None), (12, None)]) == [10, 11, 12]
-  assert checkpoint.has_checkpoint(tmp_path)
 
 
 def test_without_any_accuracy_the_newest_are_kept(tmp_path):

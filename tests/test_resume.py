@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from maskconnect_jax import checkpoint, config, metrics, train
+from maskconnect_jax import config, metrics, train
 
 # Runs the command line, but kills itself (kill -9) right after the line of a
 # step is written, or right after a save has been started in the background.
@@ -316,4 +316,4 @@ def test_interrupted_from_the_keyboard(tiny, tmp_path, cli, monkeypatch):
   assert ran.code == 130
   assert 'interrupted; the same command goes on' in ran.err
   assert 'Traceback' not in ran.err
-  assert not checkpoint.has_checkpoint(tmp_path / 'checkpoints')
+  assert steps(tmp_path) == []
