@@ -41,6 +41,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from maskconnect_jax import connectivity, layers
+from maskconnect_jax.config import check_choice
 from maskconnect_jax.stack import Wiring
 
 EPSILON = 1e-5  # BatchNorm's, as in layers.batch_norm
@@ -303,8 +304,9 @@ class BranchStack(Wiring):
       rngs: its 'connectivity' stream draws r and the random topology.
 
     Raises:
-      InputError: a fan_in below 1, or an unknown rule.
+      InputError: a fan_in below 1, or an unknown rule or identity.
     """
+    check_choice('connectivity.branch_identity', identity, 'identity')
     branches = blocks[0].branches
     self.blocks = nnx.List(blocks)
     # K ones a row whatever the rule says, so that s follows.

@@ -145,10 +145,45 @@ class Network(nnx.Module):
     stages: of each block, from 0, for drawings.
   """
 
-  stem: Stem
-  stack: Any
-  head: nnx.Linear
-  stages: tuple[int, ...]
+  def __init__(
+    self,
+    architecture: Architecture,
+    *,
+    num_classes: int,
+    in_channels: int = 3,
+    width: int | None = None,
+    dtype: DTypeLike = jnp.float32,
+    seed: int = 0,
+    **wiring: Any,
+  ) -> None:
+    """Builds the network; the arguments are those of `create_model`."""
+    rngs = nnx.Rngs(seed)
+    dtype = jnp.dtype(dtype)
+    width = width or architecture.width
+    self.stem = Stem(
+      in_channels,
+      width,
+      large=architecture.large_images,
+      dtype=dtype,
+      rngs=rngs,
+    )
+    self.stages = architecture.stages
+    self.stack, features = self._make_stack(
+      architecture, width, dtype=dtype, rngs=rngs, **wiring
+    )
+    self.head = nnx.Linear(features, num_classes, rngs=rngs)
+
+  def _make_stack(
+    self,
+    architecture: Architecture,
+    width: int,
+    *,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+    **wiring: Any,
+  ) -> tuple[Any, int]:
+    """Returns the stack and the channels of its output."""
+    raise NotImplementedError
 
   @property
   def topology(self) -> Any:
@@ -184,49 +219,28 @@ class Network(nnx.Module):
 class ResNet(Network):
   """A residual network; each block picks the earlier blocks it reads."""
 
-  def __init__(
+  def _make_stack(
     self,
     architecture: Architecture,
+    width: int,
     *,
-    num_classes: int,
-    fan_in: int,
-    rule: str = 'learned',
-    in_channels: int = 3,
-    width: int | None = None,
-    dtype: DTypeLike = jnp.float32,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
     stem_source: bool = True,
     adapter: str = 'pool',
-    scale: str = 'mean',
-    gradient: str = 'all',
-    initial: float = 0.5,
-    initial_spread: float = 0.0,
-    seed: int = 0,
-  ) -> None:
-    """Builds the network; the arguments are those of `create_model`."""
+    **wiring: Any,
+  ) -> tuple[MaskedStack, int]:
     check_choice('connectivity.adapter', adapter, 'adapter')
-    rngs = nnx.Rngs(seed)
-    dtype = jnp.dtype(dtype)
-    width = width or architecture.width
-    self.stem = Stem(
-      in_channels,
-      width,
-      large=architecture.large_images,
-      dtype=dtype,
-      rngs=rngs,
-    )
     blocks: list[nnx.Module] = []
     features = [width]  # of sources 0..L
-    self.stages = architecture.stages
     for stage, stride in architecture.strides():
       block, wide = architecture.block(
         features[-1], width * 2**stage, stride, dtype=dtype, rngs=rngs
       )
       blocks.append(block)
       features.append(wide)
-    self.stack = MaskedStack(
+    stack = MaskedStack(
       blocks,
-      fan_in=fan_in,
-      rule=rule,
       valid=connectivity.valid_sources(
         len(blocks),
         stem_source=stem_source,
@@ -237,74 +251,41 @@ class ResNet(Network):
         if adapter == 'projection'
         else None
       ),
-      scale=scale,
-      gradient=gradient,
-      initial=initial,
-      initial_spread=initial_spread,
       rngs=rngs,
+      **wiring,
     )
-    self.head = nnx.Linear(features[-1], num_classes, rngs=rngs)
+    return stack, features[-1]
 
 
 class BranchResNeXt(Network):
   """A ResNeXt; each branch picks the branches of the block before it reads."""
 
-  def __init__(
+  def _make_stack(
     self,
     architecture: Architecture,
+    width: int,
     *,
-    num_classes: int,
-    fan_in: int,
-    rule: str = 'learned',
-    in_channels: int = 3,
-    width: int | None = None,
-    dtype: DTypeLike = jnp.float32,
-    identity: str = '1/K',
-    gradient: str = 'all',
-    initial: float = 0.5,
-    initial_spread: float = 0.0,
-    seed: int = 0,
-  ) -> None:
-    """Builds the network; the arguments are those of `create_model`."""
-    check_choice('connectivity.branch_identity', identity, 'identity')
-    rngs = nnx.Rngs(seed)
-    dtype = jnp.dtype(dtype)
-    width = width or architecture.width
-    self.stem = Stem(
-      in_channels,
-      width,
-      large=architecture.large_images,
-      dtype=dtype,
-      rngs=rngs,
-    )
-    self.stages = architecture.stages
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+    **wiring: Any,
+  ) -> tuple[BranchStack, int]:
     blocks = []
     features = width
     for stage, stride in architecture.strides():
-      inner = architecture.inner_width(width * 2**stage)
+      stage_width = width * 2**stage
       blocks.append(
         BranchBlock(
           features,
-          inner // architecture.cardinality,
-          4 * width * 2**stage,
+          architecture.inner_width(stage_width) // architecture.cardinality,
+          4 * stage_width,
           branches=architecture.cardinality,
           stride=stride,
           dtype=dtype,
           rngs=rngs,
         )
       )
-      features = 4 * width * 2**stage
-    self.stack = BranchStack(
-      blocks,
-      fan_in=fan_in,
-      rule=rule,
-      identity=identity,
-      gradient=gradient,
-      initial=initial,
-      initial_spread=initial_spread,
-      rngs=rngs,
-    )
-    self.head = nnx.Linear(features, num_classes, rngs=rngs)
+      features = 4 * stage_width
+    return BranchStack(blocks, rngs=rngs, **wiring), features
 
   def pool(self, x: jax.Array) -> jax.Array:
     """The stack has pooled already: see `Streams.pooled`."""
