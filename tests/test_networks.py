@@ -12,11 +12,10 @@ import pytest
 from flax import nnx
 
 import maskconnect_jax
-from maskconnect_jax import models, optimizer, stack
+from maskconnect_jax import describe, models, optimizer, stack
 
-# At fixed_prev. CIFAR with 100 classes: method tables (resnet38/74/110 and
-# 29_8x64d) and, for the others, layer-by-layer arithmetic below. ImageNet with
-# 1000: torchvision's model tables.
+# At fixed_prev: method tables for CIFAR (100 classes), torchvision's model
+# tables for ImageNet (1000).
 PUBLISHED = {
   'resnet38': (100, 0.567e6, 5e-4),
   'resnet74': (100, 1.151e6, 5e-4),
@@ -30,24 +29,31 @@ PUBLISHED = {
 }
 
 
-def counted_by_hand(name):
-  """Parameters of a CIFAR-form network with 100 classes, layer by layer."""
-  own = models.architecture_of(name)
-  total, wide = 27 * own.width + 2 * own.width, own.width
+def counted_by_hand(own, classes, *, width=None, channels=3, level='block'):
+  """Parameters of an architecture, layer by layer."""
+  first = wide = width or own.width
+  total = (49 if own.large_images else 9) * channels * wide + 2 * wide
   for stage, depth in enumerate(own.blocks_per_stage):
-    width = own.width * 2**stage
+    width = first * 2**stage
     for position in range(depth):
-      if own.bottleneck:
-        inner = own.cardinality * own.branch_width * 2**stage
-        total += wide * inner + 9 * inner**2 // own.cardinality
-        total += inner * 4 * width + 4 * inner + 8 * width
-        if position == 0:
-          total += wide * 4 * width + 8 * width
-        wide = 4 * width
-      else:
+      if not own.bottleneck:
         total += 9 * (wide * width + width**2) + 4 * width
         wide = width
-  return total + 100 * wide + 100
+        continue
+      inner = width
+      if own.branch_width:
+        inner = own.cardinality * own.branch_width * width // own.width
+      # 1x1, 3x3 in groups, 1x1; the BatchNorms of the first two.
+      total += wide * inner + 9 * inner**2 // own.cardinality
+      total += inner * 4 * width + 4 * inner
+      if level == 'branch':  # a BatchNorm for each branch, no projection
+        total += own.cardinality * 8 * width
+      else:
+        total += 8 * width
+        if position == 0:
+          total += wide * 4 * width + 8 * width
+      wide = 4 * width
+  return total + classes * wide + classes
 
 
 def abstract(name, **options):
@@ -62,8 +68,7 @@ def test_parameter_count(name):
   count = models.count_parameters(abstract(name, num_classes=classes))
   if published:
     assert count == pytest.approx(published, rel=tolerance, abs=0.5)
-  if not models.architecture_of(name).large_images:
-    assert count == counted_by_hand(name)
+  assert count == counted_by_hand(models.architecture_of(name), classes)
 
 
 RULES = ('learned', 'fixed_prev', 'fixed_random', 'fixed_all')
@@ -157,6 +162,33 @@ def test_trains_freezes_and_prunes(reduced, name, level, rule):
   logits = run(frozen)
   assert logits.shape == (4, 7)
   np.testing.assert_allclose(run(pruned), logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(('name', 'level', 'rule'), CASES)
+def test_is_described(reduced, tiny_config, name, level, rule):
+  fan_in = 2
+  tiny_config.model.name, tiny_config.model.width = name, 16
+  tiny_config.connectivity.level = level
+  tiny_config.connectivity.rule = rule
+  tiny_config.connectivity.fan_in = fan_in
+  text = describe.describe(tiny_config)
+
+  own = models.architecture_of(name)
+  depth = len(own.blocks_per_stage)
+  if level == 'block':  # block j has j sources
+    rows = range(1, depth + 1)
+  else:
+    rows = [own.cardinality] * own.cardinality * (depth - 1)
+  takes = {'fixed_prev': 1, 'fixed_all': sum(rows)}.get(rule, fan_in)
+  edges = sum(min(takes, sources) for sources in rows)
+  count = counted_by_hand(own, 10, width=16, channels=1, level=level)
+  assert f'{name}, {depth} blocks, {count:,} parameters\n' in text
+  assert f'Total: {count:,}' in text
+  assert (
+    f'{rule}, {level}-level, {edges:,} edges of {sum(rows):,} valid,' in text
+  )
+  moving = 12 if rule == 'learned' else 0
+  assert f'masks move for the first {moving}\n' in text
 
 
 def test_resnet50_is_the_ordinary_one():
