@@ -15,16 +15,25 @@ IMAGES = RNG.integers(0, 256, (COUNT, 8, 8, 1), np.uint8)
 LABELS = RNG.integers(0, CLASSES, COUNT, np.int32)
 
 
-def step_on(count, rule):
-  """One compiled training step, what it gives, and what evaluation does."""
-  model = models.ResNet(
-    models.Architecture((2, 1), width=4),
-    num_classes=CLASSES,
-    fan_in=2,
-    width=4,
-    in_channels=1,
-    rule=rule,
+RESNET = models.Architecture((2, 1), width=4)
+RESNEXT = models.Architecture(
+  (1, 1), width=8, bottleneck=True, cardinality=4, branch_width=2
+)
+
+
+def make(level, architecture, rule):
+  network = {'block': models.ResNet, 'branch': models.BranchResNeXt}[level]
+  model = network(
+    architecture, num_classes=CLASSES, fan_in=2, in_channels=1, rule=rule
   )
+  if level == 'branch':  # with a scale of 0 the branches would not train yet
+    for block in model.stack.blocks:
+      block.scale.set_value(jnp.ones_like(block.scale[...]))
+  return model
+
+
+def step_on(count, model):
+  """One compiled training step, what it gives, and what evaluation does."""
   transform = optimizer.partitioned(
     optimizer.weights_transform(
       lambda _: 0.1,
@@ -70,11 +79,26 @@ def step_on(count, rule):
   return jax.device_get((state, after, metrics, sums)), compiled
 
 
-@pytest.mark.parametrize('rule', ['learned', 'fixed_random'])
-def test_a_step_on_eight_devices_is_one_on_one(rule):
+@pytest.mark.parametrize(
+  ('level', 'architecture', 'rule', 'native'),
+  [
+    ('block', RESNET, 'learned', False),
+    ('block', RESNET, 'fixed_random', False),
+    ('block', RESNEXT, 'learned', True),
+    ('branch', RESNEXT, 'learned', False),
+  ],
+)
+def test_a_step_on_eight_devices_is_one_on_one(
+  level, architecture, rule, native, monkeypatch
+):
   assert jax.device_count() >= 8
-  (before, one, metrics, sums), alone = step_on(1, rule)
-  (_, eight, metrics8, sums8), shared = step_on(8, rule)
+  if native:  # the grouped convolution of GPUs and TPUs, in shard_map
+    monkeypatch.setattr(
+      layers, 'bundled_grouped_conv', layers.sharded_grouped_conv
+    )
+  model = make(level, architecture, rule)
+  (before, one, metrics, sums), alone = step_on(1, model)
+  (_, eight, metrics8, sums8), shared = step_on(8, model)
   np.testing.assert_array_equal(one.order, eight.order)
   assert len(jax.tree.leaves(one.masks)) == (rule == 'learned')
   for a, b in zip(
