@@ -187,12 +187,19 @@ def test_gradient_of_the_masks_matches_central_differences():
     assert seen == {0.0, 1.0}
 
 
-def test_every_draw_has_exactly_k_ones_per_row():
-  model = make(3)
-  masks = jax.vmap(model.draw)(jax.random.split(jax.random.key(0), 64))
-  assert masks.shape == (64, 3, 8, 8)
-  assert set(np.unique(masks)) == {0.0, 1.0}
-  assert (np.asarray(masks).sum(-1) == 3).all()
+@pytest.mark.parametrize('fan_in', [1, 3, 8])
+def test_every_draw_has_exactly_k_ones_per_row(fan_in):
+  model = make(fan_in)
+  one = np.eye(8)[[3, 0, 7, 7, 1, 2, 5, 4]]  # a positive entry in each row
+  spread = np.asarray(model.stack.real_mask[...])
+  for real in (0 * spread, one, 1e-30 * one, 0.5, 1.0, spread):
+    model.stack.real_mask.set_value(
+      jnp.broadcast_to(jnp.asarray(real, jnp.float32), spread.shape)
+    )
+    masks = jax.vmap(model.draw)(jax.random.split(jax.random.key(0), 64))
+    assert masks.shape == (64, 3, 8, 8)
+    assert np.isin(masks, (0, 1)).all()
+    assert (np.asarray(masks).sum(-1) == fan_in).all()
 
 
 def test_full_fan_in_is_the_ordinary_network_but_for_relu_and_norm():

@@ -140,9 +140,7 @@ def probabilities_of_sets(row, fan_in):
   return sets
 
 
-@pytest.mark.parametrize('fan_in', [1, 2, 3])
-def test_frequencies_are_those_of_draws_without_replacement(fan_in):
-  count = 200_000
+def block_masks():
   real = np.array(
     [
       [0.7, 0.0, 0.0, 0.0, 0.0],
@@ -156,6 +154,22 @@ def test_frequencies_are_those_of_draws_without_replacement(fan_in):
   )
   valid = np.tri(6, 5, dtype=bool)
   valid[5, 1] = False
+  return real, valid
+
+
+def branch_masks():
+  """[L-1, C, C]: unequal entries, some of them 0, some at the box's 1."""
+  rng = np.random.default_rng(11)
+  real = np.clip(rng.uniform(-0.2, 1.2, (2, 5, 5)), 0, 1).astype(np.float32)
+  assert {0.0, 1.0} < set(real.ravel().tolist())
+  return real, np.ones(real.shape, bool)
+
+
+@pytest.mark.parametrize('fan_in', [1, 2, 3])
+@pytest.mark.parametrize('masks', [block_masks, branch_masks])
+def test_frequencies_are_those_of_draws_without_replacement(masks, fan_in):
+  count = 200_000
+  real, valid = masks()
 
   @jax.jit
   def draw(keys):
@@ -165,7 +179,16 @@ def test_frequencies_are_those_of_draws_without_replacement(fan_in):
     return drawn.astype(jnp.int32) @ (2 ** jnp.arange(5))
 
   codes = np.asarray(draw(jax.random.split(jax.random.key(3), count)))
-  for target in range(6):
+  codes = codes.reshape(count, -1)
+  real, valid = real.reshape(-1, 5), valid.reshape(-1, 5)
+  bits = (np.arange(32)[:, None] >> np.arange(5)) & 1
+
+  def check(actual, expected):
+    sigma = np.sqrt(np.clip(expected * (1 - expected), 0, None) / count)
+    assert (np.abs(actual - expected) <= 5 * sigma + 1e-9).all()
+
+  inclusion = []
+  for target in range(len(real)):
     sources = np.flatnonzero(valid[target])
     expected = np.zeros(32)
     for chosen, probability in probabilities_of_sets(
@@ -173,15 +196,15 @@ def test_frequencies_are_those_of_draws_without_replacement(fan_in):
     ).items():
       expected[sum(2 ** sources[i] for i in chosen)] = probability
     actual = np.bincount(codes[:, target], minlength=32) / count
-
-    def check(actual, expected):
-      sigma = np.sqrt(np.clip(expected * (1 - expected), 0, None) / count)
-      assert (np.abs(actual - expected) <= 5 * sigma + 1e-9).all()
-
     assert expected.sum() == pytest.approx(1, abs=1e-12)
     check(actual, expected)  # of each set of sources
-    bits = (np.arange(32)[:, None] >> np.arange(5)) & 1
-    check(actual @ bits, np.minimum(expected @ bits, 1))  # of each source
+    inclusion.append(np.minimum(expected @ bits, 1))
+    check(actual @ bits, inclusion[-1])  # of each source
+  # Of each pair of sources of two rows: rows are drawn independently.
+  drawn = bits[codes].astype(np.float32)
+  for first, second in itertools.combinations(range(len(real)), 2):
+    together = drawn[:, first].T @ drawn[:, second] / count
+    check(together, np.outer(inclusion[first], inclusion[second]))
 
 
 # Straight through, start, projection.
