@@ -6,11 +6,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from maskconnect_jax import config, metrics, train
+from maskconnect_jax import config, metrics, models, train
 
 # Runs the command line, but kills itself (kill -9) right after the line of a
 # step is written, or right after a save has been started in the background.
@@ -78,11 +79,11 @@ def steps(workdir):
 
 @pytest.fixture
 def assert_same_end(finished, arrays_in):
-  """Compares a workdir with that of the run that was never cut."""
+  """Compares a workdir with that of a run that was never cut."""
 
-  def check(workdir, *, same_lines=True):
+  def check(workdir, *, whole=finished, same_lines=True):
     final = arrays_in(workdir / 'checkpoints/24/state')
-    expected = arrays_in(finished.workdir / 'checkpoints/24/state')
+    expected = arrays_in(whole.workdir / 'checkpoints/24/state')
     groups = {name.partition('.')[0] for name in expected}
     assert groups == {
       'step', 'order', 'weights', 'masks', 'statistics', 'optimizer',
@@ -94,30 +95,30 @@ def assert_same_end(finished, arrays_in):
     assert int(final['step']) == 24
     if same_lines:
       assert without_times(lines(workdir)) == without_times(
-        lines(finished.workdir)
+        lines(whole.workdir)
       )
       with (
         np.load(workdir / 'real_masks.npz') as ours,
-        np.load(finished.workdir / 'real_masks.npz') as theirs,
+        np.load(whole.workdir / 'real_masks.npz') as theirs,
       ):
         np.testing.assert_array_equal(ours['steps'], theirs['steps'])
         np.testing.assert_array_equal(ours['masks'], theirs['masks'])
     summary = json.loads((workdir / 'summary.json').read_text())
     for name in ACCURACIES:
-      assert summary[name] == finished.summary[name], name
+      assert summary[name] == whole.summary[name], name
     assert summary['train_seconds'] * summary[
       'images_per_second'
     ] == pytest.approx(24 * 64)
     topology = (workdir / 'topology.json').read_bytes()
-    assert topology == (finished.workdir / 'topology.json').read_bytes()
+    assert topology == (whole.workdir / 'topology.json').read_bytes()
 
   return check
 
 
-def cut(finished, workdir, step):
+def cut(whole, workdir, step):
   """Makes the workdir of a run killed after the save at `step`."""
   shutil.copytree(
-    finished.workdir,
+    whole.workdir,
     workdir,
     ignore=shutil.ignore_patterns(
       'summary.json', 'topology.json', 'model', 'figures'
@@ -174,6 +175,26 @@ def test_from_any_checkpoint(
   train.train(tiny_config, workdir)
   assert f'going on from step {step} of 24' in capsys.readouterr().err
   assert_same_end(workdir)
+
+
+def test_a_branch_level_run_is_cut_too(
+  tiny_config, tmp_path, assert_same_end, monkeypatch
+):
+  """While masks of branches are learned."""
+  architecture = models.Architecture(
+    (1, 1), width=8, bottleneck=True, cardinality=4, branch_width=2
+  )
+  monkeypatch.setitem(models.REGISTRY, 'tiny_resnext', architecture)
+  tiny_config.model.name = 'tiny_resnext'
+  tiny_config.connectivity.level = 'branch'
+  whole = train.train(tiny_config, tmp_path / 'whole')
+  whole = SimpleNamespace(workdir=tmp_path / 'whole', summary=whole.summary)
+  workdir = cut(whole, tmp_path / 'run', 8)
+  train.train(tiny_config, workdir)
+  assert_same_end(workdir, whole=whole)
+  with np.load(workdir / 'real_masks.npz') as history:
+    assert history['masks'].shape[1:] == (1, 4, 4)
+    assert (history['masks'][0] != history['masks'][-1]).all()
 
 
 def test_same_command_same_bits(tiny_config, tmp_path, assert_same_end):
