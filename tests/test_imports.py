@@ -49,6 +49,7 @@ ARROWS: dict[str, set[str]] = {
   'topology': set(),
   'blocks': {'layers'},
   'datasets': {'images'},
+  'mini_imagenet': {'images'},
   'metrics': {'files'},
   'branch_plots': {'plots'},
   'plots': set(),
@@ -66,7 +67,7 @@ ARROWS: dict[str, set[str]] = {
 BOTTOM = 'config'
 NEEDS_ORBAX = {'checkpoint'}
 ON_JAX = {'clu', 'flax', 'jax', 'jaxlib', 'optax'}  # orbax: see NEEDS_ORBAX
-WITHOUT_JAX = {'datasets', 'images'}
+WITHOUT_JAX = {'datasets', 'images', 'mini_imagenet'}
 # Module -> all that it may import beside the standard library.
 ONLY = {'connectivity': {'jax', 'numpy'}}
 
