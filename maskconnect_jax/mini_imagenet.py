@@ -59,10 +59,12 @@ try:
   import tensorflow_datasets as tfds
 except ImportError as error:
   if __name__ == '__main__':
-    sys.exit(
-      f"error: this needs a package ({error}); pip install 'maskconnect_jax"
-      "[tfds]'"
+    print(
+      f"error: a package is missing ({error}); pip install 'maskconnect_jax"
+      "[tfds]'",
+      file=sys.stderr,
     )
+    sys.exit(2)
   raise
 
 # Ravi and Larochelle's classes ("Optimization as a Model for Few-Shot
