@@ -12,7 +12,7 @@ converted exactly as the images the network was trained on:
 - Grey from colour is ITU-R 601-2 luma; CMYK has no profile applied; of an
   animation the first frame is taken.
 - Resizing is bilinear with antialiasing to exactly the size asked for. The
-  aspect ratio is not kept.
+  aspect ratio is kept only where a centre crop is asked for, with `resize`.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def decode(
   *,
   channels: int,
   size: tuple[int, int] | None = None,
+  resize: int = 0,
 ) -> np.ndarray:
   """Reads an image file of any kind that Pillow reads.
 
@@ -55,6 +56,8 @@ def decode(
     path_or_file: a path, or a binary file open for reading.
     channels: 1 (grey) or 3 (RGB).
     size: (height, width) in pixels to resize to; None leaves it as stored.
+    resize: with `size`: resize the shorter side to so many pixels instead and
+      take the centre, `size`; 0 for no crop.
 
   Returns:
     uint8 [H, W, channels], 0..255.
@@ -69,7 +72,7 @@ def decode(
     # Pillow opens lazily: a truncated file shows only when the pixels load.
     with Image.open(path_or_file) as image:
       image.load()
-      return to_array(image, channels=channels, size=size)
+      return to_array(image, channels=channels, size=size, resize=resize)
   except config.InputError as error:
     raise config.InputError(f'{name}: {error}') from error
   except UnidentifiedImageError as error:
@@ -91,6 +94,7 @@ def to_array(
   *,
   channels: int,
   size: tuple[int, int] | None = None,
+  resize: int = 0,
 ) -> np.ndarray:
   """Converts an image in memory the way `decode` converts a file.
 
@@ -100,12 +104,15 @@ def to_array(
       (RGB) or 4 (RGB, alpha).
     channels: 1 (grey) or 3 (RGB).
     size: (height, width) in pixels to resize to; None leaves it as it is.
+    resize: with `size`: resize the shorter side to so many pixels instead and
+      take the centre, `size`; 0 for no crop.
 
   Returns:
     uint8 [H, W, channels], 0..255; `image` itself where nothing changes.
 
   Raises:
-    InputError: values or a shape whose meaning would have to be guessed.
+    InputError: values or a shape whose meaning would have to be guessed; a
+      `resize` smaller than `size`.
   """
   if channels not in _MODES:
     raise config.InputError(
@@ -119,14 +126,19 @@ def to_array(
       and image.ndim == 3
       and image.shape[2] == channels
       and size in (None, image.shape[:2])
+      and not resize
     ):
       return image
     pil = _from_array(image)
   else:
     pil = _eight_bit(ImageOps.exif_transpose(image))
   pil = pil.convert(_MODES[channels])
-  if size is not None and pil.size != size[::-1]:
-    pil = pil.resize(size[::-1], Image.Resampling.BILINEAR)
+  if size is not None and (resize or pil.size != size[::-1]):
+    pil = pil.resize(
+      size[::-1],
+      Image.Resampling.BILINEAR,
+      box=_centre(pil.size, size, resize) if resize else None,
+    )
   array = np.array(pil)
   return array[:, :, None] if channels == 1 else array
 
@@ -266,6 +278,43 @@ def read_all(
     kept,
     [errors[i] for i in sorted(errors)],
   )
+
+
+def _centre(
+  original: tuple[int, int], size: tuple[int, int], resize: int
+) -> tuple[float, float, float, float]:
+  """Returns what part of an image a centre crop after resizing shows.
+
+  Rounded as by torchvision's Resize and CenterCrop. Pillow's filter reads
+  beyond the box that it resizes, so that resizing the box alone gives the
+  pixels that resizing everything and cropping gives.
+
+  Args:
+    original: width and height of the image.
+    size: height and width of the crop.
+    resize: the shorter side, resized.
+
+  Returns:
+    left, top, right and bottom in pixels of the image.
+  """
+  if resize < max(size):
+    raise config.InputError(
+      f'a crop of {size[0]}x{size[1]} pixels does not fit in images resized to'
+      f' {resize}; give at least {max(size)}'
+    )
+  sides = [side * resize // min(original) for side in original]
+  starts = [
+    round((side - cropped) / 2)
+    for side, cropped in zip(sides, size[::-1], strict=True)
+  ]
+  left, right, top, bottom = (
+    edge * whole / side
+    for start, cropped, whole, side in zip(
+      starts, size[::-1], original, sides, strict=True
+    )
+    for edge in (start, start + cropped)
+  )
+  return left, top, right, bottom
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

@@ -58,16 +58,18 @@ ARROWS: dict[str, set[str]] = {
   'checkpoint': set(),
   'config': set(),
   'connectivity': set(),
+  'decoding': {'images', 'randaugment'},
   'distributed': set(),
   'files': set(),
   'images': set(),
   'layers': set(),
   'optimizer': set(),
+  'randaugment': set(),
 }  # fmt: skip
 BOTTOM = 'config'
 NEEDS_ORBAX = {'checkpoint'}
 ON_JAX = {'clu', 'flax', 'jax', 'jaxlib', 'optax'}  # orbax: see NEEDS_ORBAX
-WITHOUT_JAX = {'datasets', 'images', 'mini_imagenet'}
+WITHOUT_JAX = {'datasets', 'decoding', 'images', 'randaugment'}
 # Module -> all that it may import beside the standard library.
 ONLY = {'connectivity': {'jax', 'numpy'}}
 

@@ -1,0 +1,238 @@
+"""Photographs for training and evaluation: from a file to uint8 [S, S, C].
+
+A random crop is chosen from the header alone, before anything is decoded, so
+that a JPEG can be decoded at 1/2, 1/4 or 1/8 where the crop is that much larger
+than what is wanted: libjpeg then computes only that many DCT coefficients. Its
+edges are rounded to what becomes a pixel there.
+
+JPEGs are decoded by OpenCV, which gives Pillow's pixels in two thirds of the
+time (docs/performance.md); what is no ordinary JPEG goes through
+`images.decode`, as does what OpenCV refuses, which thus gets its error message
+there. Images leave as uint8: flips and normalisation are the device's work.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pathlib
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from maskconnect_jax import images
+from maskconnect_jax.randaugment import randaugment
+
+# An encoded file's content, its path, or decoded uint8 [H, W, C].
+Record = bytes | str | os.PathLike[str] | np.ndarray
+
+_ORIENTATION = 0x0112  # the EXIF tag
+_ON_ITS_SIDE = (5, 6, 7, 8)  # values of it
+# n -> OpenCV's flag for decoding at 1 / n. GRAYSCALE stands for no colour flag:
+# IMREAD_COLOR_RGB joins it, where REDUCED_COLOR would mean BGR.
+_REDUCED = {
+  1: 0,
+  2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
+  4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+  8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
+
+
+def training_image(
+  record: Record,
+  rng: np.random.Generator,
+  *,
+  size: int,
+  channels: int = 3,
+  scale: tuple[float, float] = (0.08, 1.0),
+  ratio: tuple[float, float] = (3 / 4, 4 / 3),
+  randaugment_ops: int = 0,
+  randaugment_magnitude: float = 9.0,
+) -> np.ndarray:
+  """Returns a random crop of an image, resized, with RandAugment if asked for.
+
+  Args:
+    record: the content of an image file, its path, or uint8 [H, W, C].
+    rng: all randomness comes from here.
+    size: pixels a side of what is returned.
+    channels: 1 (grey) or 3 (RGB).
+    scale: smallest and largest area of the crop, as a share of the image's.
+    ratio: smallest and largest width / height of the crop.
+    randaugment_ops: how many operations of RandAugment to apply.
+    randaugment_magnitude: their strength, 0 to 10.
+
+  Returns:
+    uint8 [size, size, channels], 0..255.
+
+  Raises:
+    InputError: the record is missing, damaged or no image; names the file.
+  """
+  (height, width), decode = _open(record)
+  top, left, tall, wide = random_box(
+    height, width, rng, scale=scale, ratio=ratio
+  )
+  reduction = max(n for n in _REDUCED if n == 1 or n * size <= min(tall, wide))
+  pixels = decode(reduction)[
+    round(top / reduction) : round((top + tall) / reduction),
+    round(left / reduction) : round((left + wide) / reduction),
+  ]
+  pixels = _resize(pixels, size)
+  if randaugment_ops:
+    augmented = randaugment(
+      Image.fromarray(pixels),
+      rng,
+      ops=randaugment_ops,
+      magnitude=randaugment_magnitude,
+    )
+    return images.to_array(augmented, channels=channels)
+  return images.to_array(pixels, channels=channels)
+
+
+def evaluation_image(
+  record: Record, *, size: int, resize: int, channels: int = 3
+) -> np.ndarray:
+  """Returns the centre of an image: what `images.decode` gives, sooner.
+
+  Args:
+    record: the content of an image file, its path, or uint8 [H, W, C].
+    size: pixels a side of what is returned.
+    resize: pixels to resize the shorter side to before the crop; 0 resizes to
+      size x size without one.
+    channels: 1 (grey) or 3 (RGB).
+
+  Returns:
+    uint8 [size, size, channels], 0..255.
+
+  Raises:
+    InputError: the record is missing, damaged or no image, naming the file; or
+      0 < resize < size.
+  """
+  _, decode = _open(record)
+  return images.to_array(
+    decode(1), channels=channels, size=(size, size), resize=resize
+  )
+
+
+def random_box(
+  height: int,
+  width: int,
+  rng: np.random.Generator,
+  *,
+  scale: tuple[float, float],
+  ratio: tuple[float, float],
+) -> tuple[int, int, int, int]:
+  """Draws a crop: its area uniform, its aspect ratio log-uniform.
+
+  Szegedy et al., *Going deeper with convolutions*, arXiv 1409.4842, section 6,
+  as in torchvision's RandomResizedCrop: what does not fit is drawn again, and
+  after ten times the largest centre crop of an allowed ratio is taken.
+
+  Args:
+    height: of the image, in pixels.
+    width: of the image, in pixels.
+    rng: all randomness comes from here.
+    scale: smallest and largest area, as a share of the image's.
+    ratio: smallest and largest width / height.
+
+  Returns:
+    top, left, height, width of the crop in pixels, within the image.
+  """
+  for _ in range(10):
+    area = height * width * rng.uniform(*scale)
+    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    tall = round(math.sqrt(area / aspect))
+    wide = round(math.sqrt(area * aspect))
+    if 0 < tall <= height and 0 < wide <= width:
+      top = int(rng.integers(height - tall + 1))
+      left = int(rng.integers(width - wide + 1))
+      return top, left, tall, wide
+  tall = min(height, max(round(width / ratio[0]), 1))
+  wide = min(width, max(round(height * ratio[1]), 1))
+  return (height - tall) // 2, (width - wide) // 2, tall, wide
+
+
+def _open(
+  record: Record,
+) -> tuple[tuple[int, int], Callable[[int], np.ndarray]]:
+  """Returns an image's height and width, and what decodes it at 1 / n.
+
+  What decodes takes one of `_REDUCED` as n and returns uint8
+  [ceil(height / n), ceil(width / n), 3].
+  """
+  if not isinstance(record, np.ndarray):
+    try:
+      content = (
+        record
+        if isinstance(record, bytes)
+        else pathlib.Path(record).read_bytes()
+      )
+      header = Image.open(io.BytesIO(content), formats=('JPEG',))
+      orientation = header.getexif().get(_ORIENTATION, 1)
+    except Exception:
+      pass  # if it is wrong and no mere PNG, images.decode finds the words
+    else:
+      if header.mode in ('L', 'RGB'):  # not CMYK
+        width, height = header.size
+        return (
+          (width, height) if orientation in _ON_ITS_SIDE else (height, width),
+          lambda n: _decode_jpeg(record, content, header, n),
+        )
+  pixels = _decode_any(record)
+  return pixels.shape[:2], lambda n: _reduce(pixels, n)
+
+
+def _decode_jpeg(
+  record: Record, content: bytes, header: Image.Image, n: int
+) -> np.ndarray:
+  flags = _REDUCED[n] | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+  try:
+    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+  except cv2.error:  # more pixels than OpenCV allows, for example
+    pixels = None
+  if pixels is None:  # cut short, for example
+    return _reduce(_decode_any(record), n)
+  if header.getexif().get(_ORIENTATION, 1) == 1:
+    return pixels
+  image = Image.fromarray(pixels)
+  image.info = header.info  # where the orientation stands
+  return images.to_array(image, channels=3)
+
+
+def _decode_any(record: Record) -> np.ndarray:
+  if isinstance(record, np.ndarray):
+    return images.to_array(record, channels=3)
+  file = io.BytesIO(record) if isinstance(record, bytes) else record
+  return images.decode(file, channels=3)
+
+
+def _reduce(pixels: np.ndarray, n: int) -> np.ndarray:
+  """Averages n x n pixels, much as decoding a JPEG at 1 / n does."""
+  return pixels if n == 1 else np.array(Image.fromarray(pixels).reduce(n))
+
+
+def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
+  """Resizes uint8 [H, W, 3] to [size, size, 3], bilinearly and antialiased.
+
+  Pillow's antialiased bilinear filter reads through a triangle as wide as what
+  becomes one pixel: at a shrinking by s its variance is s^2 / 6, that of
+  ordinary bilinear interpolation 1 / 6 on average. Three taps (q, 1 - 2q, q)
+  of the missing variance 2q = (s^2 - 1) / 6 before an ordinary resize come
+  close, up to s = 2, in a third of the time.
+  """
+  shrinking = np.maximum(np.divide(pixels.shape[:2], size), 1)
+  if shrinking.max() > 2:
+    image = Image.fromarray(pixels)
+    return np.array(image.resize((size, size), Image.Resampling.BILINEAR))
+  if shrinking.max() > 1:
+    rows, columns = ([q, 1 - 2 * q, q] for q in (shrinking**2 - 1) / 12)
+    pixels = cv2.sepFilter2D(
+      pixels,
+      -1,
+      np.array(columns, np.float32),
+      np.array(rows, np.float32),
+      borderType=cv2.BORDER_REPLICATE,
+    )
+  return cv2.resize(pixels, (size, size), interpolation=cv2.INTER_LINEAR)

@@ -1,0 +1,107 @@
+"""RandAugment on Pillow images: one magnitude, operations drawn at random.
+
+Cubuk, Zoph, Shlens, Le, *RandAugment: Practical automated data augmentation
+with a reduced search space*, 2020, arXiv 1909.13719. The operations and ranges
+are torchvision's (posterize keeps at least 4 bits, enhancements scale by 1 -
+0.9 to 1 + 0.9); magnitude 10 is the end of a range, as in the paper's own code
+and in timm, where torchvision has 30. What comes in from outside is grey.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from maskconnect_jax import config
+
+
+def randaugment(
+  image: Image.Image,
+  rng: np.random.Generator,
+  *,
+  ops: int,
+  magnitude: float,
+) -> Image.Image:
+  """Applies `ops` operations, drawn uniformly with replacement.
+
+  Args:
+    image: of mode L or RGB.
+    rng: all randomness comes from here: which operations, and the direction of
+      those that have one.
+    ops: how many; the paper's N.
+    magnitude: from 0 (nothing but autocontrast, equalize and small effects of
+      rounding) to 10 (end of the ranges), or beyond; the paper's M.
+
+  Returns:
+    An image of the same mode and size.
+
+  Raises:
+    InputError: a negative magnitude.
+  """
+  if magnitude < 0:
+    raise config.InputError(
+      f'a RandAugment magnitude of {magnitude} makes no sense; give 0 to 10'
+    )
+  drawn = rng.choice(list(OPERATIONS), ops)
+  signs = rng.choice((-1, 1), ops)
+  for name, sign in zip(drawn, signs, strict=True):
+    image = OPERATIONS[name](image, float(sign * magnitude / 10))
+  return image
+
+
+def _affine(image: Image.Image, *matrix: float) -> Image.Image:
+  """Reads the pixel of (x, y) at `matrix` times (x, y, 1)."""
+  return image.transform(
+    image.size,
+    Image.Transform.AFFINE,
+    matrix,
+    Image.Resampling.BILINEAR,
+    fillcolor=_grey(image),
+  )
+
+
+def _rotate(image: Image.Image, level: float) -> Image.Image:
+  return image.rotate(
+    30 * level, Image.Resampling.BILINEAR, fillcolor=_grey(image)
+  )
+
+
+def _enhance(
+  kind: Callable[[Image.Image], ImageEnhance._Enhance],
+) -> Callable[[Image.Image, float], Image.Image]:
+  # Beyond the end of the range some of the image is kept.
+  return lambda image, level: kind(image).enhance(max(1 + 0.9 * level, 0.1))
+
+
+def _grey(image: Image.Image) -> tuple[int, ...]:
+  return (128,) * len(image.getbands())
+
+
+# Name -> the operation at a signed level, 1 and -1 being the ends of the range.
+# Those without a direction take the absolute value.
+OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
+  'identity': lambda image, level: image,
+  'shear_x': lambda image, level: _affine(image, 1, 0.3 * level, 0, 0, 1, 0),
+  'shear_y': lambda image, level: _affine(image, 1, 0, 0, 0.3 * level, 1, 0),
+  'translate_x': lambda image, level: _affine(
+    image, 1, 0, 150 / 331 * level * image.width, 0, 1, 0
+  ),
+  'translate_y': lambda image, level: _affine(
+    image, 1, 0, 0, 0, 1, 150 / 331 * level * image.height
+  ),
+  'rotate': _rotate,
+  'brightness': _enhance(ImageEnhance.Brightness),
+  'color': _enhance(ImageEnhance.Color),
+  'contrast': _enhance(ImageEnhance.Contrast),
+  'sharpness': _enhance(ImageEnhance.Sharpness),
+  'posterize': lambda image, level: ImageOps.posterize(
+    image, max(8 - round(4 * abs(level)), 1)
+  ),
+  'solarize': lambda image, level: ImageOps.solarize(
+    image, max(round(255 * (1 - abs(level))), 0)
+  ),
+  'autocontrast': lambda image, level: ImageOps.autocontrast(image),
+  'equalize': lambda image, level: ImageOps.equalize(image),
+}
