@@ -137,6 +137,35 @@ def test_resize_takes_height_then_width_and_leaves_equal_sizes(tmp_path):
   )
 
 
+@pytest.mark.parametrize('channels', [1, 3])
+@pytest.mark.parametrize(
+  ('shape', 'resized'),
+  [
+    ((60, 80), (32, 42)),  # torchvision rounds 42.7 down
+    ((81, 60), (43, 32)),
+    ((20, 31), (32, 49)),
+    ((32, 32), (32, 32)),
+    ((28, 28), (32, 32)),  # of the size asked for, yet not the centre
+    ((24, 900), (32, 1200)),
+  ],
+)
+def test_centre_crop_is_resize_then_crop(shape, resized, channels):
+  pixels = RNG.integers(0, 256, (*shape, 3), np.uint8)
+  image = Image.fromarray(pixels).convert('L' if channels == 1 else 'RGB')
+  whole = np.asarray(image.resize(resized[::-1], Image.Resampling.BILINEAR))
+  top, left = (round((side - 28) / 2) for side in resized)
+  expected = whole[top : top + 28, left : left + 28]
+  cropped = images.to_array(pixels, channels=channels, size=(28, 28), resize=32)
+  assert cropped.shape == (28, 28, channels)
+  # Pillow rounds the position of a box to single precision.
+  np.testing.assert_allclose(cropped.squeeze(), expected, atol=1)
+
+
+def test_a_crop_larger_than_the_resized_image_is_refused():
+  with pytest.raises(config.InputError, match='40x40.*resized to 32.*40'):
+    images.to_array(RGB, channels=3, size=(40, 40), resize=32)
+
+
 @pytest.mark.parametrize(
   ('array', 'expected'),
   [
