@@ -2,8 +2,8 @@
 
 A random crop is chosen from the header alone, before anything is decoded, so
 that a JPEG can be decoded at 1/2, 1/4 or 1/8 where the crop is that much larger
-than what is wanted: libjpeg then computes only that many DCT coefficients. Its
-edges are rounded to what becomes a pixel there.
+than what is wanted: libjpeg then computes only that many DCT coefficients. The
+crop's edges are rounded to what becomes a pixel there.
 
 JPEGs are decoded by OpenCV, which gives Pillow's pixels sooner and resizes in a
 third of the time (docs/performance.md); what is no ordinary JPEG goes through
@@ -220,7 +220,7 @@ def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
   becomes one pixel: at a shrinking by s its variance is s^2 / 6, that of
   ordinary bilinear interpolation 1 / 6 on average. Three taps (q, 1 - 2q, q)
   of the missing variance 2q = (s^2 - 1) / 6 before an ordinary resize come
-  close, up to s = 2, in half the time.
+  close, up to s = 2, in a third of the time.
   """
   shrinking = np.divide(pixels.shape[:2], size)
   if shrinking.max() > 2:
