@@ -9,8 +9,10 @@ best: '60 epochs', '400 steps', '1e6 examples' or '50%' of the whole run.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -42,6 +44,10 @@ def default() -> ml_collections.ConfigDict:
   """Returns the whole config with its defaults: the reference of all fields."""
   config = ml_collections.ConfigDict()
   config.seed = 0  # everything random is a function of (seed, step)
+  # Of --mode=sweep: every variant is trained with every seed. A variant is the
+  # overrides of one row of the table, 'connectivity.rule=learned model.width=8'
+  config.seeds = ()  # (): the seed above
+  config.variants = ()  # (): one row, without overrides
   config.batch_size = 128
   config.eval_batch_size = 500
   config.duration = '300 epochs'  # connectivity phase and fine-tuning together
@@ -174,12 +180,45 @@ def check(config: ml_collections.ConfigDict) -> None:
     )
 
 
+def check_is_one_run(config: ml_collections.ConfigDict) -> None:
+  """Raises InputError for a config that stands for several runs."""
+  for name in ('seeds', 'variants'):
+    if config[name]:
+      raise InputError(
+        f'config.{name}={config[name]} are several runs; --mode=sweep trains'
+        f' them, --config.{name}="()" leaves them out'
+      )
+
+
 def check_choice(path: str, value: Any, name: str) -> None:
   """Raises InputError, calling it `name`, if a field cannot have a value."""
   if value not in CHOICES[path]:
     raise InputError(
       f'{name}={value!r} is not one of {", ".join(CHOICES[path])}'
     )
+
+
+def stored(workdir: Path) -> ml_collections.ConfigDict:
+  """Returns the config that a workdir was written with.
+
+  Fields that did not exist yet have their defaults.
+
+  Raises:
+    InputError: there is none, or it is damaged.
+  """
+  path = workdir / 'config.json'
+  if not path.is_file():
+    raise InputError(
+      f'{workdir} holds no config.json; give the workdir of a run, or --config'
+    )
+  config = default()
+  try:
+    record = json.loads(path.read_text(encoding='utf-8'))
+  except ValueError as error:
+    raise InputError(f'{path} is damaged ({error}); give --config') from error
+  with config.ignore_type():  # JSON has lists where the config has tuples
+    config.update(record)
+  return config
 
 
 def unknown_field(path: str) -> str:
@@ -192,6 +231,13 @@ def unknown_field(path: str) -> str:
     else ('maskconnect_jax/config.py lists the fields')
   )
   return f'config.{path} is not a config field; {hint}'
+
+
+def kind(value: Any) -> str:
+  """Returns what a field of this value takes, in words."""
+  return {bool: 'true or false', int: 'a whole number', float: 'a number'}.get(
+    type(value), f'a {type(value).__name__}'
+  )
 
 
 def parse_duration(text: str, name: str) -> tuple[float, str]:

@@ -6,6 +6,11 @@ r"""Trains, evaluates, describes and predicts from the command line.
   python -m maskconnect_jax.main --mode=evaluate --workdir=runs/digits
   python -m maskconnect_jax.main --mode=predict --workdir=runs/digits \
       --images=photos
+  python -m maskconnect_jax.main --mode=sweep --config=configs/digits.py \
+      --workdir=runs/rules --config.seeds=0,1,2 \
+      --config.variants=connectivity.rule=learned \
+      --config.variants='connectivity.rule=fixed_random connectivity.fan_in=4'
+  python -m maskconnect_jax.main --mode=summarize --workdirs=runs/rules
 
 Any config field is overridden by --config.FIELD=VALUE, such as
 --config.connectivity.rule=fixed_random.
@@ -19,7 +24,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import ml_collections
@@ -32,9 +36,12 @@ from maskconnect_jax import (
   datasets,
   describe,
   distributed,
+  files,
   images,
   inference,
   report,
+  summarize,
+  sweep,
   train,
 )
 from maskconnect_jax.config import InputError
@@ -48,16 +55,31 @@ WORKDIR = flags.DEFINE_string(
 MODE = flags.DEFINE_enum(
   'mode',
   'train',
-  ['train', 'evaluate', 'describe', 'predict'],
+  ['train', 'evaluate', 'describe', 'predict', 'sweep', 'summarize'],
   'train (goes on from the newest checkpoint in the workdir), evaluate (the'
   ' finished model on the test images), describe (the network and the cost of'
-  ' a step) or predict (a class for each of --images).',
+  ' a step), predict (a class for each of --images), sweep (trains every one'
+  ' of config.variants with every one of config.seeds) or summarize (the table'
+  ' of the runs in --workdirs).',
 )
 IMAGES = flags.DEFINE_multi_string(
   'images', [], 'predict: a file or a folder; may be repeated.'
 )
 JSON = flags.DEFINE_bool(
   'json', False, 'predict: print one JSON object per line.'
+)
+WORKDIRS = flags.DEFINE_list(
+  'workdirs', [], 'summarize: runs, or folders of runs, separated by commas.'
+)
+CSV = flags.DEFINE_string(
+  'csv', None, 'summarize: a file for the table as CSV.'
+)
+PARALLEL = flags.DEFINE_integer(
+  'parallel',
+  None,
+  'sweep: runs at once, which share the devices. By default one per GPU, and'
+  ' one in all on CPU and TPU.',
+  lower_bound=1,
 )
 MULTIHOST = flags.DEFINE_bool(
   'multihost', False, 'Join the other processes of a pod or cluster.'
@@ -69,18 +91,26 @@ def main(arguments: Sequence[str]) -> None:
   if len(arguments) > 1:
     raise InputError(f'{arguments[1]!r} is no flag; write --flag=value')
   if MULTIHOST.value:
+    if MODE.value == 'sweep':
+      raise InputError('--mode=sweep is for one machine; omit --multihost')
     distributed.initialize()
   {
     'train': run_train,
     'evaluate': run_evaluate,
     'describe': run_describe,
     'predict': run_predict,
+    'sweep': run_sweep,
+    'summarize': run_summarize,
   }[MODE.value]()
 
 
 def run_train() -> None:
-  """Trains and prints the result."""
-  config, workdir = the_config(), the_workdir()
+  """Trains and prints the result; a workdir brings its own config."""
+  workdir = the_workdir()
+  if CONFIG.value is None and (workdir / 'config.json').exists():
+    config = config_lib.stored(workdir)
+  else:
+    config = the_config()
   result = train.train(config, workdir)
   if not result.interrupted and jax.process_index() == 0:
     print(report.table(result.summary, workdir))
@@ -89,7 +119,7 @@ def run_train() -> None:
 def run_evaluate() -> None:
   """Prints the accuracy of a finished model on its test images, as JSON."""
   workdir = the_workdir()
-  config = CONFIG.value or stored_config(workdir)
+  config = CONFIG.value or config_lib.stored(workdir)
   config_lib.check(config)
   model = inference.load(workdir / 'model')
   test = datasets.load(config.data).test
@@ -133,6 +163,23 @@ def run_predict() -> None:
         print(f'{path}\t{model.classes[best]}\t{row[best]:.4f}')
 
 
+def run_sweep() -> None:
+  """Trains many runs and prints their table."""
+  sys.exit(sweep.sweep(the_config(), the_workdir(), PARALLEL.value))
+
+
+def run_summarize() -> None:
+  """Prints the table of the runs in --workdirs."""
+  if not WORKDIRS.value:
+    raise InputError(
+      '--mode=summarize needs --workdirs, such as --workdirs=runs/rules'
+    )
+  table = summarize.summarize([Path(name) for name in WORKDIRS.value])
+  if CSV.value:
+    files.write_text(Path(CSV.value), table.csv())
+  print(table.markdown(), end='')
+
+
 def the_config() -> ml_collections.ConfigDict:
   """Returns --config. Raises InputError without it."""
   if CONFIG.value is None:
@@ -151,23 +198,6 @@ def the_workdir() -> Path:
   return Path(WORKDIR.value)
 
 
-def stored_config(workdir: Path) -> ml_collections.ConfigDict:
-  """Returns the config that a workdir was written with."""
-  path = workdir / 'config.json'
-  if not path.is_file():
-    raise InputError(
-      f'{workdir} holds no config.json; give the workdir of a run, or --config'
-    )
-  config = config_lib.default()
-  try:
-    stored = json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise InputError(f'{path} is damaged ({error}); give --config') from error
-  with config.ignore_type():  # JSON has lists where the config has tuples
-    config.update(stored)
-  return config
-
-
 def parse_flags(arguments: Sequence[str]) -> list[str]:
   """Parses the command line; what is wrong with it is an InputError."""
   given = [a.lstrip('-').partition('=')[0] for a in arguments[1:]]
@@ -182,12 +212,12 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
     raise InputError(_no_config_file(config, 'there is no such file'))
   known = config_lib.flat(config_lib.default())
   try:
-    return flags.FLAGS(list(arguments))
+    return flags.FLAGS([_quoted(argument) for argument in arguments])
   except flags.IllegalFlagValueError as error:
     for field in fields:
       if field in known and f'--config.{field}=' in str(error):
         raise InputError(
-          f'{_one_line(error)}; give {_kind(known[field])}, such as'
+          f'{_one_line(error)}; give {config_lib.kind(known[field])}, such as'
           f' {known[field]!r}'
         ) from error
     raise InputError(f'{_one_line(error)}; --help says what is') from error
@@ -211,16 +241,18 @@ def _value_of(name: str, arguments: Sequence[str]) -> str | None:
   return None
 
 
+def _quoted(argument: str) -> str:
+  """Makes a variant, which may hold spaces, one string to ml_collections."""
+  flag, _, value = argument.partition('=')
+  if flag.lstrip('-') != 'config.variants' or value[:1] in ('(', "'", '"'):
+    return argument
+  return f'{flag}={value!r}'
+
+
 def _no_config_file(name: str, why: str) -> str:
   return (
     f'--config={name} is no config file ({why}); give a Python file that has'
     ' get_config(), such as configs/digits.py'
-  )
-
-
-def _kind(value: Any) -> str:
-  return {bool: 'true or false', int: 'a whole number', float: 'a number'}.get(
-    type(value), f'a {type(value).__name__}'
   )
 
 

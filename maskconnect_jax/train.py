@@ -66,6 +66,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Result:
       written; or the loss stopped being finite.
   """
   config_lib.check(config)
+  config_lib.check_is_one_run(config)
   check_workdir(config, workdir)
   job = experiment.build(config)
   plan, recipe = job.plan, job.recipe

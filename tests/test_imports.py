@@ -23,9 +23,11 @@ FILES = sorted(ROOT.rglob('*.py'))
 ARROWS: dict[str, set[str]] = {
   '__init__': {'inference', 'models', 'stack'},
   'main': {
-    'datasets', 'describe', 'distributed', 'images', 'inference', 'report',
-    'train',
+    'datasets', 'describe', 'distributed', 'files', 'images', 'inference',
+    'report', 'summarize', 'sweep', 'train',
   },
+  'sweep': {'files', 'summarize', 'train'},
+  'summarize': set(),
   'train': {
     'checkpoint', 'distributed', 'evaluation', 'experiment', 'files',
     'metrics', 'report', 'stack', 'steps',

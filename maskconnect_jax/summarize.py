@@ -1,0 +1,263 @@
+"""One table of many runs: a row per config, over its seeds."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from maskconnect_jax import config as config_lib
+from maskconnect_jax.config import InputError
+
+CAPTION = (
+  'Test accuracy is that of the finished model, after the last step,'
+  ' fine-tuning and pruning; never that of the best epoch. Mean ± sample'
+  ' standard deviation, and the best, over the seeds. Parameters: mean over'
+  ' the seeds (least to most). Images per second: median.'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A finished run.
+
+  Attributes:
+    workdir: of the run.
+    seed: of the run.
+    fields: every other field of its config, by path.
+    summary: the content of its summary.json.
+  """
+
+  workdir: Path
+  seed: int
+  fields: dict[str, Any]
+  summary: dict[str, Any]
+
+  @property
+  def device(self) -> str:
+    """Such as '1 x cpu'."""
+    return f'{self.summary["num_devices"]} x {self.summary["device"]}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """Runs whose configs are equal but for the seed.
+
+  Attributes:
+    name: what tells this row from the others.
+    runs: in the order of their seeds; at least one.
+  """
+
+  name: str
+  runs: list[Run]
+
+  def values(self, name: str) -> list[Any]:
+    """Returns a field of summary.json, one value per run."""
+    return [run.summary[name] for run in self.runs]
+
+  @property
+  def devices(self) -> str:
+    """All devices that runs of this row were trained on."""
+    return ', '.join(dict.fromkeys(run.device for run in self.runs))
+
+  def record(self) -> dict[str, Any]:
+    """Returns the row of the CSV file; accuracies are fractions."""
+    accuracy = self.values('test_accuracy_pruned')
+    return {
+      'row': self.name,
+      'num_seeds': len(self.runs),
+      'seeds': ' '.join(str(run.seed) for run in self.runs),
+      'duration': self.runs[0].fields['duration'],
+      'test_accuracy_best': max(accuracy),
+      'test_accuracy_mean': statistics.fmean(accuracy),
+      'test_accuracy_std': (
+        statistics.stdev(accuracy) if len(accuracy) > 1 else ''
+      ),
+      **{
+        f'{name}_{statistic.__name__.removeprefix("f")}': statistic(
+          self.values(name)
+        )
+        for name in ('parameters', 'parameters_pruned')
+        for statistic in (statistics.fmean, min, max)
+      },
+      'images_per_second': statistics.median(self.values('images_per_second')),
+      'device': self.devices,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """What there is to tell of some runs.
+
+  Attributes:
+    rows: in the order in which their first runs were found.
+    unfinished: workdirs of runs without a summary; in no row.
+  """
+
+  rows: list[Row]
+  unfinished: list[Path]
+
+  def markdown(self) -> str:
+    """Returns the table to read, with what it counts below."""
+    lines = [
+      '| | seeds | duration | test accuracy | best | parameters'
+      ' | after pruning | images/s | device |',
+      '| --- | --- | --- | --- | --- | --- | --- | --- | --- |',
+    ]
+    for row in self.rows:
+      record = row.record()
+      deviation = record['test_accuracy_std']
+      cells = [
+        row.name,
+        f'{len(row.runs)} ({", ".join(str(run.seed) for run in row.runs)})',
+        record['duration'],
+        f'{100 * record["test_accuracy_mean"]:.2f} ± '
+        + (f'{100 * deviation:.2f} %' if len(row.runs) > 1 else '- %'),
+        f'{record["test_accuracy_best"]:.2%}'.replace('%', ' %'),
+        _count(row.values('parameters')),
+        _count(row.values('parameters_pruned')),
+        f'{record["images_per_second"]:,.0f}',
+        record['device'],
+      ]
+      escaped = (str(cell).replace('|', r'\|') for cell in cells)
+      lines.append(f'| {" | ".join(escaped)} |')
+    lines += ['', CAPTION]
+    if len({run.device for row in self.rows for run in row.runs}) > 1:
+      lines.append('Devices differ: their images per second do not compare.')
+    if self.unfinished:
+      names = ', '.join(map(str, self.unfinished))
+      lines.append(f'Not finished, and in no row: {names}.')
+    return '\n'.join(lines) + '\n'
+
+  def csv(self) -> str:
+    """Returns the same rows to compute with, unrounded."""
+    records = [row.record() for row in self.rows]
+    text = io.StringIO()
+    if records:
+      writer = csv.DictWriter(text, list(records[0]), lineterminator='\n')
+      writer.writeheader()
+      writer.writerows(records)
+    return text.getvalue()
+
+
+def summarize(folders: Sequence[Path]) -> Table:
+  """Makes the table of all runs in some folders.
+
+  Args:
+    folders: each the workdir of a run, or a folder with such at any depth.
+
+  Raises:
+    InputError: a folder holds no run, a run's files cannot be read, or two
+      runs are of the same config and seed.
+  """
+  finished, unfinished = [], []
+  for workdir in find_runs(folders):
+    if (workdir / 'summary.json').is_file():
+      finished.append(read(workdir))
+    else:
+      unfinished.append(workdir)
+  groups: list[list[Run]] = []
+  for run in finished:
+    group = next((g for g in groups if g[0].fields == run.fields), None)
+    if group is None:
+      groups.append([run])
+      continue
+    for other in group:
+      if other.seed == run.seed:
+        raise InputError(
+          f'{other.workdir} and {run.workdir} are the same config and seed;'
+          ' leave one of them out'
+        )
+    group.append(run)
+  return Table(
+    [
+      Row(name, sorted(group, key=lambda run: run.seed))
+      for name, group in zip(
+        names([group[0].fields for group in groups]), groups, strict=True
+      )
+    ],
+    unfinished,
+  )
+
+
+def find_runs(folders: Sequence[Path]) -> list[Path]:
+  """Returns every workdir of a run in some folders, each once.
+
+  Raises:
+    InputError: there is none in one of them.
+  """
+  found: dict[Path, Path] = {}
+  for folder in folders:
+    runs = list(_runs_below(folder))
+    if not runs:
+      raise InputError(
+        f'{folder} holds no run; give the workdir of a run, or a folder of runs'
+      )
+    for run in runs:
+      found.setdefault(run.resolve(), run)
+  return list(found.values())
+
+
+def read(workdir: Path) -> Run:
+  """Reads a finished run. Raises InputError if its files are damaged."""
+  config = config_lib.stored(workdir)
+  # As JSON, so that a tuple equals the list it was stored as.
+  fields = config_lib.flat(
+    ml_collections.ConfigDict(json.loads(config.to_json()))
+  )
+  seed = fields.pop('seed')
+  path = workdir / 'summary.json'
+  try:
+    run = Run(workdir, seed, fields, json.loads(path.read_text('utf-8')))
+    Row('', [run]).record()
+  except (ValueError, KeyError, TypeError) as error:
+    raise InputError(
+      f'{path} is not the summary of a run ({error!r}); delete it and train'
+      ' again: the run goes on from its last checkpoint'
+    ) from error
+  return run
+
+
+def names(rows: Sequence[dict[str, Any]]) -> list[str]:
+  """Names each config after the fields in which they differ."""
+  if len(rows) == 1:
+    return [f'{rows[0]["model.name"]} {rows[0]["connectivity.rule"]}']
+  differing = [
+    path
+    for path in dict.fromkeys(path for row in rows for path in row)
+    if any(row.get(path) != rows[0].get(path) for row in rows)
+  ]
+  return [
+    ' '.join(f'{short(path)}={row.get(path)}' for path in differing)
+    for row in rows
+  ]
+
+
+def short(path: str) -> str:
+  """Returns the last part of a field's path, if no other field has the same."""
+  last = path.rpartition('.')[2]
+  known = [p.rpartition('.')[2] for p in config_lib.flat(config_lib.default())]
+  return last if known.count(last) <= 1 else path
+
+
+def _runs_below(folder: Path) -> Iterator[Path]:
+  for path, folders, files in os.walk(folder):
+    folders.sort()
+    if 'config.json' in files:
+      folders.clear()  # the many files of a run hold no other
+      yield Path(path)
+
+
+def _count(values: Sequence[int]) -> str:
+  text = f'{statistics.fmean(values):,.0f}'
+  if min(values) != max(values):
+    text += f' ({min(values):,} to {max(values):,})'
+  return text
