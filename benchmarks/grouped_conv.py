@@ -1,15 +1,19 @@
 """Formulations of the grouped convolution, forward and backward, timed.
 
-python benchmarks/grouped_conv.py [--native]
+python benchmarks/grouped_conv.py [--native | --sharded]
 
 XLA's own takes seconds a call on CPU and is left out there without --native.
+--sharded compares instead what eight forced CPU devices are given to do, in
+shard_map and out of it.
 """
 
 import argparse
+import contextlib
 import time
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from maskconnect_jax import layers
 
@@ -39,10 +43,44 @@ def milliseconds(conv, x, kernel, groups) -> str:
   return f'{min(times) * 1e3:.0f} ({compiling:.1f})'
 
 
+def sharded() -> None:
+  """Prints the all-gathers and FLOPs per device of a gradient."""
+  mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
+  x = jax.ShapeDtypeStruct(
+    (16, 8, 8, 32),
+    jnp.float32,
+    sharding=NamedSharding(mesh, PartitionSpec('data')),
+  )
+  kernel = jax.ShapeDtypeStruct(
+    (3, 3, 4, 32), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec())
+  )
+
+  def loss(x, kernel):
+    return jnp.sum(layers.sharded_grouped_conv(x, kernel, 8, 1) ** 2)
+
+  for name, context in {
+    "XLA's own": contextlib.nullcontext(),  # without a mesh, no shard_map
+    'in shard_map': jax.sharding.use_abstract_mesh(mesh.abstract_mesh),
+  }.items():
+    with context:
+      step = jax.jit(jax.grad(loss, (0, 1))).lower(x, kernel).compile()
+    print(
+      f'{name}: {step.as_text().count("all-gather(")} all-gathers,'
+      f' {step.cost_analysis()["flops"] / 1e6:.2f} MFLOP per device'
+    )
+
+
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument('--native', action='store_true')
-  native = parser.parse_args().native or jax.default_backend() != 'cpu'
+  parser.add_argument('--sharded', action='store_true')
+  given = parser.parse_args()
+  if given.sharded:
+    jax.config.update('jax_platforms', 'cpu')
+    jax.config.update('jax_num_cpu_devices', 8)
+    sharded()
+    return
+  native = given.native or jax.default_backend() != 'cpu'
   for batch, side, groups, width in CASES:
     features = groups * width
     x = jax.random.normal(jax.random.key(0), (batch, side, side, features))

@@ -87,6 +87,7 @@ def step_on(count, model):
     ('block', RESNEXT, 'learned', True),
     ('branch', RESNEXT, 'learned', False),
   ],
+  ids=['resnet', 'resnet-fixed', 'resnext', 'resnext-branch'],
 )
 def test_a_step_on_eight_devices_is_one_on_one(
   level, architecture, rule, native, monkeypatch
