@@ -31,6 +31,11 @@ if _DEVICES not in os.environ.get('XLA_FLAGS', ''):
     f'{os.environ.get("XLA_FLAGS", "")} {_DEVICES}=8'.lstrip()
   )
 
+# The suite compiles far more than it computes, and LLVM's optimizations are a
+# third of that. XLA's own passes run all the same, on which sharding,
+# FLOPs and memory depend.
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+
 # Compiled programs are shared within one run of the suite, as by the several
 # runs of a resume test, but never taken from an earlier run of it, whose
 # entries a killed process may have cut short. Nor is the user's own folder
