@@ -48,3 +48,27 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
   """Mirrors each of [N, H, W, C] left to right with probability 1/2."""
   heads = jax.random.bernoulli(key, 0.5, (images.shape[0], 1, 1, 1))
   return jnp.where(heads, images[:, :, ::-1], images)
+
+
+def mixup(
+  key: jax.Array, images: jax.Array, targets: jax.Array, alpha: float
+) -> tuple[jax.Array, jax.Array]:
+  """Mixes each example with its neighbour in the batch.
+
+  m x_i + (1 - m) x_(i-1), the same of the targets, with one m of
+  Beta(alpha, alpha) a batch; Zhang et al., 2018, arXiv 1710.09412. The order of
+  a batch is random, so the neighbour is any other example; it lies on the same
+  device or the next.
+
+  Args:
+    key: decides m.
+    images: [N, ...].
+    targets: class probabilities, [N, num_classes].
+    alpha: above 0.
+  """
+  m = jax.random.beta(key, alpha, alpha)
+
+  def mix(x: jax.Array) -> jax.Array:
+    return m * x + (1 - m) * jnp.roll(x, 1, axis=0)
+
+  return mix(images), mix(targets)

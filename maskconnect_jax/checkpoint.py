@@ -150,7 +150,10 @@ def digest(arrays: Any) -> int:
 
 
 def save_arrays(folder: Path, arrays: dict[str, jax.Array]) -> None:
-  """Writes named arrays into a new folder, and waits for it."""
+  """Writes named arrays into a new folder, and waits for it.
+
+  Called by all processes together, of which the first one writes.
+  """
   ocp.save(folder.absolute(), arrays)
 
 

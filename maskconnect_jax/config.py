@@ -28,6 +28,7 @@ CHOICES = {
   'masks.schedule': ('constant', 'cosine', 'step'),
   'optimizer.schedule': ('constant', 'cosine', 'step'),
   'data.source': ('digits', 'idx', 'folder', 'tfds'),
+  'data.crop': ('pad', 'resized'),
   'model.dtype': ('float32', 'bfloat16'),
 }
 
@@ -91,17 +92,26 @@ def default() -> ml_collections.ConfigDict:
   config.optimizer.weight_decay = 5e-4
   config.optimizer.decay_all = False  # also BatchNorm and biases
   config.optimizer.label_smoothing = 0.0
+  config.optimizer.average = 0.0  # decay of averaged weights, used if not 0
 
   config.data = ml_collections.ConfigDict()
   config.data.source = 'digits'
   config.data.name = ''  # the TFDS name, with source 'tfds'
   config.data.dir = ''  # where the files are ('tfds': the data_dir)
-  config.data.image_size = 0  # images are resized to so many pixels; 0: as is
+  config.data.image_size = 0  # pixels of a side; 0: as they are
+  config.data.eval_resize = 0  # the shorter side, then cropped; 0: squashed
   config.data.validation = 0  # training images held out for choosing settings
   config.data.skip_errors = False  # count and skip images that do not decode
-  config.data.memory_gb = 8.0  # decoded images may take so much
-  config.data.pad = 4  # random crop after so many pixels of padding
+  config.data.memory_gb = 8.0  # sets that need more are decoded while training
+  config.data.threads = 16  # that decode then, at most one for each core; ...
+  config.data.workers = 0  # ... in so many processes; 0: in this one
+  config.data.crop = 'pad'  # or 'resized', a random part of a random shape
+  config.data.crop_scale = (0.08, 1.0)  # 'resized': share of the image
+  config.data.pad = 4  # 'pad': random crop after so many pixels of padding
   config.data.flip = True  # random horizontal flip
+  config.data.randaugment = 0  # RandAugment's N, with 'resized'; 0: off
+  config.data.randaugment_magnitude = 9.0  # and its M, 0 to 10
+  config.data.mixup = 0.0  # alpha of mixup; 0: off
   config.data.mean = ()  # per channel on the 0..255 scale; (): measured
   config.data.std = ()
   return config
@@ -136,6 +146,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     'eval_batch_size',
     'keep_checkpoints',
     'connectivity.fan_in',
+    'data.threads',
   ):
     if given[path] < 1:
       raise InputError(f'config.{path}={given[path]} must be at least 1')
@@ -148,6 +159,10 @@ def check(config: ml_collections.ConfigDict) -> None:
     'data.validation',
     'data.pad',
     'data.image_size',
+    'data.eval_resize',
+    'data.workers',
+    'data.randaugment',
+    'data.mixup',
     'model.width',
   ):
     if not 0 <= given[path] < math.inf:
@@ -159,6 +174,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     'masks.momentum',
     'optimizer.momentum',
     'optimizer.label_smoothing',
+    'optimizer.average',
   ):
     if not 0 <= given[path] <= 1:
       raise InputError(f'config.{path}={given[path]} must be in [0, 1]')
@@ -177,6 +193,32 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise InputError(
       f'config.duration={config.duration!r} needs a unit of its'
       " own: '60 epochs', '400 steps' or '1e6 examples'"
+    )
+  _check_data(config.data)
+
+
+def _check_data(data: ml_collections.ConfigDict) -> None:
+  """Raises InputError for fields of `config.data` that do not go together."""
+  scale = tuple(data.crop_scale)
+  if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+    raise InputError(
+      f'config.data.crop_scale={scale} must be two shares, the smaller first,'
+      ' such as (0.08, 1.0)'
+    )
+  if not 0 <= data.randaugment_magnitude <= 10:
+    raise InputError(
+      f'config.data.randaugment_magnitude={data.randaugment_magnitude} must be'
+      ' in [0, 10]'
+    )
+  if data.randaugment and data.crop != 'resized':
+    raise InputError(
+      f'config.data.randaugment={data.randaugment} needs config.data.crop='
+      "'resized'"
+    )
+  if data.eval_resize and not 0 < data.image_size <= data.eval_resize:
+    raise InputError(
+      f'config.data.eval_resize={data.eval_resize} needs a smaller'
+      f' config.data.image_size to crop to, not {data.image_size}'
     )
 
 
@@ -214,11 +256,18 @@ def stored(workdir: Path) -> ml_collections.ConfigDict:
   config = default()
   try:
     record = json.loads(path.read_text(encoding='utf-8'))
-  except ValueError as error:
-    raise InputError(f'{path} is damaged ({error}); give --config') from error
-  with config.ignore_type():  # JSON has lists where the config has tuples
-    config.update(record)
+    with config.ignore_type():  # JSON has lists where the config has tuples
+      config.update(record)
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise InputError(
+      f'{path} is damaged ({error}); give another --workdir'
+    ) from error
   return config
+
+
+def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns `flat` as JSON keeps it: lists for tuples."""
+  return flat(ml_collections.ConfigDict(json.loads(config.to_json())))
 
 
 def unknown_field(path: str) -> str:

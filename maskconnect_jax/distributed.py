@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 from typing import Any
@@ -20,15 +21,41 @@ def initialize() -> None:
 
   Slurm, Open MPI, Cloud TPU and Kubernetes are recognised by JAX; elsewhere
   set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+
+  Raises:
+    InputError: JAX cannot tell who the others are.
   """
-  jax.distributed.initialize()
+  number = {
+    name: int(os.environ[variable])
+    for name, variable in (
+      ('num_processes', 'JAX_NUM_PROCESSES'),
+      ('process_id', 'JAX_PROCESS_ID'),
+    )
+    if variable in os.environ
+  }
+  try:
+    jax.distributed.initialize(**number)
+  except ValueError as error:
+    raise InputError(
+      f'--multihost finds no other processes ({error}); start it under Slurm,'
+      ' Open MPI, Cloud TPU or Kubernetes, or set JAX_COORDINATOR_ADDRESS,'
+      ' JAX_NUM_PROCESSES and JAX_PROCESS_ID'
+    ) from error
 
 
 def make_mesh() -> Mesh:
-  """Returns all devices, of all processes, as one axis named 'data'."""
-  return jax.make_mesh(
-    (jax.device_count(),), ('data',), axis_types=(AxisType.Auto,)
-  )
+  """Returns all devices, of all processes, as one axis named 'data'.
+
+  The devices of a process lie side by side, so that its share of a batch is
+  one run of rows.
+  """
+  devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+  return Mesh(np.array(devices), ('data',), axis_types=(AxisType.Auto,))
+
+
+def process() -> tuple[int, int]:
+  """Returns the number of this process, and how many there are."""
+  return jax.process_index(), jax.process_count()
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -51,6 +78,13 @@ def to_global(tree: Any, sharding: NamedSharding) -> Any:
     )
 
   return jax.tree.map(place, tree)
+
+
+def from_shares(tree: Any, sharding: NamedSharding) -> Any:
+  """Joins the rows that each process holds of an array to a global one."""
+  return jax.tree.map(
+    lambda rows: jax.make_array_from_process_local_data(sharding, rows), tree
+  )
 
 
 def check_batch_size(name: str, batch_size: int) -> None:

@@ -12,14 +12,15 @@ import numpy as np
 import optax
 
 from maskconnect_jax import (
-  config as config_lib,
-)
-from maskconnect_jax import (
+  batches,
   datasets,
   distributed,
   models,
   optimizer,
   steps,
+)
+from maskconnect_jax import (
+  config as config_lib,
 )
 from maskconnect_jax.config import InputError
 
@@ -120,7 +121,7 @@ class Experiment:
 
   Attributes:
     config: see `maskconnect_jax/config.py`.
-    dataset: in host memory.
+    dataset: in host memory, or streamed.
     plan: the durations in steps.
     architecture: the arguments of `create_model`, plain enough for JSON.
     model: the network before training.
@@ -172,11 +173,10 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
       'scale': own.scale,
     }
   model = models.create_model(**architecture)
-  measured = dataset.mean_and_std()
-  mean, std = (
-    tuple(config.data[name]) or tuple(map(float, values))
-    for name, values in zip(('mean', 'std'), measured, strict=True)
-  )
+  mean, std = tuple(config.data.mean), tuple(config.data.std)
+  if not (mean and std):
+    measured = [tuple(map(float, v)) for v in dataset.mean_and_std()]
+    mean, std = mean or measured[0], std or measured[1]
   if not len(mean) == len(std) == dataset.image_shape[-1]:
     raise InputError(
       'config.data.mean and .std need one number for each of'
@@ -199,15 +199,30 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
       ),
     ),
     seed=config.seed,
-    batch_size=config.batch_size,
-    pad=config.data.pad,
+    pad=config.data.pad if config.data.crop == 'pad' else 0,
     flip=config.data.flip,
     mean=mean,
     std=std,
+    mixup=config.data.mixup,
     label_smoothing=config.optimizer.label_smoothing,
+    average=config.optimizer.average,
     batch_sharding=distributed.sharded(mesh),
   )
   return Experiment(config, dataset, plan, architecture, model, mesh, recipe)
+
+
+def training_batches(job: Experiment) -> batches.Resident | batches.Streamed:
+  """Returns where a run takes its batches from."""
+  size, data = job.config.batch_size, job.config.data
+  if isinstance(job.dataset.train, datasets.Split):
+    return batches.Resident(job.dataset.train, job.recipe, size, job.mesh)
+  return batches.Streamed(
+    job.dataset.train,
+    job.recipe,
+    size,
+    threads=data.threads,
+    workers=data.workers,
+  )
 
 
 def note_on_fan_in(job: Experiment) -> str:

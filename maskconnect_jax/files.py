@@ -19,7 +19,7 @@ def replacing(path: Path) -> Iterator[Path]:
   or, if the block raises, not at all.
   """
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f'.{path.name}.tmp')
+  temporary = temporary_of(path)
   _remove(temporary)  # what a killed run may have left
   try:
     yield temporary
@@ -28,6 +28,11 @@ def replacing(path: Path) -> Iterator[Path]:
     os.replace(temporary, path)
   finally:
     _remove(temporary)
+
+
+def temporary_of(path: Path) -> Path:
+  """Returns what `replacing` yields: the same for every process."""
+  return path.with_name(f'.{path.name}.tmp')
 
 
 def write_text(path: Path, text: str) -> None:

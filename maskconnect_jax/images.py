@@ -18,6 +18,7 @@ converted exactly as the images the network was trained on:
 from __future__ import annotations
 
 import concurrent.futures
+import io
 import math
 import os
 import pathlib
@@ -87,6 +88,37 @@ def decode(
     if isinstance(error, OSError) and error.strerror:  # from the file system
       fault = f'cannot be read ({error.strerror})'
     raise config.InputError(f'{name} {fault}; replace or remove it') from error
+
+
+def read(
+  record: bytes | str | os.PathLike[str] | np.ndarray | Image.Image,
+  *,
+  channels: int,
+  size: tuple[int, int] | None = None,
+  resize: int = 0,
+) -> np.ndarray:
+  """Reads an image however it is given.
+
+  Args:
+    record: a file's content or path, see `decode`; or an image in memory, see
+      `to_array`.
+    channels: 1 (grey) or 3 (RGB).
+    size: (height, width) in pixels to resize to; None leaves it as it is.
+    resize: of the shorter side, before `size` is cropped; 0 for no crop.
+
+  Returns:
+    uint8 [H, W, channels], 0..255.
+
+  Raises:
+    InputError: as `decode` and `to_array`.
+  """
+  if isinstance(record, bytes):
+    return decode(
+      io.BytesIO(record), channels=channels, size=size, resize=resize
+    )
+  if isinstance(record, (str, os.PathLike)):
+    return decode(record, channels=channels, size=size, resize=resize)
+  return to_array(record, channels=channels, size=size, resize=resize)
 
 
 def to_array(

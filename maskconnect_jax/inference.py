@@ -38,10 +38,13 @@ def save(
   architecture: dict[str, Any],
   classes: Sequence[str],
   image_shape: Sequence[int],
+  resize: int,
   mean: Sequence[float],
   std: Sequence[float],
 ) -> None:
   """Writes a frozen, pruned model; a folder already there is replaced.
+
+  Called by all processes together, of which the first one writes.
 
   Args:
     folder: such as workdir/model.
@@ -49,11 +52,15 @@ def save(
     architecture: the arguments of `create_model`.
     classes: name of each output.
     image_shape: (height, width, channels) that images are brought to.
+    resize: of the shorter side, before the centre is cropped; 0: none.
     mean: per channel, on the 0..255 scale.
     std: likewise.
   """
   height, width, channels = image_shape
   arrays = _named_arrays(model)
+  if jax.process_index():
+    checkpoint.save_arrays(files.temporary_of(folder) / 'arrays', arrays)
+    return
   record = {
     'schema': MODEL_SCHEMA,
     'architecture': architecture,
@@ -64,6 +71,7 @@ def save(
       'height': height,
       'width': width,
       'channels': channels,
+      'resize': resize,
       'mean': list(mean),
       'std': list(std),
     },
@@ -172,25 +180,34 @@ class Classifier:
       InputError: an image cannot be read, or an array is not an image.
     """
     batches = [
-      self._forward_padded(batch) for batch in self._batches(images_or_paths)
+      self.probabilities(batch) for batch in self._batches(images_or_paths)
     ]
     if not batches:
       return np.zeros((0, len(self.classes)), np.float32)
     return np.concatenate(batches)
 
   def _batches(self, given: Any) -> Iterator[np.ndarray]:
-    *size, channels = self.image_shape
     for start in range(0, len(given), BATCH):
-      yield np.stack(
-        [
-          images.decode(item, channels=channels, size=tuple(size))
-          if isinstance(item, (str, Path))
-          else images.to_array(item, channels=channels, size=tuple(size))
-          for item in given[start : start + BATCH]
-        ]
-      )
+      yield np.stack([*map(self._prepare, given[start : start + BATCH])])
 
-  def _forward_padded(self, batch: np.ndarray) -> np.ndarray:
+  def _prepare(self, item: Any) -> np.ndarray:
+    height, width, channels = self.image_shape
+    return images.read(
+      item,
+      channels=channels,
+      size=(height, width),
+      resize=self.record['preprocessing'].get('resize', 0),
+    )
+
+  def probabilities(self, batch: np.ndarray) -> np.ndarray:
+    """Returns class probabilities of images that are prepared already.
+
+    Args:
+      batch: uint8 [N, H, W, C], of `image_shape`.
+
+    Returns:
+      float32 [N, len(classes)].
+    """
     # Powers of two: few shapes to compile for, whatever number is asked for.
     padded = 1 << (len(batch) - 1).bit_length()
     filled = np.pad(batch, ((0, padded - len(batch)), (0, 0), (0, 0), (0, 0)))

@@ -33,9 +33,9 @@ from ml_collections import config_flags
 
 from maskconnect_jax import config as config_lib
 from maskconnect_jax import (
-  datasets,
   describe,
   distributed,
+  evaluation,
   files,
   images,
   inference,
@@ -121,14 +121,10 @@ def run_evaluate() -> None:
   workdir = the_workdir()
   config = CONFIG.value or config_lib.stored(workdir)
   config_lib.check(config)
-  model = inference.load(workdir / 'model')
-  test = datasets.load(config.data).test
-  right = model.predict(test.images).argmax(-1) == test.labels
-  print(
-    json.dumps(
-      {'test_accuracy': float(right.mean()), 'num_test_examples': len(test)}
-    )
+  accuracy, count = evaluation.of_model(
+    inference.load(workdir / 'model'), config
   )
+  print(json.dumps({'test_accuracy': accuracy, 'num_test_examples': count}))
 
 
 def run_describe() -> None:

@@ -107,9 +107,9 @@ class Throughput:
 class Progress:
   """One bar on a terminal; elsewhere a plain line every few seconds."""
 
-  def __init__(self, total: int, start: int) -> None:
-    """Shows `start` of `total` steps as done."""
-    self._total, self._start = total, start
+  def __init__(self, total: int, start: int, *, enabled: bool = True) -> None:
+    """Shows `start` of `total` steps as done; nothing unless enabled."""
+    self._total, self._start, self._enabled = total, start, enabled
     self._begun = self._printed = time.monotonic()
     self._bar = (
       tqdm.tqdm(
@@ -119,7 +119,7 @@ class Progress:
         dynamic_ncols=True,
         smoothing=0.1,
       )
-      if sys.stderr.isatty()
+      if enabled and sys.stderr.isatty()
       else None
     )
 
@@ -153,7 +153,7 @@ class Progress:
     """Prints a line without breaking the bar."""
     if self._bar is not None:
       self._bar.write(line, file=sys.stderr)
-    else:
+    elif self._enabled:
       print(line, file=sys.stderr, flush=True)
 
   def close(self) -> None:

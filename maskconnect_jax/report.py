@@ -35,6 +35,7 @@ def summarize(
   frozen: Any,
   pruned: Any,
   accuracies: dict[str, float | None],
+  skipped: int,
   clock: metrics.Throughput,
 ) -> dict[str, Any]:
   """Returns the content of summary.json; README, "The workdir"."""
@@ -47,8 +48,7 @@ def summarize(
     'steps': job.plan.total,
     **accuracies,
     'num_train_examples': len(job.dataset.train),
-    'num_test_examples': len(job.dataset.test),
-    'skipped_files': job.dataset.skipped,
+    'skipped_files': skipped,
     'parameters': models.count_parameters(frozen),
     'parameters_pruned': models.count_parameters(pruned),
     'blocks': len(frozen.stack.blocks),
@@ -81,18 +81,24 @@ def write(
   summary: dict[str, Any],
   history: metrics.MaskHistory,
 ) -> None:
-  """Writes topology, model, pictures and, last of all, the summary."""
-  history.save()
-  files.write_json(workdir / 'topology.json', frozen.topology.to_dict())
+  """Writes model, topology, pictures and, last of all, the summary.
+
+  Called by all processes together, of which the first one writes.
+  """
   inference.save(
     workdir / 'model',
     pruned,
     architecture=job.architecture,
     classes=job.dataset.classes,
     image_shape=job.dataset.image_shape,
+    resize=job.config.data.eval_resize,
     mean=job.recipe.mean,
     std=job.recipe.std,
   )
+  if jax.process_index():
+    return
+  history.save()
+  files.write_json(workdir / 'topology.json', frozen.topology.to_dict())
   draw_figures(workdir, job.config, frozen, history)
   files.write_json(workdir / 'summary.json', summary)
 

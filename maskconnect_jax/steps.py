@@ -19,7 +19,7 @@ from maskconnect_jax import augment
 from maskconnect_jax.stack import RealMask
 
 # The streams of random numbers: fold_in(fold_in(key(seed), stream), step).
-ORDER, CROP, FLIP, MASK, EVALUATION_MASK = range(5)
+ORDER, CROP, FLIP, MASK, EVALUATION_MASK, MIXUP = range(6)
 
 
 @jax.tree_util.register_dataclass
@@ -29,23 +29,28 @@ class TrainState:
 
   Attributes:
     step: int32 [], steps done.
-    order: int32 [N], this epoch's order of the training set.
     weights: kernels, biases, BatchNorm scales, float32.
     masks: the real masks, float32; empty where the topology is fixed.
     statistics: BatchNorm's running averages, float32.
     optimizer: optax state of weights and masks.
+    average: {'weights', 'statistics'}, their moving averages; {} without.
   """
 
   step: jax.Array
-  order: jax.Array
   weights: Any
   masks: Any
   statistics: Any
   optimizer: Any
+  average: dict[str, Any]
 
   def variables(self) -> tuple[Any, Any, Any]:
-    """The parts that `nnx.merge` makes a model of, in the order of `split`."""
-    return self.weights, self.masks, self.statistics
+    """The parts that `nnx.merge` makes a model of, in the order of `split`.
+
+    They are what is evaluated and kept: averaged where averages are taken.
+    """
+    own = {'weights': self.weights, 'statistics': self.statistics}
+    own |= self.average
+    return own['weights'], self.masks, own['statistics']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,21 +61,21 @@ class Recipe:
     network: the model's graph, without its arrays.
     optimizer: of {'weights': ..., 'masks': ...}.
     seed: of everything random.
-    batch_size: examples in a step, on all devices together.
-    pad, flip, mean, std: see `config.data`.
-    label_smoothing: see `config.optimizer`.
+    pad, flip, mean, std, mixup: see `config.data`.
+    label_smoothing, average: see `config.optimizer`.
     batch_sharding: how a batch lies on the devices.
   """
 
   network: Any
   optimizer: optax.GradientTransformation
   seed: int
-  batch_size: int
   pad: int
   flip: bool
   mean: tuple[float, ...]
   std: tuple[float, ...]
+  mixup: float
   label_smoothing: float
+  average: float
   batch_sharding: jax.sharding.NamedSharding
 
   def key(self, stream: int, step: jax.Array | int) -> jax.Array:
@@ -91,65 +96,37 @@ def split(model: nnx.Module) -> tuple[Any, Any, Any, Any]:
   return network, weights, masks, statistics
 
 
-def init_state(
-  model: nnx.Module,
-  optimizer: optax.GradientTransformation,
-  num_examples: int,
-) -> TrainState:
+def init_state(model: nnx.Module, recipe: Recipe) -> TrainState:
   """Returns the state before the first step."""
   _, weights, masks, statistics = split(model)
+  average = {'weights': weights, 'statistics': statistics}
   return TrainState(
     step=jnp.zeros((), jnp.int32),
-    order=jnp.zeros((num_examples,), jnp.int32),
     weights=weights,
     masks=masks,
     statistics=statistics,
-    optimizer=optimizer.init({'weights': weights, 'masks': masks}),
+    optimizer=recipe.optimizer.init({'weights': weights, 'masks': masks}),
+    average=average if recipe.average else {},
   )
 
 
-def epoch_order(
-  recipe: Recipe, order: jax.Array, step: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Returns the epoch's order, new at its first step, and the place in it."""
-  num_examples = order.shape[0]
-  position = step % (num_examples // recipe.batch_size)
-  order = jax.lax.cond(
-    position == 0,
-    lambda: jax.random.permutation(
-      recipe.key(ORDER, step), num_examples
-    ).astype(jnp.int32),
-    lambda: order,
-  )
-  return order, position * recipe.batch_size
-
-
-def training_batch(
-  recipe: Recipe,
-  images: jax.Array,
-  labels: jax.Array,
-  indices: jax.Array,
-  step: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-  """Gathers, normalises and augments one batch.
+def augmented(recipe: Recipe, images: jax.Array, step: jax.Array) -> jax.Array:
+  """Normalises and augments one batch.
 
   Args:
     recipe: of the run.
-    images: uint8 [N, H, W, C], the whole training set, on the device.
-    labels: int32 [N].
-    indices: int32 [batch].
+    images: uint8 [batch, H, W, C].
     step: int32 [], decides crops and flips.
 
   Returns:
-    float32 [batch, H, W, C] and int32 [batch], sharded over the devices.
+    float32 [batch, H, W, C].
   """
-  indices = jax.lax.with_sharding_constraint(indices, recipe.batch_sharding)
-  batch = augment.normalize(images[indices], recipe.mean, recipe.std)
+  batch = augment.normalize(images, recipe.mean, recipe.std)
   if recipe.pad:
     batch = augment.random_crop(recipe.key(CROP, step), batch, recipe.pad)
   if recipe.flip:
     batch = augment.random_flip(recipe.key(FLIP, step), batch)
-  return batch, labels[indices]
+  return batch
 
 
 def train_step(
@@ -160,16 +137,14 @@ def train_step(
   Args:
     recipe: static.
     state: before the step.
-    images: uint8 [N, H, W, C], the training set.
-    labels: int32 [N].
+    images: uint8 [batch, H, W, C].
+    labels: int32 [batch].
 
   Returns:
     The state after the step, and {'loss', 'accuracy'}, float32 [], of the
     batch before the update.
   """
-  order, start = epoch_order(recipe, state.order, state.step)
-  indices = jax.lax.dynamic_slice(order, (start,), (recipe.batch_size,))
-  inputs, targets = training_batch(recipe, images, labels, indices, state.step)
+  inputs = augmented(recipe, images, state.step)
 
   def loss_of(params: dict[str, Any]) -> tuple[jax.Array, tuple[Any, Any]]:
     model = nnx.merge(
@@ -180,11 +155,16 @@ def train_step(
       copy=True,
     )
     mask = model.draw(recipe.key(MASK, state.step))
-    logits = model(inputs, mask, train=True)
-    smooth = optax.smooth_labels(
-      jax.nn.one_hot(targets, logits.shape[-1]), recipe.label_smoothing
+    targets = optax.smooth_labels(
+      jax.nn.one_hot(labels, model.head.out_features), recipe.label_smoothing
     )
-    loss = jnp.mean(optax.softmax_cross_entropy(logits, smooth))
+    mixed = inputs
+    if recipe.mixup:
+      mixed, targets = augment.mixup(
+        recipe.key(MIXUP, state.step), inputs, targets, recipe.mixup
+      )
+    logits = model(mixed, mask, train=True)
+    loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
     return loss, (logits, nnx.state(model, nnx.BatchStat))
 
   params = {'weights': state.weights, 'masks': state.masks}
@@ -196,54 +176,61 @@ def train_step(
     gradients, state.optimizer, params
   )
   params = optax.apply_updates(params, updates)
-  accuracy = jnp.mean(jnp.argmax(logits, -1) == targets, dtype=jnp.float32)
+  accuracy = jnp.mean(jnp.argmax(logits, -1) == labels, dtype=jnp.float32)
   return TrainState(
     step=state.step + 1,
-    order=order,
     weights=params['weights'],
     masks=params['masks'],
     statistics=statistics,
     optimizer=optimizer_state,
+    average=averaged(recipe, state, params['weights'], statistics),
   ), {'loss': loss, 'accuracy': accuracy}
 
 
+def averaged(
+  recipe: Recipe, state: TrainState, weights: Any, statistics: Any
+) -> dict[str, Any]:
+  """Returns a <- d a + (1 - d) w, with d = min(average, (1 + t) / (10 + t)).
+
+  Early on d is smaller, so that the start of the run is soon forgotten; as in
+  TensorFlow's ExponentialMovingAverage, with t the steps done.
+  """
+  if not recipe.average:
+    return {}
+  decay = jnp.minimum(recipe.average, (1 + state.step) / (10 + state.step))
+  return optax.incremental_update(
+    {'weights': weights, 'statistics': statistics}, state.average, 1 - decay
+  )
+
+
 def batch_statistics(
-  recipe: Recipe,
-  state: TrainState,
-  images: jax.Array,
-  labels: jax.Array,
-  index: jax.Array,
+  recipe: Recipe, variables: tuple[Any, Any, Any], images: jax.Array, step: Any
 ) -> Any:
-  """Returns BatchNorm's statistics over the index-th batch of an epoch alone.
+  """Returns BatchNorm's statistics over one training batch alone.
 
   A running average that starts from 0 is (1 - momentum) times the batch's.
   Blocks that the topology leaves out keep theirs.
+
+  Args:
+    recipe: static; its network is frozen.
+    variables: weights, masks and statistics.
+    images: uint8 [batch, H, W, C].
+    step: decides crops and flips.
   """
-  step = state.step + index
-  order = jax.random.permutation(
-    recipe.key(ORDER, state.step), state.order.shape[0]
-  )
-  count = state.order.shape[0] // recipe.batch_size
-  indices = jax.lax.dynamic_slice(
-    order, (index % count * recipe.batch_size,), (recipe.batch_size,)
-  )
-  inputs, _ = training_batch(recipe, images, labels, indices, step)
-  zeros = jax.tree.map(jnp.zeros_like, state.statistics)
-  model = nnx.merge(
-    recipe.network, state.weights, state.masks, zeros, copy=True
-  )
+  weights, masks, statistics = variables
+  inputs = augmented(recipe, images, step)
+  zeros = jax.tree.map(jnp.zeros_like, statistics)
+  model = nnx.merge(recipe.network, weights, masks, zeros, copy=True)
   with recipe.on_mesh():
     model(inputs, train=True)
-  statistics = jax.tree.map(
+  measured = jax.tree.map(
     lambda s: s / (1 - model.stem.norm.momentum),
     nnx.state(model, nnx.BatchStat),
   )
   for block, live in enumerate(model.topology.live):
     if not live:
-      statistics['stack']['blocks'][block] = state.statistics['stack'][
-        'blocks'
-      ][block]
-  return statistics
+      measured['stack']['blocks'][block] = statistics['stack']['blocks'][block]
+  return measured
 
 
 def eval_step(

@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_collections
-
 from maskconnect_jax import config as config_lib
 from maskconnect_jax.config import InputError
 
@@ -208,11 +206,7 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 def read(workdir: Path) -> Run:
   """Reads a finished run. Raises InputError if its files are damaged."""
-  config = config_lib.stored(workdir)
-  # As JSON, so that a tuple equals the list it was stored as.
-  fields = config_lib.flat(
-    ml_collections.ConfigDict(json.loads(config.to_json()))
-  )
+  fields = config_lib.plain(config_lib.stored(workdir))
   seed = fields.pop('seed')
   path = workdir / 'summary.json'
   try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
+from maskconnect_jax import (
+  batches as batches_lib,
+)
 from maskconnect_jax import (
   checkpoint,
   distributed,
@@ -35,6 +38,9 @@ from maskconnect_jax import (
   config as config_lib,
 )
 from maskconnect_jax.config import InputError
+
+# What says how a machine is used, and does not change the result.
+MACHINE = ('data.threads', 'data.workers')
 
 
 @dataclasses.dataclass
@@ -74,14 +80,11 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Result:
   everywhere = distributed.replicated(job.mesh)
 
   # Start: the newest checkpoint, or the seed.
-  state = distributed.to_global(
-    steps.init_state(job.model, recipe.optimizer, len(job.dataset.train)),
-    everywhere,
-  )
+  state = distributed.to_global(steps.init_state(job.model, recipe), everywhere)
   checkpoints = checkpoint.Checkpoints(
     workdir / 'checkpoints', keep=config.keep_checkpoints
   )
-  progress: dict[str, Any] = {'images': 0, 'train_seconds': 0.0}
+  progress: dict[str, Any] = {'images': 0, 'train_seconds': 0.0, 'damaged': []}
   if loaded := checkpoints.load_newest(state):
     state, progress = loaded
   start = int(state.step)
@@ -89,16 +92,17 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Result:
     files.write_text(workdir / 'config.json', config.to_json(indent=2) + '\n')
   writer = metrics.MetricsWriter(workdir, start, enabled=primary)
   history = metrics.MaskHistory(workdir, start)
-  bar = metrics.Progress(plan.total, start)
+  bar = metrics.Progress(plan.total, start, enabled=primary)
   if note := experiment.note_on_fan_in(job):
     bar.say(note)
   if loaded:
     bar.say(f'going on from step {start} of {plan.total} in {workdir}')
 
-  images, labels = distributed.to_global(
-    (job.dataset.train.images, job.dataset.train.labels), everywhere
+  batches = experiment.training_batches(job)
+  damaged = set(progress['damaged'])
+  evaluate = evaluation.Evaluator(
+    recipe, config.eval_batch_size, job.mesh, threads=config.data.threads
   )
-  evaluate = evaluation.Evaluator(recipe, config.eval_batch_size, job.mesh)
   held_out = 'validation' if job.dataset.validation else 'test'
   rates = experiment.make_schedules(config, plan)
   clock = metrics.Throughput(progress['images'], progress['train_seconds'])
@@ -107,6 +111,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Result:
   if plan.freeze and start > plan.freeze:
     recipe = frozen_recipe(recipe, state)
   train_step: Any = None
+  upcoming = batches.starting_at(start)
 
   with (
     distributed.Preemption() as preemption,
@@ -116,14 +121,17 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Result:
   ):
     for step in range(start, plan.total):
       if plan.freeze and step == plan.freeze:
-        recipe, state = freeze(job, state, images, labels, evaluate, progress)
+        recipe, state = freeze(job, state, batches, evaluate, progress)
         bar.say(report.at_freeze(progress, step))
         train_step = None
-      if train_step is None:
-        train_step = compile_step(recipe, state, images, labels, bar)
       if not pending:
         clock.start()
-      state, values = train_step(state, images, labels)
+      batch = next(upcoming)
+      if train_step is None:
+        clock.stop(0)
+        train_step = compile_step(recipe, state, batch, bar)
+        clock.start()
+      state, values = train_step(state, *batch)
       pending.append(values)
 
       done, phase = step + 1, plan.phase(step)
@@ -146,7 +154,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Result:
       accuracy = None
       if evaluating:
         split = job.dataset.validation or job.dataset.test
-        accuracy = evaluate(recipe.network, state.variables(), split)
+        accuracy, _ = evaluate(recipe.network, state.variables(), split)
         record[f'{held_out}_accuracy'] = accuracy
       if phase == 'connectivity':
         history.add(done, state.masks)
@@ -154,7 +162,12 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Result:
       bar.update(done, phase, record)
       if saving:
         check_finite(state, done, checkpoints)
-        progress |= {'images': clock.images, 'train_seconds': clock.seconds}
+        damaged |= batches.damaged
+        progress |= {
+          'images': clock.images,
+          'train_seconds': clock.seconds,
+          'damaged': sorted(damaged),
+        }
         if primary:
           history.save()
         checkpoints.save(done, state, progress, accuracy)
@@ -168,43 +181,36 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Result:
     )
     return Result({}, state, None, interrupted=True)
   if plan.freeze == plan.total:
-    recipe, state = freeze(job, state, images, labels, evaluate, progress)
+    recipe, state = freeze(job, state, batches, evaluate, progress)
 
   frozen = nnx.merge(recipe.network, *state.variables())
   pruned = stack.prune(frozen)
   network, *variables = steps.split(pruned)
   test = job.dataset.test
+  accuracy, num_tested = evaluate(recipe.network, state.variables(), test)
   accuracies = {
     'test_accuracy_drawn': progress.get('test_accuracy_drawn'),
     'test_accuracy_at_freeze': progress.get('test_accuracy_at_freeze'),
-    'test_accuracy': evaluate(recipe.network, state.variables(), test),
-    'test_accuracy_pruned': evaluate(network, tuple(variables), test),
+    'test_accuracy': accuracy,
+    'test_accuracy_pruned': evaluate(network, tuple(variables), test)[0],
+    'num_test_examples': num_tested,
   }
-  summary = report.summarize(job, frozen, pruned, accuracies, clock)
-  if primary:
-    report.write(workdir, job, frozen, pruned, summary, history)
+  skipped = job.dataset.skipped + len(damaged) + len(test) - num_tested
+  summary = report.summarize(job, frozen, pruned, accuracies, skipped, clock)
+  report.write(workdir, job, frozen, pruned, summary, history)
   return Result(summary, state, pruned)
 
 
 def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
   """Raises InputError if another config wrote this workdir."""
-  path = workdir / 'config.json'
-  if not path.exists():
+  if not (workdir / 'config.json').exists():
     return
-  try:
-    stored = ml_collections.ConfigDict(json.loads(path.read_text('utf-8')))
-  except ValueError as error:
-    raise InputError(
-      f'{path} is damaged ({error}); give another --workdir'
-    ) from error
-  theirs = config_lib.flat(stored)
-  ours = config_lib.flat(
-    ml_collections.ConfigDict(json.loads(config.to_json()))
-  )
+  theirs = config_lib.plain(config_lib.stored(workdir))
+  ours = config_lib.plain(config)
   differing = [
-    f'{name} ({theirs.get(name)!r} there, {ours.get(name)!r} now)'
-    for name in sorted(theirs | ours)
-    if theirs.get(name) != ours.get(name)
+    f'{name} ({theirs[name]!r} there, {ours[name]!r} now)'
+    for name in sorted(ours)
+    if theirs[name] != ours[name] and name not in MACHINE
   ]
   if differing:
     raise InputError(
@@ -216,14 +222,13 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
 def compile_step(
   recipe: steps.Recipe,
   state: steps.TrainState,
-  images: jax.Array,
-  labels: jax.Array,
+  batch: tuple[jax.Array, jax.Array],
   bar: metrics.Progress,
 ) -> Any:
   """Compiles ahead of the first call, so that no timing includes it."""
   bar.say('compiling the training step')
   jitted = jax.jit(steps.train_step, static_argnums=0, donate_argnums=1)
-  return jitted.lower(recipe, state, images, labels).compile()
+  return jitted.lower(recipe, state, *batch).compile()
 
 
 def frozen_recipe(
@@ -238,8 +243,7 @@ def frozen_recipe(
 def freeze(
   job: experiment.Experiment,
   state: steps.TrainState,
-  images: jax.Array,
-  labels: jax.Array,
+  batches: batches_lib.Resident | batches_lib.Streamed,
   evaluate: evaluation.Evaluator,
   progress: dict[str, Any],
 ) -> tuple[steps.Recipe, steps.TrainState]:
@@ -249,25 +253,45 @@ def freeze(
   two accuracies go into `progress`, and so into every later checkpoint.
   """
   test = job.dataset.test
-  progress['test_accuracy_drawn'] = evaluate(
+  progress['test_accuracy_drawn'], _ = evaluate(
     job.recipe.network, state.variables(), test, draw_masks=True
   )
   recipe = frozen_recipe(job.recipe, state)
-  batches = job.config.connectivity.batchnorm_batches
-  if batches:
-    measure = jax.jit(steps.batch_statistics, static_argnums=0)
-    total = jax.tree.map(jnp.zeros_like, state.statistics)
-    for index in range(batches):
-      total = jax.tree.map(
-        jnp.add, total, measure(recipe, state, images, labels, index)
-      )
-    state = dataclasses.replace(
-      state, statistics=jax.tree.map(lambda s: s / batches, total)
-    )
-  progress['test_accuracy_at_freeze'] = evaluate(
+  count = job.config.connectivity.batchnorm_batches
+  if count:
+    state = measured_anew(recipe, state, batches, count)
+  progress['test_accuracy_at_freeze'], _ = evaluate(
     recipe.network, state.variables(), test
   )
   return recipe, state
+
+
+def measured_anew(
+  recipe: steps.Recipe,
+  state: steps.TrainState,
+  batches: batches_lib.Resident | batches_lib.Streamed,
+  count: int,
+) -> steps.TrainState:
+  """Returns the state with BatchNorm's statistics over the next batches.
+
+  Those of the averaged weights, where there are such, are measured too.
+  """
+  measure = jax.jit(steps.batch_statistics, static_argnums=0)
+  both = {False: (state.weights, state.masks, state.statistics)}
+  if state.average:
+    both[True] = state.variables()
+  totals = {
+    kind: jax.tree.map(jnp.zeros_like, state.statistics) for kind in both
+  }
+  start = int(state.step)
+  upcoming = itertools.islice(batches.starting_at(start), count)
+  for step, (images, _) in enumerate(upcoming, start):
+    for kind, variables in both.items():
+      one = measure(recipe, variables, images, step)
+      totals[kind] = jax.tree.map(jnp.add, totals[kind], one)
+  means = jax.tree.map(lambda total: total / count, totals)
+  average = state.average and state.average | {'statistics': means[True]}
+  return dataclasses.replace(state, statistics=means[False], average=average)
 
 
 def average(
@@ -290,7 +314,9 @@ def check_finite(
   state: steps.TrainState, done: int, checkpoints: checkpoint.Checkpoints
 ) -> None:
   """Keeps a state that the last update broke out of the checkpoints."""
-  leaves = jax.tree.leaves((state.weights, state.masks, state.statistics))
+  leaves = jax.tree.leaves(
+    (state.weights, state.masks, state.statistics, state.average)
+  )
   if not all(bool(jnp.isfinite(leaf).all()) for leaf in leaves):
     raise diverged('update', done, checkpoints)
 

@@ -7,12 +7,14 @@ JAX_PLATFORMS says otherwise. Programs that a test starts inherit all of it.
 from __future__ import annotations
 
 import dataclasses
+import io
+import json
 import os
 import runpy
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from PIL import Image
 
 assert 'jax' not in sys.modules, 'jax was imported before conftest.py'
 
@@ -159,6 +162,104 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     return Ran(code, captured.out, captured.err)
 
   return run
+
+
+@pytest.fixture(scope='session')
+def write_tfds() -> Callable[..., None]:
+  """Writes a set as TFDS lays it out, in ArrayRecord, without TFDS."""
+  from array_record.python import array_record_module
+
+  def number(value: int) -> bytes:  # a varint of protocol buffers
+    out = b''
+    while value > 127:
+      out, value = out + bytes([value & 127 | 128]), value >> 7
+    return out + bytes([value])
+
+  def field(index: int, payload: bytes) -> bytes:
+    return bytes([index << 3 | 2]) + number(len(payload)) + payload
+
+  def feature(name: bytes, value: bytes) -> bytes:
+    return field(1, field(1, name) + field(2, value))
+
+  def write(
+    data_dir: Path,
+    name: str,
+    image: Callable[[str, int], Image.Image],
+    *,
+    num_train: int,
+    num_test: int,
+    classes: Sequence[str],
+    side: int = -1,
+  ) -> None:
+    root = data_dir / name / '1.0.0'
+    root.mkdir(parents=True)
+    kind = 'jpeg' if side < 0 else 'png'
+    splits = []
+    for split, count in (('train', num_train), ('test', num_test)):
+      writer = array_record_module.ArrayRecordWriter(
+        str(root / f'{name}-{split}.array_record-00000-of-00001'),
+        'group_size:1',
+      )
+      for i in range(count):
+        file = io.BytesIO()
+        image(split, i).save(file, kind)
+        example = feature(b'image', field(1, field(1, file.getvalue())))
+        label = number(i % len(classes))
+        example += feature(b'label', field(3, field(1, label)))
+        writer.write(field(1, example))
+      writer.close()
+      splits.append(
+        {
+          'name': split,
+          'shardLengths': [str(count)],
+          'numBytes': '1',
+          'filepathTemplate': '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}',
+        }
+      )
+    info = {'name': name, 'version': '1.0.0', 'fileFormat': 'array_record'}
+    module = 'tensorflow_datasets.core.features'
+    shape = {'dimensions': [str(side), str(side), '3']}
+    features = {
+      'image': {
+        'pythonClassName': f'{module}.image_feature.Image',
+        'image': {'shape': shape, 'dtype': 'uint8', 'encodingFormat': kind},
+      },
+      'label': {
+        'pythonClassName': f'{module}.class_label_feature.ClassLabel',
+        'classLabel': {'numClasses': str(len(classes))},
+      },
+    }
+    for file_name, record in (
+      ('dataset_info.json', info | {'splits': splits}),
+      (
+        'features.json',
+        {
+          'pythonClassName': f'{module}.features_dict.FeaturesDict',
+          'featuresDict': {'features': features},
+        },
+      ),
+    ):
+      (root / file_name).write_text(json.dumps(record))
+    (root / 'label.labels.txt').write_text('\n'.join(classes) + '\n')
+
+  return write
+
+
+@pytest.fixture
+def reduced(monkeypatch: pytest.MonkeyPatch) -> None:
+  """The registry with one block per stage, of the same kinds."""
+  from maskconnect_jax import models
+
+  for name, own in list(models.REGISTRY.items()):
+    monkeypatch.setitem(
+      models.REGISTRY,
+      name,
+      dataclasses.replace(
+        own,
+        blocks_per_stage=(1,) * len(own.blocks_per_stage),
+        cardinality=min(own.cardinality, 8),
+      ),
+    )
 
 
 @pytest.fixture(scope='session')

@@ -4,7 +4,6 @@ import dataclasses
 import gzip
 import hashlib
 import io
-import json
 import logging
 import re
 import struct
@@ -17,7 +16,7 @@ import sklearn.datasets
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from maskconnect_jax import config, datasets
+from maskconnect_jax import config, datasets, sources
 
 RNG = np.random.default_rng(0)
 
@@ -112,9 +111,16 @@ def test_image_size_resizes():
 
 @pytest.mark.parametrize(('first', 'last'), [(-1, 1), (0, 2)])
 def test_labels_beyond_the_classes(monkeypatch, first, last):
-  split = datasets.Split(np.zeros((3, 2, 2, 1)), np.array([first, 1, last]))
-  dataset = datasets.Dataset(split, None, split, ('a', 'b'))
-  monkeypatch.setitem(datasets.SOURCES, 'digits', lambda data: dataset)
+  labels = [first, 1, last] * 2
+  source = sources.Source(
+    lambda i: (np.zeros((2, 2, 1), np.uint8), labels[i]),
+    num_train=3,
+    num_test=3,
+    classes=('a', 'b'),
+    channels=1,
+    name='it',
+  )
+  monkeypatch.setattr(sources, 'open_source', lambda data: source)
   with pytest.raises(
     config.InputError, match=f'from {first} to {last}; its 2 classes'
   ):
@@ -261,7 +267,7 @@ def test_idx_with_one_class(tmp_path):
 @pytest.mark.parametrize(
   ('num_train', 'num_test', 'message'),
   [(0, 12, 'no training images'), (30, 0, 'no test images'),
-   (0, 0, 'no images')],
+   (0, 0, 'no training images')],
 )  # fmt: skip
 def test_idx_without_images(tmp_path, num_train, num_test, message):
   write_mnist(tmp_path, num_train=num_train, num_test=num_test)
@@ -532,37 +538,6 @@ def test_tfds_images_of_different_sizes(tmp_path):
   assert dataset.image_shape == (4, 4, 3)
 
 
-def test_tfds_mock_data(tmp_path):
-  folder = tmp_path / 'cifar10' / '3.0.2'
-  folder.mkdir(parents=True)
-  splits = [
-    {'name': name, 'shardLengths': ['20'], 'numBytes': '1',
-     'filepathTemplate': '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}'}
-    for name in ('train', 'test')
-  ]  # fmt: skip
-  (folder / 'dataset_info.json').write_text(
-    json.dumps({
-      'name': 'cifar10', 'version': '3.0.2', 'splits': splits,
-      'fileFormat': 'array_record',
-    })
-  )  # fmt: skip
-  names = [f'name {i}' for i in range(10)]
-  (folder / 'label.labels.txt').write_text('\n'.join(names))
-  with tfds.testing.mock_data(num_examples=20, data_dir=str(tmp_path)):
-    dataset = load(source='tfds', name='cifar10')
-  assert dataset.image_shape == (32, 32, 3)
-  assert len(dataset.train) == len(dataset.test) == 20
-  assert dataset.classes == tuple(names)
-  assert len(np.unique(dataset.train.labels)) > 2
-
-
-def test_tfds_mock_data_without_metadata():
-  with tfds.testing.mock_data(num_examples=20):
-    dataset = load(source='tfds', name='mnist')
-  assert dataset.image_shape == (28, 28, 1)
-  assert len(dataset.train) == 20
-
-
 def test_tfds_name_not_set():
   with pytest.raises(config.InputError, match=r'data\.name.*cifar10'):
     load(source='tfds')
@@ -624,7 +599,7 @@ def test_tfds_is_read_without_tensorflow(tmp_path):
   prepare(tmp_path, {'train': arrays, 'test': arrays})
   code = f"""
 import sys
-from maskconnect_jax import config, datasets
+from maskconnect_jax import config, datasets, sources
 data = config.default().data
 data.source, data.name, data.dir = 'tfds', 'shapes', {str(tmp_path)!r}
 print(len(datasets.load(data).train), 'tensorflow' in sys.modules)

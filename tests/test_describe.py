@@ -48,7 +48,7 @@ def test_wiring_data_and_run(text):
   assert '5 edges of 6 valid, fan-in 2\n' in text
   assert '8 x 8 x 1, 10 classes' in text
   assert '1,437 training, 0 validation, 360 test' in text
-  assert '24 steps of 64 images, 22 per epoch' in text
+  assert '1.091 epochs, 24 steps of 64 images, 22 per epoch' in text
   assert 'masks move for the first 12\n' in text
 
 
@@ -61,12 +61,30 @@ def test_cost_of_a_step(text):
     side = int(pixels**0.5)
     products += (3 * side - 2) ** 2 * into * out * (3 if index else 2)
   per_device = 64 // jax.device_count()
-  flops = number(r'([\d,.]+) MFLOP', text) * 1e6
+  flops = number(r'a step +([\d,.]+) MFLOP', text) * 1e6
   assert 2 * products * per_device < flops < 20 * products * per_device
   # It must read its images, weights and momenta, and write the latter.
   accessed = number(r'([\d,.]+) MB accessed', text) * 1e6
   assert accessed > 64 / jax.device_count() * 64 + 4 * 4 * 19_074
-  assert number(r'([\d,.]+) MB temporary', text) > 0
+  temporary = number(r'([\d,.]+) MB temporary', text)
+  # An eighth of the batch on each of eight devices.
+  assert number(r'an image +([\d,.]+) MFLOP', text) == pytest.approx(
+    flops / 1e6 / per_device, rel=0.05
+  )
+  assert number(r'([\d,.]+) MB of activations', text) == pytest.approx(
+    temporary / per_device, rel=0.05
+  )
+
+
+def test_time(text):
+  step = number(r'([\d,.]+) ms a step', text)
+  assert 0.1 < step < 60_000
+  speed = number(r'([\d,]+) images per second', text)
+  assert speed == pytest.approx(64 / step * 1e3, rel=0.05)
+  minutes, seconds = re.search(r'(\d+):(\d+) for all', text).groups()
+  assert int(minutes) * 60 + int(seconds) == pytest.approx(
+    24 * step / 1e3, abs=1
+  )
 
 
 def test_bad_config(tiny_config):

@@ -10,9 +10,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from maskconnect_jax import layers, models, optimizer, steps
 
 RNG = np.random.default_rng(0)
-COUNT, BATCH, CLASSES = 40, 16, 3
-IMAGES = RNG.integers(0, 256, (COUNT, 8, 8, 1), np.uint8)
-LABELS = RNG.integers(0, CLASSES, COUNT, np.int32)
+BATCH, CLASSES = 16, 3
+IMAGES = RNG.integers(0, 256, (BATCH, 8, 8, 1), np.uint8)
+LABELS = RNG.integers(0, CLASSES, BATCH, np.int32)
 
 
 RESNET = models.Architecture((2, 1), width=4)
@@ -53,25 +53,24 @@ def step_on(count, model):
     network=steps.split(model)[0],
     optimizer=transform,
     seed=1,
-    batch_size=BATCH,
     pad=1,
     flip=True,
     mean=(120.0,),
     std=(70.0,),
+    mixup=0.2,
     label_smoothing=0.0,
+    average=0.9,
     batch_sharding=sharded,
   )
-  state = jax.device_put(steps.init_state(model, transform, COUNT), whole)
-  images, labels = jax.device_put((IMAGES, LABELS), whole)
+  state = jax.device_put(steps.init_state(model, recipe), whole)
+  images, labels = jax.device_put((IMAGES, LABELS), sharded)
   compiled = (
     jax.jit(steps.train_step, static_argnums=0)
     .lower(recipe, state, images, labels)
     .compile()
   )
   after, metrics = compiled(state, images, labels)
-  batch = jax.device_put(
-    (IMAGES[:BATCH], LABELS[:BATCH], np.arange(BATCH) < 13), sharded
-  )
+  batch = jax.device_put((IMAGES, LABELS, np.arange(BATCH) < 13), sharded)
   sums = jax.jit(steps.eval_step, static_argnums=0)(
     recipe, after.variables(), *batch, jax.device_put(jax.random.key(2), whole)
   )
@@ -100,7 +99,6 @@ def test_a_step_on_eight_devices_is_one_on_one(
   model = make(level, architecture, rule)
   (before, one, metrics, sums), alone = step_on(1, model)
   (_, eight, metrics8, sums8), shared = step_on(8, model)
-  np.testing.assert_array_equal(one.order, eight.order)
   assert len(jax.tree.leaves(one.masks)) == (rule == 'learned')
   for a, b in zip(
     jax.tree.leaves((one, metrics)),

@@ -23,23 +23,27 @@ FILES = sorted(ROOT.rglob('*.py'))
 ARROWS: dict[str, set[str]] = {
   '__init__': {'inference', 'models', 'stack'},
   'main': {
-    'datasets', 'describe', 'distributed', 'files', 'images', 'inference',
+    'describe', 'distributed', 'evaluation', 'files', 'images', 'inference',
     'report', 'summarize', 'sweep', 'train',
   },
   'sweep': {'files', 'summarize', 'train'},
   'summarize': set(),
   'train': {
-    'checkpoint', 'distributed', 'evaluation', 'experiment', 'files',
-    'metrics', 'report', 'stack', 'steps',
+    'batches', 'checkpoint', 'distributed', 'evaluation', 'experiment',
+    'files', 'metrics', 'report', 'stack', 'steps',
   },
   'report': {
     'branch_plots', 'topology', 'experiment', 'files', 'inference',
     'metrics', 'models', 'plots',
   },
-  'describe': {'connectivity', 'experiment', 'models', 'steps'},
-  'evaluation': {'datasets', 'distributed', 'steps'},
+  'describe': {
+    'connectivity', 'distributed', 'experiment', 'models', 'steps',
+  },
+  'evaluation': {
+    'batches', 'datasets', 'distributed', 'inference', 'steps',
+  },
   'experiment': {
-    'datasets', 'distributed', 'models', 'optimizer', 'steps',
+    'batches', 'datasets', 'distributed', 'models', 'optimizer', 'steps',
   },
   'steps': {'augment', 'stack'},
   'inference': {
@@ -50,7 +54,9 @@ ARROWS: dict[str, set[str]] = {
   'stack': {'aggregate', 'connectivity', 'layers', 'topology'},
   'topology': set(),
   'blocks': {'layers'},
-  'datasets': {'images'},
+  'batches': {'datasets', 'distributed', 'steps'},
+  'datasets': {'decoding', 'images', 'sources'},
+  'sources': {'decoding', 'images'},
   'mini_imagenet': {'images'},
   'metrics': {'files'},
   'branch_plots': {'plots'},
@@ -71,7 +77,9 @@ ARROWS: dict[str, set[str]] = {
 BOTTOM = 'config'
 NEEDS_ORBAX = {'checkpoint'}
 ON_JAX = {'clu', 'flax', 'jax', 'jaxlib', 'optax'}  # orbax: see NEEDS_ORBAX
-WITHOUT_JAX = {'datasets', 'decoding', 'images', 'randaugment'}
+WITHOUT_JAX = {
+  'datasets', 'decoding', 'images', 'mini_imagenet', 'randaugment', 'sources',
+}  # fmt: skip
 # Module -> all that it may import beside the standard library.
 ONLY = {'connectivity': {'jax', 'numpy'}}
 

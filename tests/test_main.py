@@ -223,7 +223,7 @@ def test_evaluate_with_a_damaged_config(refused, finished, tmp_path):
   (workdir / 'config.json').write_text('{')
   refused(
     mode='evaluate', config=None, workdir=workdir,
-    says=['config.json is damaged', '--config'],
+    says=['config.json is damaged', '--workdir'],
   )  # fmt: skip
 
 

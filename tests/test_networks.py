@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,22 +90,6 @@ CASES = [
     for rule in RULES
   )
 ]
-
-
-@pytest.fixture
-def reduced(monkeypatch):
-  """The registry with one block per stage, of the same kinds."""
-  for name, own in list(models.REGISTRY.items()):
-    cardinality = min(own.cardinality, 8)
-    monkeypatch.setitem(
-      models.REGISTRY,
-      name,
-      dataclasses.replace(
-        own,
-        blocks_per_stage=(1,) * len(own.blocks_per_stage),
-        cardinality=cardinality,
-      ),
-    )
 
 
 def one_step(model, x, y):

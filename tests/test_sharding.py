@@ -35,25 +35,33 @@ def compiled_step(level, devices):
     network=steps.split(model)[0],
     optimizer=transform,
     seed=0,
-    batch_size=BATCH,
     pad=0,
     flip=False,
     mean=(0.0,) * 3,
     std=(1.0,) * 3,
+    mixup=0.0,
     label_smoothing=0.0,
+    average=0.0,
     batch_sharding=distributed.sharded(mesh),
   )
-  everywhere = distributed.replicated(mesh)
-  state, images, labels = jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere),
+
+  def abstract(tree, sharding):
+    return jax.tree.map(
+      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
+    )
+
+  state = abstract(
+    steps.init_state(model, recipe), distributed.replicated(mesh)
+  )
+  batch = abstract(
     (
-      steps.init_state(model, transform, BATCH),
-      jnp.zeros((BATCH, 32, 32, 3), jnp.uint8),
-      jnp.zeros(BATCH, jnp.int32),
+      np.zeros((BATCH, 32, 32, 3), np.uint8),
+      np.zeros(BATCH, np.int32),
     ),
+    recipe.batch_sharding,
   )
   step = jax.jit(steps.train_step, static_argnums=0)
-  return step.lower(recipe, state, images, labels).compile()
+  return step.lower(recipe, state, *batch).compile()
 
 
 @pytest.mark.parametrize(

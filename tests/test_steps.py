@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from maskconnect_jax import models, optimizer, stack, steps
+from maskconnect_jax import augment, models, optimizer, stack, steps
 from maskconnect_jax.topology import Topology
 
 RNG = np.random.default_rng(0)
@@ -20,6 +20,12 @@ MEAN, STD, SMOOTHING = 100.0, 60.0, 0.1
 LABELS = np.arange(COUNT, dtype=np.int32) % CLASSES
 IMAGES = RNG.integers(0, 120, (COUNT, 8, 8, 1), np.uint8)
 IMAGES[np.arange(COUNT), LABELS * 2] += 120
+
+
+def batch_of(step):
+  """Some indices, others at every step."""
+  return np.random.default_rng(step).permutation(COUNT)[:BATCH]
+
 
 train_step = jax.jit(steps.train_step, static_argnums=0)
 eval_step = jax.jit(steps.eval_step, static_argnums=0)
@@ -48,17 +54,18 @@ def made(model, **fields):
       'network': steps.split(model)[0],
       'optimizer': transform(model.stack.valid),
       'seed': SEED,
-      'batch_size': BATCH,
       'pad': 0,
       'flip': False,
       'mean': (MEAN,),
       'std': (STD,),
+      'mixup': 0.0,
       'label_smoothing': SMOOTHING,
+      'average': 0.0,
       'batch_sharding': NamedSharding(mesh, PartitionSpec('data')),
     }
     | fields
   )
-  return recipe, steps.init_state(model, recipe.optimizer, COUNT)
+  return recipe, steps.init_state(model, recipe)
 
 
 def tiny(**options):
@@ -79,8 +86,9 @@ def path(learned):
   """The states of 31 steps, and the losses of the 30 between them."""
   recipe, state = learned
   states, losses = [state], []
-  for _ in range(30):
-    state, metrics = train_step(recipe, state, IMAGES, LABELS)
+  for step in range(30):
+    indices = batch_of(step)
+    state, metrics = train_step(recipe, state, IMAGES[indices], LABELS[indices])
     states.append(state)
     losses.append(metrics)
   return states, losses
@@ -108,21 +116,9 @@ def normalized(indices):
 def test_two_steps_from_one_state_are_bit_equal(learned, path):
   recipe, _ = learned
   for index in (0, 1):
-    again = train_step(recipe, path[0][index], IMAGES, LABELS)
+    indices = batch_of(index)
+    again = train_step(recipe, path[0][index], IMAGES[indices], LABELS[indices])
     assert_equal_trees(again, (path[0][index + 1], path[1][index]))
-
-
-def test_each_epoch_takes_every_image_once_less_the_remainder(path):
-  states, _ = path
-  per_epoch = COUNT // BATCH
-  orders = [np.asarray(state.order) for state in states[1:]]
-  for order in orders:
-    np.testing.assert_array_equal(np.sort(order), np.arange(COUNT))
-  epochs = [orders[i : i + per_epoch] for i in range(0, 30, per_epoch)]
-  for epoch in epochs:
-    for order in epoch:
-      np.testing.assert_array_equal(order, epoch[0])
-  assert len({tuple(epoch[0]) for epoch in epochs}) == len(epochs)
 
 
 def test_a_step_is_that_of_its_own_images_and_of_the_mask_of_its_key(
@@ -145,8 +141,7 @@ def test_a_step_is_that_of_its_own_images_and_of_the_mask_of_its_key(
     )
     before = states[step]
     model = nnx.merge(recipe.network, *before.variables(), copy=True)
-    start = step % (COUNT // BATCH) * BATCH
-    indices = np.asarray(states[step + 1].order)[start : start + BATCH]
+    indices = batch_of(step)
     mask = np.array(model.draw(key))
     masks.add(mask.tobytes())
     logits = run(before.variables(), normalized(indices), mask)
@@ -196,7 +191,10 @@ def test_a_fixed_rule_trains_without_masks(rule):
   recipe, state = made(tiny(rule=rule))
   assert not jax.tree.leaves(state.masks)
   after, metrics = jax.eval_shape(
-    functools.partial(steps.train_step, recipe), state, IMAGES, LABELS
+    functools.partial(steps.train_step, recipe),
+    state,
+    IMAGES[:BATCH],
+    LABELS[:BATCH],
   )
   assert not jax.tree.leaves(after.masks)
   assert metrics['loss'].shape == ()
@@ -205,14 +203,11 @@ def test_a_fixed_rule_trains_without_masks(rule):
 def test_crops_and_flips_are_those_of_the_step(learned):
   recipe, _ = learned
   recipe = dataclasses.replace(recipe, pad=1, flip=True)
-  indices = jnp.arange(BATCH)
 
   def batch(step):
-    inputs, targets = steps.training_batch(
-      recipe, jnp.asarray(IMAGES), jnp.asarray(LABELS), indices, step
+    return np.asarray(
+      steps.augmented(recipe, jnp.asarray(IMAGES[:BATCH]), step)
     )
-    np.testing.assert_array_equal(targets, LABELS[:BATCH])
-    return np.asarray(inputs)
 
   np.testing.assert_array_equal(batch(0), batch(0))
   assert (batch(0) != batch(1)).any()
@@ -227,6 +222,74 @@ def test_crops_and_flips_are_those_of_the_step(learned):
       for turn in (1, -1)
     ]
     assert min(np.abs(crop - mine).max() for crop in crops) < 1e-6
+
+
+def test_mixup_mixes_images_and_targets_alike():
+  rng = np.random.default_rng(0)
+  x, t = rng.normal(size=(5, 2, 2, 1)), np.eye(5)
+  shares = []
+  for seed in range(200):
+    images, targets = augment.mixup(
+      jax.random.key(seed), jnp.asarray(x), jnp.asarray(t), 0.4
+    )
+    share = float(targets[0, 0])
+    expected = share * x + (1 - share) * x[[4, 0, 1, 2, 3]]
+    np.testing.assert_allclose(images, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+      targets, share * t + (1 - share) * t[[4, 0, 1, 2, 3]], atol=1e-6
+    )
+    shares.append(share)
+  # Beta(a, a) has mean 1/2 and variance 1 / (4 (2a + 1)).
+  assert np.mean(shares) == pytest.approx(0.5, abs=0.1)
+  assert np.var(shares) == pytest.approx(1 / (4 * 1.8), rel=0.2)
+
+
+def test_a_step_with_mixup_is_that_of_the_mixed_batch(learned):
+  recipe, state = learned
+  mixing = dataclasses.replace(recipe, mixup=0.3)
+  _, metrics = train_step(mixing, state, IMAGES[:BATCH], LABELS[:BATCH])
+  root = jax.random.key(SEED)
+  key, mask_key = (
+    jax.random.fold_in(jax.random.fold_in(root, stream), 0) for stream in (5, 3)
+  )
+  m = float(jax.random.beta(key, 0.3, 0.3))
+  before = np.roll(np.arange(BATCH), 1)
+  x = m * normalized(np.arange(BATCH)) + (1 - m) * normalized(before)
+  model = nnx.merge(recipe.network, *state.variables(), copy=True)
+  logits = model(x, model.draw(mask_key), train=True)
+  own, other = (
+    cross_entropy(logits, LABELS[i], SMOOTHING).mean()
+    for i in (np.arange(BATCH), before)
+  )
+  assert float(metrics['loss']) == pytest.approx(
+    m * own + (1 - m) * other, rel=1e-4
+  )
+
+
+def test_averages_are_those_of_the_weights_and_statistics(path):
+  """In NumPy over the same path, of which averaging changes nothing."""
+  recipe, state = made(tiny(), average=0.9)
+  expected = (
+    jax.tree.map(np.float64, state.weights),
+    jax.tree.map(np.float64, state.statistics),
+  )
+  for step in range(15):
+    indices = batch_of(step)
+    state, _ = train_step(recipe, state, IMAGES[indices], LABELS[indices])
+    decay = min(0.9, (1 + step) / (10 + step))
+    expected = jax.tree.map(
+      lambda old, new, d=decay: d * old + (1 - d) * np.float64(new),
+      expected,
+      (state.weights, state.statistics),
+    )
+  assert_equal_trees(state.weights, path[0][15].weights)
+  weights, _, statistics = state.variables()
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
+    (weights, statistics),
+    expected,
+  )
+  assert_equal_trees(state.average['weights'], weights)
 
 
 # Evaluation.
@@ -277,24 +340,16 @@ def test_batch_statistics_are_of_the_batch_and_a_dead_block_keeps_its_own(
   recipe = dataclasses.replace(recipe, network=steps.split(model)[0])
   measure = jax.jit(steps.batch_statistics, static_argnums=0)
   kernel = np.asarray(model.stem.conv.kernel[...], np.float64)
-  order = np.asarray(
-    jax.random.permutation(
-      jax.random.fold_in(
-        jax.random.fold_in(jax.random.key(SEED), 0), state.step
-      ),
-      COUNT,
-    )
-  )
-  for index in (0, 1, 2):
-    start = index % (COUNT // BATCH) * BATCH
-    x = np.asarray(normalized(order[start : start + BATCH]), np.float64)
+  for step in (0, 1, 2):
+    indices = batch_of(step)
+    x = np.asarray(normalized(indices), np.float64)
     x = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     outputs = sum(
       x[:, i : i + 8, j : j + 8] @ kernel[i, j]
       for i in range(3)
       for j in range(3)
     )
-    found = measure(recipe, state, IMAGES, LABELS, index)
+    found = measure(recipe, state.variables(), IMAGES[indices], step)
     stem = found['stem']['norm']
     np.testing.assert_allclose(
       stem['mean'][...], outputs.mean((0, 1, 2)), rtol=1e-3, atol=1e-5

@@ -338,8 +338,9 @@ def test_every_example_is_counted_once(tiny_config):
   network, *variables = steps.split(job.model)
   _, (_, labels) = digits()
   for size in (200, 48):  # neither divides 360
-    evaluate = evaluation.Evaluator(job.recipe, size, job.mesh)
-    accuracy = evaluate(network, tuple(variables), job.dataset.test)
+    evaluate = evaluation.Evaluator(job.recipe, size, job.mesh, threads=1)
+    accuracy, count = evaluate(network, tuple(variables), job.dataset.test)
+    assert count == 360
     assert accuracy == pytest.approx((labels == 0).mean())
 
 

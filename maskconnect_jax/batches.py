@@ -1,0 +1,216 @@
+"""Batches for the devices, from memory or streamed.
+
+Training batches are a function of (seed, step), whatever they come from: to go
+on at a step is to begin there, also with another number of processes, threads
+or workers. An epoch is a new order of the training set, of which what does not
+fill a batch is left out. Evaluation sees every example once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskconnect_jax import distributed, steps
+from maskconnect_jax.datasets import Split, Stream
+
+
+class Resident:
+  """Training batches of a set that lies whole on every device.
+
+  Taking a batch is one small program on the device, so the host never holds
+  it up.
+  """
+
+  damaged: frozenset[int] = frozenset()  # decoded, hence whole
+
+  def __init__(
+    self,
+    split: Split,
+    recipe: steps.Recipe,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+  ) -> None:
+    """Puts the split on the devices."""
+    self._size = batch_size
+    self._per_epoch = len(split) // batch_size
+    everywhere = distributed.replicated(mesh)
+    self._arrays = distributed.to_global(
+      (split.images, split.labels), everywhere
+    )
+
+    def order(step: Any) -> jax.Array:
+      return jax.random.permutation(
+        recipe.key(steps.ORDER, step), len(split)
+      ).astype(jnp.int32)
+
+    def take(arrays: Any, order: jax.Array, start: Any) -> Any:
+      indices = jax.lax.dynamic_slice(order, (start,), (batch_size,))
+      indices = jax.lax.with_sharding_constraint(indices, recipe.batch_sharding)
+      return jax.tree.map(lambda array: array[indices], arrays)
+
+    self._order = jax.jit(order, out_shardings=everywhere)
+    self._take = jax.jit(take, out_shardings=recipe.batch_sharding)
+
+  def starting_at(self, step: int) -> Iterator[Any]:
+    """Yields the batches of `step`, `step` + 1, ... without an end.
+
+    Yields:
+      uint8 [batch, H, W, C] and int32 [batch], sharded over the devices.
+    """
+    epoch, place = divmod(step, self._per_epoch)
+    while True:
+      order = self._order(epoch * self._per_epoch)
+      for index in range(place, self._per_epoch):
+        yield self._take(self._arrays, order, index * self._size)
+      epoch, place = epoch + 1, 0
+
+
+class Streamed:
+  """Training batches decoded by Grain while the devices work.
+
+  Each process decodes its own share of every batch.
+
+  Attributes:
+    damaged: numbers of the records that were found damaged so far.
+  """
+
+  def __init__(
+    self,
+    stream: Stream,
+    recipe: steps.Recipe,
+    batch_size: int,
+    *,
+    threads: int,
+    workers: int,
+  ) -> None:
+    """Prepares to read.
+
+    Args:
+      stream: the training examples.
+      recipe: of the run, for its seed and sharding.
+      batch_size: examples in a step, on all devices together.
+      threads: that decode, in this process or in each worker.
+      workers: processes that decode; 0: this one.
+    """
+    self.damaged: set[int] = set()
+    self._batch_size = batch_size
+    self._sharding = recipe.batch_sharding
+    self._threads, self._workers = threads, workers
+    self._examples = training_examples(stream, recipe.seed, batch_size)
+
+  def starting_at(self, step: int) -> Iterator[Any]:
+    """Yields the batches of `step`, `step` + 1, ... without an end.
+
+    Yields:
+      uint8 [batch, H, W, C] and int32 [batch], sharded over the devices.
+    """
+    batches = share_of_batches(
+      self._examples, self._batch_size, step, *distributed.process()
+    ).to_iter_dataset(_read_options(self._threads))
+    if self._workers:
+      batches = batches.mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=self._workers)
+      )
+    for images, labels, damaged in batches:
+      self.damaged.update(damaged[damaged >= 0].tolist())
+      yield distributed.from_shares((images, labels), self._sharding)
+
+
+def training_examples(
+  stream: Stream, seed: int, batch_size: int
+) -> grain.MapDataset[Any]:
+  """Returns the examples of all epochs in the order they are trained on.
+
+  Example n is a function of (seed, n), its crop included.
+  """
+  numbers = grain.MapDataset.range(len(stream)).seed(seed).shuffle()
+  whole = len(stream) // batch_size * batch_size
+  return numbers[:whole].random_map(stream.training_example).repeat()
+
+
+def share_of_batches(
+  examples: grain.MapDataset[Any],
+  batch_size: int,
+  first: int,
+  process: int,
+  num_processes: int,
+) -> grain.MapDataset[Any]:
+  """Returns one process's rows of batch `first`, `first` + 1, ...
+
+  The rows of a batch lie on the processes in order, as the devices do; see
+  `distributed.make_mesh`.
+  """
+  share = batch_size // num_processes
+
+  def example(row: int) -> Any:
+    batch, place = divmod(row, share)
+    return examples[batch * batch_size + process * share + place]
+
+  rows = range(first * share, len(examples) // batch_size * share)
+  return (
+    grain.MapDataset.range(rows.start, rows.stop)
+    .map(example)
+    .batch(share, drop_remainder=True)
+  )
+
+
+def evaluation_batches(
+  split: Split | Stream,
+  batch_size: int,
+  mesh: jax.sharding.Mesh,
+  *,
+  threads: int,
+) -> Iterator[Any]:
+  """Yields every example once; the last batch is filled up.
+
+  Yields:
+    uint8 [batch, H, W, C], int32 [batch] and bool [batch], whether an example
+    counts: filling does not, nor does a damaged record. Sharded.
+  """
+  sharding = distributed.sharded(mesh)
+  if isinstance(split, Stream):
+    process, num_processes = distributed.process()
+    examples = evaluation_examples(split, batch_size)
+    shares = share_of_batches(
+      examples, batch_size, 0, process, num_processes
+    ).to_iter_dataset(_read_options(threads))
+    for share in shares:
+      yield distributed.from_shares(share, sharding)
+    return
+  for start in range(0, len(split), batch_size):
+    images = split.images[start : start + batch_size]
+    missing = batch_size - len(images)
+    yield distributed.to_global(
+      (
+        np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0))),
+        np.pad(split.labels[start : start + batch_size], (0, missing)),
+        np.arange(batch_size) < batch_size - missing,
+      ),
+      sharding,
+    )
+
+
+def evaluation_examples(
+  stream: Stream, batch_size: int
+) -> grain.MapDataset[Any]:
+  """Returns the examples in order, filled up to whole batches."""
+  filling = np.zeros(stream.image_shape, np.uint8), np.int32(0), False
+
+  def example(i: int) -> Any:
+    return stream.evaluation_example(i) if i < len(stream) else filling
+
+  size = -(-len(stream) // batch_size) * batch_size
+  return grain.MapDataset.range(size).map(example)
+
+
+def _read_options(threads: int) -> grain.ReadOptions:
+  # A thread fills a whole batch; one batch waits for each thread.
+  threads = min(threads, os.cpu_count() or 1)
+  return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)

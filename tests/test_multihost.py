@@ -1,0 +1,98 @@
+"""Two processes train what one trains, and one of them writes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+
+
+def free_port():
+  with socket.socket() as server:
+    server.bind(('localhost', 0))
+    return server.getsockname()[1]
+
+
+def command(tiny, workdir, data, **environment):
+  inherited = {
+    name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'
+  }
+  arguments = [f'--config={tiny}', f'--workdir={workdir}']
+  if environment:
+    arguments.append('--multihost')
+  count = 1 if environment else 2
+  flag = f'--xla_force_host_platform_device_count={count}'
+  return subprocess.Popen(
+    [
+      sys.executable, '-m', 'maskconnect_jax.main', *arguments,
+      '--config.data.source=folder', f'--config.data.dir={data}',
+      '--config.data.image_size=8', '--config.data.crop=resized',
+      '--config.data.eval_resize=10', '--config.eval_batch_size=8',
+      '--config.data.mixup=0.1', '--config.data.flip=true',
+      '--config.checkpoint_every=12 steps',
+    ],
+    env=inherited | {'XLA_FLAGS': flag} | environment,
+    cwd=ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains(tiny, tmp_path, arrays_in):
+  rng = np.random.default_rng(0)
+  for split, count in (('train', 150), ('val', 21)):
+    for i in range(count):
+      path = tmp_path / 'data' / split / str(i % 2) / f'{i}.jpg'
+      path.parent.mkdir(parents=True, exist_ok=True)
+      pixels = rng.integers(0, 200, (20, 24, 3), np.uint8) + np.uint8(
+        i % 2 * 50
+      )
+      Image.fromarray(pixels).save(path)
+  data, port = tmp_path / 'data', free_port()
+  both = [
+    command(
+      tiny,
+      tmp_path / 'both',
+      data,
+      JAX_CPU_COLLECTIVES_IMPLEMENTATION='gloo',
+      JAX_COORDINATOR_ADDRESS=f'localhost:{port}',
+      JAX_NUM_PROCESSES='2',
+      JAX_PROCESS_ID=str(process),
+    )
+    for process in range(2)
+  ]
+  outputs = [process.communicate(timeout=280)[0] for process in both]
+  assert [process.returncode for process in both] == [0, 0], outputs
+  assert 'after pruning' in outputs[0]
+  assert 'step' not in outputs[1]
+  alone = command(tiny, tmp_path / 'alone', data)
+  said = alone.communicate(timeout=280)[0]
+  assert alone.returncode == 0, said
+
+  summaries, lines = [], []
+  for name in ('both', 'alone'):
+    folder = tmp_path / name
+    summaries.append(json.loads((folder / 'summary.json').read_text()))
+    text = (folder / 'metrics.jsonl').read_text()
+    lines.append([json.loads(line) for line in text.splitlines()])
+  assert summaries[0]['num_devices'] == summaries[1]['num_devices'] == 2
+  assert summaries[0]['num_test_examples'] == 21
+  first = [[line['loss'] for line in run[:3]] for run in lines]
+  np.testing.assert_allclose(*first, rtol=1e-3)
+  weights = [
+    arrays_in(tmp_path / name / 'model/arrays') for name in ('both', 'alone')
+  ]
+  assert {k: v.shape for k, v in weights[0].items()} == {
+    k: v.shape for k, v in weights[1].items()
+  }
