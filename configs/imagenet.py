@@ -1,0 +1,43 @@
+"""ImageNet with the published recipe: resnet50 learns its connectivity.
+
+  python -m maskconnect_jax.main --config=configs/imagenet.py \
+      --workdir=runs/imagenet --config.data.dir=DIR
+
+DIR holds train/n01440764/*.JPEG and val/n01440764/*.JPEG, 144 GB as published;
+or it is a TFDS data_dir with imagenet2012 prepared as ArrayRecord, with
+--config.data.source=tfds --config.data.name=imagenet2012. Photographs are
+decoded while the devices work. 90 epochs of 1,281,167 images: not yet run to
+their end. Other rules: --config.connectivity.rule=fixed_prev, the ordinary
+ResNet-50, or fixed_random, fixed_all.
+"""
+
+import ml_collections
+
+from maskconnect_jax import config as config_lib
+
+
+def get_config() -> ml_collections.ConfigDict:
+  config = config_lib.default()
+  config.duration = '90 epochs'
+  config.batch_size = 256
+  config.eval_batch_size = 256
+  config.evaluate_every = '5 epochs'
+  config.checkpoint_every = '1 epochs'
+
+  config.model.name = 'resnet50'
+  config.model.dtype = 'bfloat16'
+  config.connectivity.fan_in = 4
+
+  config.optimizer.learning_rate = 0.1  # for a batch of 256
+  config.optimizer.schedule = 'step'
+  config.optimizer.steps_at = ('30 epochs', '60 epochs')
+  config.optimizer.weight_decay = 1e-4
+
+  config.data.source = 'folder'
+  config.data.skip_errors = True  # some copies have damaged files
+  config.data.image_size = 224
+  config.data.crop = 'resized'
+  config.data.eval_resize = 256
+  config.data.mean = (123.675, 116.28, 103.53)
+  config.data.std = (58.395, 57.12, 57.375)
+  return config
