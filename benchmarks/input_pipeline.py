@@ -14,6 +14,7 @@ is what our host does too, whose flip and normalisation run on the accelerator.
 """
 
 import argparse
+import functools
 import math
 import pathlib
 import platform
@@ -26,7 +27,8 @@ import numpy as np
 import PIL.features
 from PIL import Image, ImageDraw
 
-from maskconnect_jax import decoding, images
+from maskconnect_jax import batches as batches_lib
+from maskconnect_jax import datasets, decoding, images, sources
 
 try:
   import torch
@@ -134,6 +136,31 @@ def torchvision_loader(*steps):
   return run
 
 
+def training_batches(paths, rng):
+  """An epoch in order of its own, through the iterator of a run."""
+  stream = datasets.Stream(
+    sources.Source(
+      lambda i: (str(paths[i]), 0),
+      num_train=len(paths),
+      num_test=0,
+      classes=('one',),
+      channels=3,
+      name='photographs',
+    ),
+    np.arange(len(paths)),
+    augment=functools.partial(decoding.training_image, size=SIZE),
+    decode=None,
+    skip_errors=False,
+  )
+  size = min(BATCH, len(paths))
+  examples = batches_lib.training_examples(
+    stream, int(rng.integers(1 << 30)), size
+  )
+  shares = batches_lib.share_of_batches(examples, size, 0, 0, 1)
+  for i in range(len(paths) // size):
+    shares[i]
+
+
 def contestants():
   """Returns (name, what it is compared with) -> what reads all paths."""
   if torch is not None:
@@ -161,12 +188,12 @@ def contestants():
         path, rng, size=SIZE, randaugment_ops=2
       )
     ),
+    ('training', 'ours, as the training loop gets it'): training_batches,
     ('evaluation', f'{peer}, float'): evaluate,
     ('evaluation', 'Pillow, uint8'): batches(centre_crop),
     ('evaluation', 'ours'): batches(
       lambda path, _: decoding.evaluation_image(path, size=SIZE, resize=RESIZE)
     ),
-    # End to end: add the row of the input pipeline's iterator here.
   }
 
 
