@@ -31,11 +31,11 @@ demo: $(VENV)/.installed  ## train, freeze, prune and draw on digits; ARGS=--con
 
 .PHONY: test
 test: $(VENV)/.installed-test  ## the test suite; ARGS='-k resume'
-	@$(VPYTHON) -m pytest $(ARGS)
+	@$(VPYTHON) -m pytest -n 2 --dist loadfile $(ARGS)
 
 .PHONY: slow
 slow: $(VENV)/.installed-test  ## the tests that take minutes each
-	@$(VPYTHON) -m pytest -m slow $(ARGS)
+	@$(VPYTHON) -m pytest -n 2 --dist loadfile -m slow $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.installed-test  ## style, formatting and types

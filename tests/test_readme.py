@@ -5,14 +5,25 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import jax
 import pytest
 
 README = (Path(__file__).parents[1] / 'README.md').read_text(encoding='utf-8')
 BLOCKS = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
 
 
+@pytest.fixture
+def optimized():
+  """Compiles as outside of tests: the README computes more than it compiles."""
+  name = 'jax_disable_most_optimizations'
+  before = getattr(jax.config, name)
+  jax.config.update(name, False)
+  yield
+  jax.config.update(name, before)
+
+
 @pytest.mark.parametrize('number', range(len(BLOCKS)))
-def test_python_block_runs(number, tmp_path, monkeypatch, finished):
+def test_python_block_runs(number, tmp_path, monkeypatch, finished, optimized):
   (tmp_path / 'runs').mkdir()
   (tmp_path / 'runs' / 'digits').symlink_to(finished.workdir)
   monkeypatch.chdir(tmp_path)
