@@ -243,9 +243,14 @@ def _tfds(data: ml_collections.ConfigDict) -> Source:
   try:
     builder = tfds.builder(data.name, data_dir=data.dir or None)
   except ValueError as error:
+    remedy = (
+      'python -m maskconnect_jax.mini_imagenet --images=DIR prepares it'
+      if data.name == 'mini_imagenet'
+      else 'https://www.tensorflow.org/datasets/catalog lists them'
+    )
     raise InputError(
       f'{name} is not a set that TFDS knows or finds in'
-      ' config.data.dir; https://www.tensorflow.org/datasets/catalog lists them'
+      f' config.data.dir={data.dir!r}; {remedy}'
     ) from error
   splits = set(builder.info.splits)
   held_out = (

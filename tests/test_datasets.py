@@ -552,6 +552,12 @@ def test_tfds_name_unknown(tmp_path):
   assert '\n' not in str(error.value)
 
 
+def test_mini_imagenet_not_prepared(tmp_path):
+  (tmp_path / 'something').mkdir()
+  with pytest.raises(config.InputError, match='maskconnect_jax.mini_imagenet'):
+    load(source='tfds', name='mini_imagenet', dir=str(tmp_path))
+
+
 def test_tfds_set_not_prepared(tmp_path):
   (tmp_path / 'something').mkdir()
   with pytest.raises(
