@@ -8,8 +8,10 @@ or it is a TFDS data_dir with imagenet2012 prepared as ArrayRecord, with
 --config.data.source=tfds --config.data.name=imagenet2012. Photographs are
 decoded while the devices work. 90 epochs of 1,281,167 images: not yet run to
 their end. On 4,000 made-up JPEGs (benchmarks/imagenet_folder.py), one epoch at
-64x64 takes 6 min on two busy CPU cores. Other rules: --config.connectivity.rule=fixed_prev, the ordinary
-ResNet-50, or fixed_random, fixed_all.
+64x64 takes 6 min on two busy CPU cores.
+
+Other rules: --config.connectivity.rule=fixed_prev, the ordinary ResNet-50, or
+fixed_random, fixed_all.
 """
 
 import ml_collections

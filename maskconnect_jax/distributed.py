@@ -25,16 +25,12 @@ def initialize() -> None:
   Raises:
     InputError: JAX cannot tell who the others are.
   """
-  number = {
-    name: int(os.environ[variable])
-    for name, variable in (
-      ('num_processes', 'JAX_NUM_PROCESSES'),
-      ('process_id', 'JAX_PROCESS_ID'),
-    )
-    if variable in os.environ
-  }
+  count, number = (
+    int(os.environ[name]) if name in os.environ else None
+    for name in ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
+  )
   try:
-    jax.distributed.initialize(**number)
+    jax.distributed.initialize(num_processes=count, process_id=number)
   except ValueError as error:
     raise InputError(
       f'--multihost finds no other processes ({error}); start it under Slurm,'
