@@ -14,7 +14,7 @@ import runpy
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,15 @@ def get_config():
   config.data.flip = False
   return config
 """
+
+
+@pytest.fixture(autouse=True, scope='module')
+def forget_programs() -> Iterator[None]:
+  """Lets go of a file's compiled programs, gigabytes in all, at its end."""
+  import jax
+
+  yield
+  jax.clear_caches()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ BLOCKS = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
 def optimized():
   """Compiles as outside of tests: the README computes more than it compiles."""
   name = 'jax_disable_most_optimizations'
-  before = getattr(jax.config, name)
+  before = jax.config.values[name]
   jax.config.update(name, False)
   yield
   jax.config.update(name, before)
