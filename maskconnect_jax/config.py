@@ -101,6 +101,7 @@ def default() -> ml_collections.ConfigDict:
   config.data.image_size = 0  # pixels of a side; 0: as they are
   config.data.eval_resize = 0  # the shorter side, then cropped; 0: squashed
   config.data.validation = 0  # training images held out for choosing settings
+  config.data.train_images = 0  # trained on, of the others; 0: all of them
   config.data.skip_errors = False  # count and skip images that do not decode
   config.data.memory_gb = 8.0  # sets that need more are decoded while training
   config.data.threads = 16  # that decode then, at most one for each core; ...
@@ -157,6 +158,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     'optimizer.learning_rate',
     'optimizer.weight_decay',
     'data.validation',
+    'data.train_images',
     'data.pad',
     'data.image_size',
     'data.eval_resize',

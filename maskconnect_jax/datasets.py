@@ -215,7 +215,13 @@ def load(data: ml_collections.ConfigDict) -> Dataset:
   gigabytes = len(source) * source.channels * data.image_size**2 / 1e9
   streamed = data.crop == 'resized' or gigabytes > data.memory_gb
   dataset = (_streamed if streamed else _in_memory)(source, data)
-  return _hold_out(dataset, data.validation) if data.validation else dataset
+  if data.validation:
+    rest, held = _evenly('validation', dataset.train, data.validation)
+    dataset = dataclasses.replace(dataset, train=rest, validation=held)
+  if data.train_images:
+    _, drawn = _evenly('train_images', dataset.train, data.train_images)
+    dataset = dataclasses.replace(dataset, train=drawn)
+  return dataset
 
 
 def _streamed(source: Source, data: ml_collections.ConfigDict) -> Dataset:
@@ -318,24 +324,22 @@ def _check_labels(dataset: Dataset, name: str) -> None:
     )
 
 
-def _hold_out(dataset: Dataset, count: int) -> Dataset:
-  """Moves `count` training images to validation."""
-  labels = dataset.train.labels
+def _evenly(
+  field: str, split: Split | Stream, count: int
+) -> tuple[Split | Stream, Split | Stream]:
+  """Returns the rest and `count` images drawn evenly from the classes."""
+  labels = split.labels
   if count >= len(labels):
     raise InputError(
-      f'config.data.validation={count} must be smaller'
+      f'config.data.{field}={count} must be smaller'
       f' than the {len(labels)} training images'
     )
   try:
-    rest, held = sources.stratified(labels, count)
+    rest, drawn = sources.stratified(labels, count)
   except ValueError as error:
     raise InputError(
-      f'config.data.validation={count} cannot be drawn evenly from the'
+      f'config.data.{field}={count} cannot be drawn evenly from the'
       f' {len(np.unique(labels))} classes of {len(labels)} training images'
       f' ({str(error).split(". ")[0]}); use another number'
     ) from error
-  return dataclasses.replace(
-    dataset,
-    train=dataset.train.part(rest),
-    validation=dataset.train.part(held),
-  )
+  return split.part(rest), split.part(drawn)

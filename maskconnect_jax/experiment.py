@@ -211,6 +211,16 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   return Experiment(config, dataset, plan, architecture, model, mesh, recipe)
 
 
+def held_out(job: Experiment) -> tuple[str, datasets.Split | datasets.Stream]:
+  """Returns the name and images of what a run is watched on while it trains.
+
+  With a validation set the test set is first read after the last step.
+  """
+  if job.dataset.validation:
+    return 'validation', job.dataset.validation
+  return 'test', job.dataset.test
+
+
 def training_batches(job: Experiment) -> batches.Resident | batches.Streamed:
   """Returns where a run takes its batches from."""
   size, data = job.config.batch_size, job.config.data

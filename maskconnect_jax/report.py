@@ -21,12 +21,12 @@ from maskconnect_jax import (
 from maskconnect_jax.topology import BranchTopology
 
 
-def at_freeze(progress: dict[str, Any], step: int) -> str:
+def at_freeze(watched: str, progress: dict[str, Any], step: int) -> str:
   """Returns the line that tells of the freeze."""
   return (
-    f'froze the topology after step {step}: test accuracy'
-    f' {progress["test_accuracy_drawn"]:.2%} with drawn masks,'
-    f' {progress["test_accuracy_at_freeze"]:.2%} with the frozen one'
+    f'froze the topology after step {step}: {watched} accuracy'
+    f' {progress[f"{watched}_accuracy_drawn"]:.2%} with drawn masks,'
+    f' {progress[f"{watched}_accuracy_at_freeze"]:.2%} with the frozen one'
   )
 
 
@@ -156,12 +156,21 @@ def draw_figures(
 
 def table(summary: dict[str, Any], workdir: Path) -> str:
   """Returns the table that a run ends with."""
+  watched = 'validation' if 'validation_accuracy' in summary else 'test'
+  tested = f'test accuracy ({summary["num_test_examples"]:,} images)'
   rows = [
-    ('with drawn masks', summary['test_accuracy_drawn']),
-    ('at the freeze', summary['test_accuracy_at_freeze']),
-    ('after fine-tuning', summary['test_accuracy']),
+    ('with drawn masks', summary[f'{watched}_accuracy_drawn']),
+    ('at the freeze', summary[f'{watched}_accuracy_at_freeze']),
+    ('after fine-tuning', summary[f'{watched}_accuracy']),
     ('after pruning', summary['test_accuracy_pruned']),
   ]
+  lines = [
+    f'  {name:<20}{value:>9.2%}' for name, value in rows if value is not None
+  ]
+  if watched == 'test':
+    lines.insert(0, tested)
+  else:
+    lines = ['validation accuracy', *lines[:-1], tested, lines[-1]]
   files = [
     ('summary', 'summary.json'),
     ('topology', 'topology.json'),
@@ -181,12 +190,7 @@ def table(summary: dict[str, Any], workdir: Path) -> str:
       f' {summary["images_per_second"]:,.0f} images per second'
       f' ({summary["num_devices"]} x {summary["device"]})',
       '',
-      f'test accuracy ({summary["num_test_examples"]:,} images)',
-      *(
-        f'  {name:<20}{value:>9.2%}'
-        for name, value in rows
-        if value is not None
-      ),
+      *lines,
       '',
       f'  {"":<20}{"blocks":>9}{"parameters":>13}',
       f'  {"before pruning":<20}{summary["blocks"]:>9}'

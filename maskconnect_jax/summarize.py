@@ -62,6 +62,13 @@ class Row:
     return [run.summary[name] for run in self.runs]
 
   @property
+  def held_out(self) -> list[float]:
+    """Accuracies on held out training images; [] where none were."""
+    if not self.runs[0].fields['data.validation']:
+      return []
+    return self.values('validation_accuracy')
+
+  @property
   def devices(self) -> str:
     """All devices that runs of this row were trained on."""
     return ', '.join(dict.fromkeys(run.device for run in self.runs))
@@ -78,6 +85,12 @@ class Row:
       'test_accuracy_mean': statistics.fmean(accuracy),
       'test_accuracy_std': (
         statistics.stdev(accuracy) if len(accuracy) > 1 else ''
+      ),
+      'validation_accuracy_mean': (
+        statistics.fmean(self.held_out) if self.held_out else ''
+      ),
+      'validation_accuracy_std': (
+        statistics.stdev(self.held_out) if len(self.held_out) > 1 else ''
       ),
       **{
         f'{name}_{statistic.__name__.removeprefix("f")}': statistic(
@@ -105,28 +118,25 @@ class Table:
 
   def markdown(self) -> str:
     """Returns the table to read, with what it counts below."""
-    lines = [
-      '| | seeds | duration | test accuracy | best | parameters'
-      ' | after pruning | images/s | device |',
-      '| --- | --- | --- | --- | --- | --- | --- | --- | --- |',
-    ]
+    validated = ['validation'] * any(row.held_out for row in self.rows)
+    head = ['', 'seeds', 'duration', *validated, 'test accuracy', 'best']
+    head += ['parameters', 'after pruning', 'images/s', 'device']
+    lines = [_line(head), _line(['---'] * len(head))]
     for row in self.rows:
       record = row.record()
-      deviation = record['test_accuracy_std']
       cells = [
         row.name,
         f'{len(row.runs)} ({", ".join(str(run.seed) for run in row.runs)})',
         record['duration'],
-        f'{100 * record["test_accuracy_mean"]:.2f} ± '
-        + (f'{100 * deviation:.2f} %' if len(row.runs) > 1 else '- %'),
+        *(_mean(row.held_out) for _ in validated),
+        _mean(row.values('test_accuracy_pruned')),
         f'{record["test_accuracy_best"]:.2%}'.replace('%', ' %'),
         _count(row.values('parameters')),
         _count(row.values('parameters_pruned')),
         f'{record["images_per_second"]:,.0f}',
         record['device'],
       ]
-      escaped = (str(cell).replace('|', r'\|') for cell in cells)
-      lines.append(f'| {" | ".join(escaped)} |')
+      lines.append(_line(cells))
     lines += ['', CAPTION]
     if len({run.device for row in self.rows for run in row.runs}) > 1:
       lines.append('Devices differ: their images per second do not compare.')
@@ -248,6 +258,20 @@ def _runs_below(folder: Path) -> Iterator[Path]:
     if 'config.json' in files:
       folders.clear()  # the many files of a run hold no other
       yield Path(path)
+
+
+def _line(cells: Sequence[Any]) -> str:
+  text = ' | '.join(str(cell).replace('|', r'\|') for cell in cells)
+  return f'| {text} |'
+
+
+def _mean(accuracies: Sequence[float]) -> str:
+  if not accuracies:
+    return ''
+  deviation = (
+    f'{100 * statistics.stdev(accuracies):.2f}' if len(accuracies) > 1 else '-'
+  )
+  return f'{100 * statistics.fmean(accuracies):.2f} ± {deviation} %'
 
 
 def _count(values: Sequence[int]) -> str:

@@ -103,7 +103,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Result:
   evaluate = evaluation.Evaluator(
     recipe, config.eval_batch_size, job.mesh, threads=config.data.threads
   )
-  held_out = 'validation' if job.dataset.validation else 'test'
+  watched, split = experiment.held_out(job)
   rates = experiment.make_schedules(config, plan)
   clock = metrics.Throughput(progress['images'], progress['train_seconds'])
   pending: list[dict[str, jax.Array]] = []
@@ -122,7 +122,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Result:
     for step in range(start, plan.total):
       if plan.freeze and step == plan.freeze:
         recipe, state = freeze(job, state, batches, evaluate, progress)
-        bar.say(report.at_freeze(progress, step))
+        bar.say(report.at_freeze(watched, progress, step))
         train_step = None
       if not pending:
         clock.start()
@@ -153,9 +153,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Result:
       pending = []
       accuracy = None
       if evaluating:
-        split = job.dataset.validation or job.dataset.test
         accuracy, _ = evaluate(recipe.network, state.variables(), split)
-        record[f'{held_out}_accuracy'] = accuracy
+        record[f'{watched}_accuracy'] = accuracy
       if phase == 'connectivity':
         history.add(done, state.masks)
       writer.write(done, phase, record)
@@ -189,12 +188,18 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Result:
   test = job.dataset.test
   accuracy, num_tested = evaluate(recipe.network, state.variables(), test)
   accuracies = {
-    'test_accuracy_drawn': progress.get('test_accuracy_drawn'),
-    'test_accuracy_at_freeze': progress.get('test_accuracy_at_freeze'),
+    f'{watched}_accuracy_drawn': progress.get(f'{watched}_accuracy_drawn'),
+    f'{watched}_accuracy_at_freeze': progress.get(
+      f'{watched}_accuracy_at_freeze'
+    ),
     'test_accuracy': accuracy,
     'test_accuracy_pruned': evaluate(network, tuple(variables), test)[0],
     'num_test_examples': num_tested,
   }
+  if job.dataset.validation:
+    accuracies['validation_accuracy'], _ = evaluate(
+      recipe.network, state.variables(), job.dataset.validation
+    )
   skipped = job.dataset.skipped + len(damaged) + len(test) - num_tested
   summary = report.summarize(job, frozen, pruned, accuracies, skipped, clock)
   report.write(workdir, job, frozen, pruned, summary, history)
@@ -252,16 +257,16 @@ def freeze(
   A function of the state alone: a run resumed just before it repeats it. The
   two accuracies go into `progress`, and so into every later checkpoint.
   """
-  test = job.dataset.test
-  progress['test_accuracy_drawn'], _ = evaluate(
-    job.recipe.network, state.variables(), test, draw_masks=True
+  watched, split = experiment.held_out(job)
+  progress[f'{watched}_accuracy_drawn'], _ = evaluate(
+    job.recipe.network, state.variables(), split, draw_masks=True
   )
   recipe = frozen_recipe(job.recipe, state)
   count = job.config.connectivity.batchnorm_batches
   if count:
     state = measured_anew(recipe, state, batches, count)
-  progress['test_accuracy_at_freeze'], _ = evaluate(
-    recipe.network, state.variables(), test
+  progress[f'{watched}_accuracy_at_freeze'], _ = evaluate(
+    recipe.network, state.variables(), split
   )
   return recipe, state
 

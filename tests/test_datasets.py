@@ -85,17 +85,30 @@ def test_validation_is_held_out_of_train():
   np.testing.assert_allclose(np.bincount(held.validation.labels), share, atol=1)
 
 
+def test_some_training_images_of_those_not_held_out():
+  held, fewer = load(validation=200), load(validation=200, train_images=100)
+  assert_splits_equal(fewer.validation, held.validation)
+  assert_splits_equal(fewer.test, held.test)
+  share = np.bincount(held.train.labels) * 100 / 1237
+  assert len(fewer.train) == 100
+  np.testing.assert_allclose(np.bincount(fewer.train.labels), share, atol=1)
+  drawn = {image.tobytes() for image in fewer.train.images}
+  assert drawn <= {image.tobytes() for image in held.train.images}
+
+
+@pytest.mark.parametrize('field', ['validation', 'train_images'])
 @pytest.mark.parametrize('count', [1437, 2000])
-def test_validation_must_leave_training_images(count):
+def test_a_part_is_smaller_than_the_training_images(field, count):
   with pytest.raises(
-    config.InputError, match=rf'validation={count} must be smaller.*1437'
+    config.InputError, match=rf'{field}={count} must be smaller.*1437'
   ):
-    load(validation=count)
+    load(**{field: count})
 
 
-def test_validation_must_reach_every_class():
-  with pytest.raises(config.InputError, match='validation=3 .*10 classes'):
-    load(validation=3)
+@pytest.mark.parametrize('field', ['validation', 'train_images'])
+def test_a_part_must_reach_every_class(field):
+  with pytest.raises(config.InputError, match=f'{field}=3 .*10 classes'):
+    load(**{field: 3})
 
 
 def test_image_size_resizes():

@@ -249,9 +249,9 @@ def test_sigterm_saves_and_stops(
   workdir = tmp_path / 'run'
   real = train.report.at_freeze
 
-  def at_freeze(progress, step):
+  def at_freeze(*arguments):
     os.kill(os.getpid(), signal.SIGTERM)
-    return real(progress, step)
+    return real(*arguments)
 
   before = signal.getsignal(signal.SIGTERM)
   with pytest.MonkeyPatch.context() as patch:

@@ -182,3 +182,24 @@ def test_a_real_run(finished):
   assert record['test_accuracy_mean'] == summary['test_accuracy_pruned']
   assert record['parameters_pruned_mean'] == summary['parameters_pruned']
   assert summary['parameters_pruned'] < record['parameters_mean']
+
+
+def test_held_out_accuracy_has_a_column_of_its_own(run, tmp_path):
+  for seed, accuracy in ((0, 0.5), (1, 0.6)):
+    run(
+      f'held{seed}', 0.4, seed=seed, data__validation=100,
+      summary={'validation_accuracy': accuracy},
+    )  # fmt: skip
+  run('all', 0.3)
+  table = summarize.summarize([tmp_path])
+  head, _, everything, held = table.markdown().splitlines()[:4]
+  assert '| validation | test accuracy |' in head
+  assert '|  | 30.00 ± - % |' in everything
+  assert '| 55.00 ± 7.07 % | 40.00 ± 0.00 % |' in held
+  rows = {
+    row['num_seeds']: row for row in csv.DictReader(table.csv().split('\n'))
+  }
+  assert float(rows['2']['validation_accuracy_std']) == pytest.approx(
+    np.std([0.5, 0.6], ddof=1)
+  )
+  assert rows['1']['validation_accuracy_mean'] == ''
