@@ -1,32 +1,141 @@
-"""The masked sum that gives a block its input, and its custom VJP.
+"""The masked sum that gives a block its input, and its gradients.
 
-  x_j = sum_i w[i] * y_i                        forward
-  dloss/dy_i = w[i] * g,   dloss/dw[i] = <g, y_i>     backward, g = dloss/dx_j
+  x_j = sum_i w[j, i] * y_i                                        forward
+  dloss/dy_i = sum_j w[j, i] * g_j,   g_j = dloss/dx_j             backward
+  dloss/dw[j, i] = <g_j, y_i>, of all j and i one product G Y^T
 
-The mask's gradient is a sum over every number in a batch of activations. It is
-accumulated in float32 also when the activations are bfloat16, whose 8 bits
-would lose nearly all of it; that is why the backward pass is written here.
+Autodiff would compute the last entry by entry, each reading a g and a y: for L
+blocks L^2 reads. As one product it is 2 L. But no g_j is known before the
+backward pass comes to block j, and the product must wait for all of them. So
+`tapes` makes, before the blocks run, a dummy input for every sum and every
+source: nothing in the forward pass, and in the backward pass what brings each
+g_j (`masked_sum`) and each y_i (`noted`) back to where the product is made.
+
+It is accumulated in float32 also when the activations are bfloat16, whose 8
+bits would lose nearly all of it.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.typing import DTypeLike
+
+from maskconnect_jax.config import InputError
+
+Tapes = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
+
+
+def tapes(weights: jax.Array, every: int, like: jax.Array) -> Tapes:
+  """Returns a tape for each sum and for each source of one shape.
+
+  Each is used at most once, in `masked_sum` and `noted`. The gradient of the
+  weights, dloss/dw[j, i] = <g_j, y_i>, is made here; 0 where j or i is unused.
+
+  Args:
+    weights: float32 [J, n], of J sums of n sources.
+    every: the products are taken over every so many images, and multiplied by
+      that: unbiased over batches in random order, and that much cheaper.
+    like: an array of the shape and dtype of the sources, [batch, ...].
+
+  Raises:
+    InputError: the batch is not a multiple of `every`.
+  """
+  if like.shape[0] % every:
+    raise InputError(
+      f'gradient_every={every} must divide the batch of {like.shape[0]}'
+    )
+  shape = (like.shape[0] // every, *like.shape[1:])
+  return _tapes(weights, every, shape, like.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _tapes(
+  weights: jax.Array, every: int, shape: tuple[int, ...], dtype: DTypeLike
+) -> Tapes:
+  num_sums, num_sources = weights.shape
+  zeros = jnp.zeros(shape, dtype)
+  return (zeros,) * num_sums, (zeros,) * num_sources
+
+
+def _tapes_forward(
+  weights: Any, every: int, shape: tuple[int, ...], dtype: DTypeLike
+) -> tuple[Tapes, jax.Array]:
+  return _tapes(weights.value, every, shape, dtype), weights.value
+
+
+def _tapes_backward(
+  every: int,
+  shape: tuple[int, ...],
+  dtype: DTypeLike,
+  weights: jax.Array,
+  brought: tuple[Sequence[Any], Sequence[Any]],
+) -> tuple[jax.Array]:
+  # What was not used has brought nothing.
+  sums, sources = (
+    [i for i, one in enumerate(kind) if not isinstance(one, SymbolicZero)]
+    for kind in brought
+  )
+  if not (sums and sources):
+    return (jnp.zeros_like(weights),)
+  axes = tuple(range(1, 1 + len(shape)))
+  product = jax.lax.dot_general(
+    jnp.stack([brought[0][j] for j in sums]),
+    jnp.stack([brought[1][i] for i in sources]),
+    ((axes, axes), ((), ())),
+    precision=jax.lax.Precision.HIGHEST,
+    preferred_element_type=jnp.promote_types(dtype, jnp.float32),
+  )
+  rows, columns = jnp.ix_(jnp.array(sums), jnp.array(sources))
+  return (jnp.zeros_like(weights).at[rows, columns].set(every * product),)
+
+
+_tapes.defvjp(_tapes_forward, _tapes_backward, symbolic_zeros=True)
+
+
+def _images_of(x: jax.Array, tape: jax.Array) -> jax.Array:
+  """Returns every so many images of x that there are as many as in the tape.
+
+  By reshape: of a sharded batch each device keeps its own.
+  """
+  return x.reshape(tape.shape[0], -1, *x.shape[1:])[:, 0]
 
 
 @jax.custom_vjp
-def masked_sum(weights: jax.Array, sources: tuple[jax.Array, ...]) -> jax.Array:
+def noted(source: jax.Array, tape: jax.Array) -> jax.Array:
+  """Returns the source; its value reaches the tape in the backward pass."""
+  del tape
+  return source
+
+
+noted.defvjp(
+  lambda source, tape: (source, _images_of(source, tape)),
+  lambda kept, gradient: (gradient, kept),
+)
+
+
+@jax.custom_vjp
+def masked_sum(
+  weights: jax.Array, sources: tuple[jax.Array, ...], tape: jax.Array
+) -> jax.Array:
   """Returns the sum of the sources, each times its weight.
+
+  The gradient of the weights comes by way of the tape, not from here.
 
   Args:
     weights: float32 [n], a row of the mask times the scale of its terms.
     sources: n arrays of one shape and dtype, [batch, ...].
+    tape: of this sum.
 
   Returns:
     An array of a source's shape and dtype, accumulated in float32 or better.
   """
+  del tape
   exact = jnp.promote_types(sources[0].dtype, jnp.float32)
   terms = [
     weight.astype(exact) * source.astype(exact)
@@ -35,29 +144,25 @@ def masked_sum(weights: jax.Array, sources: tuple[jax.Array, ...]) -> jax.Array:
   return sum(terms[1:], start=terms[0]).astype(sources[0].dtype)
 
 
-def _forward(
-  weights: jax.Array, sources: tuple[jax.Array, ...]
-) -> tuple[jax.Array, tuple[jax.Array, tuple[jax.Array, ...]]]:
-  return masked_sum(weights, sources), (weights, sources)
+def _sum_forward(
+  weights: jax.Array, sources: tuple[jax.Array, ...], tape: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  return masked_sum(weights, sources, tape), (weights, tape)
 
 
-def _backward(
-  residuals: tuple[jax.Array, tuple[jax.Array, ...]], gradient: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  weights, sources = residuals
+def _sum_backward(
+  residuals: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...], jax.Array]:
+  weights, tape = residuals
   exact = jnp.promote_types(gradient.dtype, jnp.float32)
   wide = gradient.astype(exact)
-  for_weights = jnp.stack(
-    [jnp.sum(wide * source.astype(exact)) for source in sources]
-  ).astype(weights.dtype)
   for_sources = tuple(
-    (weight.astype(exact) * wide).astype(source.dtype)
-    for weight, source in zip(weights, sources, strict=True)
+    (weight.astype(exact) * wide).astype(gradient.dtype) for weight in weights
   )
-  return for_weights, for_sources
+  return jnp.zeros_like(weights), for_sources, _images_of(gradient, tape)
 
 
-masked_sum.defvjp(_forward, _backward)
+masked_sum.defvjp(_sum_forward, _sum_backward)
 
 
 def static_sum(sources: Sequence[jax.Array], scale: float) -> jax.Array:

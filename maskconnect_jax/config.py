@@ -24,6 +24,7 @@ CHOICES = {
   'connectivity.branch_identity': ('1/K', '1/C'),
   'connectivity.gradient': ('all', 'drawn'),
   'connectivity.scale': ('mean', 'sum'),
+  'model.remat': ('none', 'block'),
   'connectivity.adapter': ('pool', 'projection', 'same_stage'),
   'masks.schedule': ('constant', 'cosine', 'step'),
   'optimizer.schedule': ('constant', 'cosine', 'step'),
@@ -61,6 +62,7 @@ def default() -> ml_collections.ConfigDict:
   config.model.name = 'resnet38'  # list_models() names them
   config.model.width = 0  # channels of the first stage; 0: the network's own
   config.model.dtype = 'float32'  # of the activations; the rest is float32
+  config.model.remat = 'none'  # or 'block': computed again, not kept
 
   # The rows of "Decided here" (README) are these fields.
   config.connectivity = ml_collections.ConfigDict()
@@ -70,6 +72,7 @@ def default() -> ml_collections.ConfigDict:
   config.connectivity.phase = '50%'  # masks move for this long, then freeze
   config.connectivity.stem_source = True  # may later blocks take the stem?
   config.connectivity.gradient = 'all'  # which valid entries get a gradient
+  config.connectivity.gradient_every = 1  # from every n-th image, times n
   config.connectivity.initial = 0.5  # every real mask entry starts here, ...
   config.connectivity.initial_spread = 0.0  # ... plus uniform(-spread, spread)
   config.connectivity.scale = 'mean'  # of the K terms
@@ -147,6 +150,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     'eval_batch_size',
     'keep_checkpoints',
     'connectivity.fan_in',
+    'connectivity.gradient_every',
     'data.threads',
   ):
     if given[path] < 1:

@@ -171,6 +171,8 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
       'stem_source': own.stem_source,
       'adapter': own.adapter,
       'scale': own.scale,
+      'gradient_every': own.gradient_every,
+      'remat': config.model.remat,
     }
   model = models.create_model(**architecture)
   mean, std = tuple(config.data.mean), tuple(config.data.std)

@@ -395,7 +395,8 @@ def create_model(
       in_channels (3), width (of the first stage; the network's own), dtype
       ('float32' or 'bfloat16', of the activations), gradient ('all', 'drawn'),
       initial, initial_spread, seed; with level 'block' also stem_source,
-      adapter ('pool', 'projection', 'same_stage') and scale ('mean', 'sum'),
+      adapter ('pool', 'projection', 'same_stage'), scale ('mean', 'sum'),
+      gradient_every (1) and remat ('none', 'block'), see `MaskedStack`;
       with level 'branch' identity ('1/K', '1/C').
 
   Returns:

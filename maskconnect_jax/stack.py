@@ -6,16 +6,24 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from maskconnect_jax import connectivity, layers
 from maskconnect_jax import topology as topology_lib
-from maskconnect_jax.aggregate import masked_sum, static_sum
+from maskconnect_jax.aggregate import (
+  Tapes,
+  masked_sum,
+  noted,
+  static_sum,
+  tapes,
+)
 from maskconnect_jax.config import InputError, check_choice
 from maskconnect_jax.topology import BranchTopology, Topology
 
@@ -148,8 +156,10 @@ class MaskedStack(Wiring):
     | None = None,
     scale: str = 'mean',
     gradient: str = 'all',
+    gradient_every: int = 1,
     initial: float = 0.5,
     initial_spread: float = 0.0,
+    remat: str = 'none',
     rngs: nnx.Rngs,
   ) -> None:
     """Builds the stack.
@@ -162,8 +172,12 @@ class MaskedStack(Wiring):
       adapter: A(x, shape, source), default `layers.PoolAdapter()`.
       scale: c, 'mean' (1/k_j) or 'sum' (1).
       gradient: whether 'all' valid entries of r get a gradient, or the 'drawn'.
+      gradient_every: its products are taken over every so many images of a
+        batch, and multiplied by that.
       initial: where the entries of r start.
       initial_spread: half the width of the uniform noise added there.
+      remat: 'none'; or 'block', whose inside the backward pass computes again
+        instead of keeping it: a third more arithmetic, less memory.
       rngs: its 'connectivity' stream draws r and the random topology.
 
     Raises:
@@ -173,6 +187,9 @@ class MaskedStack(Wiring):
     self.adapter = layers.PoolAdapter() if adapter is None else adapter
     check_choice('connectivity.scale', scale, 'scale')
     self.scale = scale
+    check_choice('model.remat', remat, 'remat')
+    self.remat = remat
+    self.gradient_every = gradient_every
     super().__init__(
       valid=valid or connectivity.valid_sources(len(blocks)),
       fan_in=fan_in,
@@ -202,25 +219,49 @@ class MaskedStack(Wiring):
       return self._run_frozen(x, self.topology, options)
     if mask is None:
       mask = connectivity.top_k(self.real_mask[...], self.valid, self.fan_in)
-    sources = _Sources(x, self.adapter)
+    weights = self._weights(mask)
+    sources = _Sources(
+      x, self.adapter, functools.partial(tapes, weights, self.gradient_every)
+    )
+    run = self._runner(options)
     for target, block in enumerate(self.blocks):
       valid = [i for i, ok in enumerate(self.valid[target]) if ok]
-      scale = self.scale_of(min(self.fan_in, len(valid)))
-      weights = jnp.stack([mask[target, i] * scale for i in valid])
-      total = masked_sum(weights, tuple(sources.take(valid)))
-      sources.outputs.append(block(total, **options))
+      total = masked_sum(
+        jax.lax.stop_gradient(weights[target, jnp.array(valid)]),
+        tuple(sources.take(valid)),
+        sources.tape_of_sum(target),
+      )
+      sources.outputs.append(run(block, total))
     return sources.outputs[-1]
+
+  def _runner(
+    self, options: dict[str, Any]
+  ) -> Callable[[nnx.Module, jax.Array], jax.Array]:
+    """Returns what runs a block on its input."""
+
+    def run(block: Any, x: jax.Array) -> Any:
+      return block(x, **options)
+
+    return nnx.remat(run) if self.remat == 'block' else run
+
+  def _weights(self, mask: jax.Array) -> jax.Array:
+    """Returns the mask times the scale of each row's terms, [L, L]."""
+    valid = np.array(self.valid)
+    terms = np.minimum(self.fan_in, valid.sum(1))
+    scale = np.array([self.scale_of(int(k)) for k in terms], np.float32)
+    return jnp.where(valid, mask * scale[:, None], 0)
 
   def _run_frozen(
     self, x: jax.Array, topology: Topology, options: dict[str, Any]
   ) -> jax.Array:
     sources = _Sources(x, self.adapter)
+    run = self._runner(options)
     for block, picked, live in zip(
       self.blocks, topology.sources, topology.live, strict=True
     ):
       if live:
         total = static_sum(sources.take(picked), self.scale_of(len(picked)))
-        sources.outputs.append(block(total, **options))
+        sources.outputs.append(run(block, total))
       else:
         sources.outputs.append(jax.eval_shape(block, sources.outputs[-1]))
     return sources.outputs[-1]
@@ -243,9 +284,17 @@ class MaskedStack(Wiring):
 class _Sources:
   """The outputs so far, adapted to a shape once however often it is taken."""
 
-  def __init__(self, x: jax.Array, adapter: Any) -> None:
+  def __init__(
+    self,
+    x: jax.Array,
+    adapter: Any,
+    make_tapes: Callable[[jax.Array], Tapes] | None = None,
+  ) -> None:
+    """make_tapes: for arrays like this, if the weights need a gradient."""
     self.outputs: list[Any] = [x]
     self._adapter = adapter
+    self._make_tapes = make_tapes
+    self._tapes: dict[tuple[int, ...], Tapes] = {}
     self._adapted: dict[tuple[int, tuple[int, ...]], jax.Array] = {}
 
   def take(self, picked: Sequence[int]) -> list[jax.Array]:
@@ -254,10 +303,24 @@ class _Sources:
     for i in picked:
       if (i, shape) not in self._adapted:
         y = self.outputs[i]
-        self._adapted[i, shape] = (
-          y if y.shape == shape else self._adapter(y, shape, i)
-        )
+        if y.shape != shape:
+          y = self._adapter(y, shape, i)
+        if self._make_tapes is not None:
+          y = noted(y, self._tapes_now()[1][i])
+        self._adapted[i, shape] = y
     return [self._adapted[i, shape] for i in picked]
+
+  def tape_of_sum(self, target: int) -> jax.Array:
+    """Returns the tape of the sum that block `target` reads."""
+    return self._tapes_now()[0][target]
+
+  def _tapes_now(self) -> Tapes:
+    """Returns the tapes for the shape of the newest output."""
+    newest = self.outputs[-1]
+    if newest.shape not in self._tapes:
+      assert self._make_tapes is not None
+      self._tapes[newest.shape] = self._make_tapes(newest)
+    return self._tapes[newest.shape]
 
 
 def wirings_of(model: nnx.Module) -> list[Wiring]:

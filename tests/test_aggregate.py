@@ -1,11 +1,14 @@
-"""The masked sum against NumPy in float64 and autodiff of a plain sum."""
+"""The masked sums and their gradients against NumPy in float64 and autodiff."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskconnect_jax.aggregate import masked_sum, static_sum
+from maskconnect_jax.aggregate import masked_sum, noted, static_sum, tapes
+from maskconnect_jax.config import InputError
+
+SHAPE = (3, 4, 5, 2)
 
 
 @pytest.fixture
@@ -14,58 +17,118 @@ def x64():
     yield
 
 
+def chain(add, weights, first, factors):
+  """y_t+1 = tanh(factor_t * x_t), x_t = sum_i w[t, i] y_i; returns all y."""
+  sources = [first]
+  for t, factor in enumerate(factors):
+    sources.append(jnp.tanh(factor * add(t, weights[t, : t + 1], sources)))
+  return sources
+
+
+def taped_loss(weights, first, factors, direction):
+  of_sums, of_sources = tapes(weights, 1, first)
+  sources = []
+
+  def add(t, row, ys):
+    sources.append(noted(ys[t], of_sources[t]))
+    return masked_sum(row, tuple(sources), of_sums[t])
+
+  rows = jax.lax.stop_gradient(weights)
+  return jnp.sum(direction * chain(add, rows, first, factors)[-1])
+
+
+def plain_loss(weights, first, factors, direction):
+  def add(t, row, ys):
+    return sum(w * y for w, y in zip(row, ys, strict=True))
+
+  return jnp.sum(direction * chain(add, weights, first, factors)[-1])
+
+
 def numbers(count):
-  """Weights with zeros among them, sources, and a gradient, in float64."""
+  """Weights with zeros among them, a source, factors and a direction."""
   rng = np.random.default_rng(count)
-  weights = rng.normal(size=count) * (rng.uniform(size=count) < 0.6)
-  sources = rng.normal(size=(count, 3, 4, 5, 2))
-  return weights, sources, rng.normal(size=(3, 4, 5, 2))
+  weights = rng.normal(size=(count, count))
+  weights *= np.tri(count) * (rng.uniform(size=weights.shape) < 0.6)
+  return (
+    weights,
+    rng.normal(size=SHAPE),
+    rng.normal(size=(count, *SHAPE)),
+    rng.normal(size=SHAPE),
+  )
 
 
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('count', [1, 2, 7])
-def test_masked_sum_and_its_gradients_are_numpys_and_autodiffs(count):
-  weights, sources, gradient = numbers(count)
-  value, backward = jax.vjp(masked_sum, weights, tuple(sources))
-  for_weights, for_sources = backward(jnp.asarray(gradient))
-  expected = {
-    'value': np.einsum('n,nbhwc->bhwc', weights, sources),
-    'weights': np.einsum('bhwc,nbhwc->n', gradient, sources),
-    'sources': np.einsum('n,bhwc->nbhwc', weights, gradient),
-  }
-
-  def plain(weights, sources):
-    return sum(w * y for w, y in zip(weights, sources, strict=True))
-
-  plain_value, plain_backward = jax.vjp(plain, weights, tuple(sources))
-  plain_weights, plain_sources = plain_backward(jnp.asarray(gradient))
-  for actual, by_autodiff, name in (
-    (value, plain_value, 'value'),
-    (for_weights, plain_weights, 'weights'),
-    (for_sources, plain_sources, 'sources'),
-  ):
-    assert jax.tree.leaves(actual)[0].dtype == jnp.float64
-    np.testing.assert_allclose(
-      np.array(actual), expected[name], rtol=0, atol=1e-10
-    )
-    np.testing.assert_allclose(
-      np.array(actual), np.array(by_autodiff), rtol=0, atol=1e-10
-    )
+def test_gradients_are_those_of_autodiff(count):
+  arguments = numbers(count)
+  value, gradients = jax.value_and_grad(taped_loss, (0, 1, 2))(*arguments)
+  plain, expected = jax.value_and_grad(plain_loss, (0, 1, 2))(*arguments)
+  assert value == pytest.approx(float(plain), abs=1e-10)
+  # Of entries that no sum has, only the plain loss knows that they have none.
+  gradients = (gradients[0] * np.tri(count), *gradients[1:])
+  for actual, by_autodiff in zip(gradients, expected, strict=True):
+    assert actual.dtype == jnp.float64
+    np.testing.assert_allclose(actual, by_autodiff, rtol=0, atol=1e-10)
+  assert np.any(gradients[0][arguments[0] == 0])  # also where the weight is 0
 
 
 @pytest.mark.usefixtures('x64')
-def test_a_source_of_weight_0_gets_no_gradient_but_its_weight_does():
-  _, sources, gradient = numbers(2)
-  _, backward = jax.vjp(masked_sum, np.array([0.0, 1.0]), tuple(sources))
+def test_a_gradient_from_every_third_image():
+  weights, rng = np.ones((1, 2)), np.random.default_rng(0)
+  sources, gradient = rng.normal(size=(2, 9, 4)), rng.normal(size=(9, 4))
+
+  def total(weights):
+    (of_sum,), of_sources = tapes(weights, 3, jnp.asarray(sources[0]))
+    ys = tuple(map(noted, jnp.asarray(sources), of_sources))
+    return masked_sum(jax.lax.stop_gradient(weights)[0], ys, of_sum)
+
+  value, backward = jax.vjp(total, weights)
+  expected = 3 * np.einsum('bc,nbc->n', gradient[::3], sources[:, ::3])
+  (actual,) = backward(jnp.asarray(gradient))
+  np.testing.assert_allclose(actual, [expected], rtol=0, atol=1e-10)
+  np.testing.assert_allclose(value, sources.sum(0), rtol=0, atol=1e-10)
+  with pytest.raises(InputError, match='gradient_every=4 .* batch of 9'):
+    tapes(weights, 4, jnp.asarray(sources[0]))
+
+
+def test_sums_and_sources_that_are_not_used():
+  def loss(weights):
+    of_sums, of_sources = tapes(weights, 1, jnp.zeros(2))
+    y = noted(jnp.array([3.0, 4.0]), of_sources[1])
+    row = jax.lax.stop_gradient(weights)[2, 1:2]
+    return jnp.sum(masked_sum(row, (y,), of_sums[2]))
+
+  expected = np.zeros((3, 2))
+  expected[2, 1] = 7
+  np.testing.assert_array_equal(jax.grad(loss)(jnp.ones((3, 2))), expected)
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('count', [1, 3])
+def test_one_sum_and_its_gradients_are_numpys(count):
+  rng = np.random.default_rng(count)
+  weights = rng.normal(size=(1, count))
+  sources, gradient = rng.normal(size=(count, *SHAPE)), rng.normal(size=SHAPE)
+
+  def total(weights, sources):
+    (of_sum,), of_sources = tapes(weights, 1, sources[0])
+    ys = tuple(map(noted, sources, of_sources))
+    return masked_sum(jax.lax.stop_gradient(weights)[0], ys, of_sum)
+
+  value, backward = jax.vjp(total, weights, tuple(sources))
   for_weights, for_sources = backward(jnp.asarray(gradient))
-  assert not np.any(for_sources[0])
-  assert abs(for_weights[0] - np.sum(gradient * sources[0])) < 1e-10
+  for actual, expected in (
+    (value, np.einsum('n,nbhwc->bhwc', weights[0], sources)),
+    (for_weights[0], np.einsum('bhwc,nbhwc->n', gradient, sources)),
+    (for_sources, np.einsum('n,bhwc->nbhwc', weights[0], gradient)),
+  ):
+    np.testing.assert_allclose(np.array(actual), expected, rtol=0, atol=1e-10)
 
 
 def test_the_bfloat16_sum_is_accumulated_in_float32():
   # In bfloat16, 256 + 1 is 256.
   sources = tuple(jnp.full((2, 3), v, jnp.bfloat16) for v in (256, 1, 1))
-  total = masked_sum(jnp.ones(3), sources)
+  total = masked_sum(jnp.ones(3), sources, jnp.zeros((2, 3), jnp.bfloat16))
   assert total.dtype == jnp.bfloat16
   np.testing.assert_array_equal(total.astype(jnp.float32), 258)
   total = static_sum(sources, 1.0)
@@ -84,14 +147,19 @@ def test_the_bfloat16_weights_gradient_is_accumulated_in_float32():
     (source, gradient, pairs * 2**-14),
     (long, long, 10_001),
   ):
+
+    def total(weights, y):
+      (of_sum,), (of_source,) = tapes(weights, 1, y)
+      return masked_sum(weights[0], (noted(y, of_source),), of_sum)
+
     value, backward = jax.vjp(
-      masked_sum, jnp.ones(1), (jnp.asarray(y, jnp.bfloat16),)
+      total, jnp.ones((1, 1)), jnp.asarray(y, jnp.bfloat16)
     )
     assert value.dtype == jnp.bfloat16
-    for_weights, for_sources = backward(jnp.asarray(g, jnp.bfloat16))
+    for_weights, for_source = backward(jnp.asarray(g, jnp.bfloat16))
     assert for_weights.dtype == jnp.float32
-    assert for_sources[0].dtype == jnp.bfloat16
-    np.testing.assert_array_equal(for_weights, [expected])
+    assert for_source.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(for_weights, [[expected]])
 
 
 @pytest.mark.parametrize(('count', 'scale'), [(1, 0.5), (3, 1), (3, 1 / 3)])

@@ -61,7 +61,7 @@ ARROWS: dict[str, set[str]] = {
   'metrics': {'files'},
   'branch_plots': {'plots'},
   'plots': set(),
-  'aggregate': set(),
+  'aggregate': {'config'},
   'augment': set(),
   'checkpoint': set(),
   'config': set(),

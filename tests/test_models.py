@@ -503,6 +503,34 @@ def test_real_masks_are_not_counted_as_parameters():
 
 
 @pytest.mark.parametrize('rule', ['learned', 'fixed_all'])
+def test_blocks_computed_again_change_nothing_but_the_memory(rule):
+  x, key = images(), jax.random.key(0)
+
+  def outcome(remat):
+    model = small(rule=rule, remat=remat)
+    graph, variables, statistics = nnx.split(
+      model, (nnx.Param, stack.RealMask), ...
+    )
+
+    def loss(variables):
+      model = nnx.merge(graph, variables, statistics, copy=True)
+      logits = model(x, model.draw(key), train=True)
+      return jnp.sum(logits**2), nnx.state(model, nnx.BatchStat)
+
+    value = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    return value(variables), str(jax.make_jaxpr(loss)(variables))
+
+  kept, plain = outcome('none')
+  again, marked = outcome('block')
+  assert (plain.count('remat2['), marked.count('remat2[')) == (0, 6)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+    again,
+    kept,
+  )
+
+
+@pytest.mark.parametrize('rule', ['learned', 'fixed_all'])
 @pytest.mark.parametrize(
   'size', [(8, 8), (25, 25), (28, 28), (32, 32), (9, 30)]
 )
