@@ -1,0 +1,85 @@
+"""Memory, FLOPs and bytes of a training step as the network grows deeper.
+
+python benchmarks/memory.py [--quick] [--batches=32]
+  [--models=resnet20,resnet38,resnet74,resnet110] [--fan_in=10] [--json=FILE]
+
+Compiles and runs nothing: all but the seconds is the same every time. "a block"
+is the temporary memory over the mean size of a block's output: it does not
+depend on the depth where memory grows as O(L). "O(L) MB" is what the rule's
+first network predicts of the others so.
+"""
+
+from typing import Any
+
+import common
+import jax
+import jax.numpy as jnp
+from common import Form
+from flax import nnx
+
+
+def measure(form: Form, given: Any) -> dict[str, Any]:
+  common.say(f'compiling {form}')
+  job = common.build(form, given)
+  lowered = common.traced(job).lower()
+  compiled = lowered.compile()
+  memory = compiled.memory_analysis()
+  flops, accessed = common.cost(lowered, compiled)
+  return form.cells() | {
+    'L': len(job.model.stack.blocks),
+    'temporary MB': memory.temp_size_in_bytes / 1e6,
+    'a block': memory.temp_size_in_bytes / output_bytes(job),
+    'arguments MB': memory.argument_size_in_bytes / 1e6,
+    'results MB': memory.output_size_in_bytes / 1e6,
+    'peak MB': memory.peak_memory_in_bytes / 1e6,
+    'GFLOP': flops / 1e9,
+    'GB': accessed / 1e9,
+    'outputs MB': output_bytes(job) / 1e6,
+  }
+
+
+def output_bytes(job: Any) -> int:
+  """Returns the size of the outputs of all blocks on a device, in bytes."""
+  share = job.config.batch_size // job.mesh.size
+  images = jnp.zeros((share, *job.dataset.image_shape), jnp.float32)
+
+  def outputs(images: jax.Array) -> list[jax.Array]:
+    model = nnx.clone(job.model)
+    taken = [model.stem(images)]
+    for block in model.stack.blocks:
+      taken.append(block(taken[-1]))
+    return taken[1:]
+
+  shapes = jax.eval_shape(outputs, images)
+  return sum(shape.size * shape.dtype.itemsize for shape in shapes)
+
+
+def main() -> None:
+  parser = common.parser(
+    __doc__,
+    models='resnet20,resnet38,resnet74,resnet110',
+    batches='32',
+    rules='learned,fixed_random,fixed_prev,fixed_all',
+    fan_in='10',
+  )
+  given = common.parsed(
+    parser,
+    {'models': 'resnet8,resnet14,resnet20', 'batches': '8'},
+  )
+  rows: dict[Form, dict[str, Any]] = {}
+  for form in common.forms(given):
+    rows[form] = measure(form, given)
+  for form, row in rows.items():
+    first = rows[
+      common.Form(given.models[0], form.batch, form.rule, form.fan_in)
+    ]
+    everything = rows.get(form.like('fixed_all'))
+    row['O(L) MB'] = first['a block'] * row.pop('outputs MB')
+    row['÷ fixed_all'] = everything and (
+      row['temporary MB'] / everything['temporary MB']
+    )
+  common.report(list(rows.values()), given)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,105 @@
+"""How near a training step is to what the device's memory or arithmetic allow.
+
+python benchmarks/roofline.py [--quick] [--models=resnet38,resnet110]
+  [--batches=128,1024] [--rules=learned,fixed_random,fixed_prev,fixed_all]
+  [--fan_in=10] [--json=FILE]
+
+A step cannot take less than its FLOPs at the rate of a large matrix product,
+nor than the bytes that it accesses at the rate of a large copy, both measured
+here; "bound" is the longer of the two. FLOPs and bytes are XLA's count of the
+program, in which every kernel reads its operands from memory: where they stay
+in a cache, a step is faster than its bound. A scan's body counts once.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import common
+import jax
+import jax.numpy as jnp
+
+
+def copy_bandwidth(num_bytes: int) -> float:
+  """Returns bytes per second, read or written, of copying a large array."""
+  array = jnp.zeros(num_bytes // 4, jnp.float32)
+  copy = jax.jit(lambda x: x + 1)
+  return 2 * array.nbytes / seconds_of(lambda: copy(array))
+
+
+def matrix_rate(side: int, dtype: str) -> float:
+  """Returns FLOPs per second of a product of large square matrices.
+
+  In float32 at JAX's default precision, as the network's convolutions.
+  """
+  matrix = jnp.ones((side, side), dtype)
+  product = jax.jit(jnp.matmul)
+  return 2 * side**3 / seconds_of(lambda: product(matrix, matrix))
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+  for _ in range(2):
+    common.timed(call, 1)
+  return statistics.median(common.timed(call, 3)[1] for _ in range(5))
+
+
+def main() -> None:
+  parser = common.parser(
+    __doc__,
+    models='resnet38,resnet110',
+    batches='128,1024',
+    rules='learned,fixed_random,fixed_prev,fixed_all',
+    fan_in='10',
+  )
+  cpu = jax.default_backend() == 'cpu'
+  parser.add_argument('--rounds', type=int, default=20, help='default 20')
+  parser.add_argument('--steps', type=int, default=1 if cpu else 10)
+  given = common.parsed(
+    parser,
+    {
+      'models': 'resnet20',
+      'batches': '16',
+      'rules': 'learned,fixed_prev',
+      'fan_in': '4',
+      'rounds': 5,
+    },
+  )
+  bandwidth = copy_bandwidth(2**28 if cpu else 2**31)
+  rates = {
+    dtype: matrix_rate(2048 if cpu else 8192, dtype)
+    for dtype in ('float32', 'bfloat16')
+  }
+  rows = []
+  for form in common.forms(given):
+    rows.append(measure(form, given, bandwidth, rates[given.dtype]))
+  common.report(
+    rows,
+    given,
+    copy_gb_per_second=bandwidth / 1e9,
+    **{f'{dtype}_tflops': rate / 1e12 for dtype, rate in rates.items()},
+  )
+
+
+def measure(
+  form: common.Form, given: argparse.Namespace, bandwidth: float, rate: float
+) -> dict[str, Any]:
+  common.say(f'compiling {form}')
+  step = common.TrainingStep(common.build(form, given))
+  flops, accessed = common.cost(step.lowered, step.compiled)
+  times = common.in_turns({form: step}, given.rounds, given.steps)
+  seconds = statistics.median(times[form][1])
+  arithmetic, memory = flops / rate, accessed / bandwidth
+  return form.cells() | {
+    'GFLOP': flops / 1e9,
+    'GB': accessed / 1e9,
+    'arithmetic ms': arithmetic * 1e3,
+    'memory ms': memory * 1e3,
+    'bound': 'arithmetic' if arithmetic > memory else 'memory',
+    'measured ms': seconds * 1e3,
+    'measured ÷ bound': seconds / max(arithmetic, memory),
+  }
+
+
+if __name__ == '__main__':
+  main()

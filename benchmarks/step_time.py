@@ -1,0 +1,243 @@
+"""Milliseconds of a training step under every rule, side by side.
+
+python benchmarks/step_time.py [--quick] [--models=resnet38,resnet110]
+  [--batches=128,1024] [--rules=learned,fixed_random,fixed_prev,fixed_all]
+  [--fan_in=10,4] [--inference | --data=memory | --data=DIR] [--json=FILE]
+
+The step is that of a run, on noise that stays on the device. All forms of one
+network and batch take turns, --steps of each in every one of --rounds; "ms" are
+medians over the rounds, "÷" medians of the ratios within a round, "±" the
+quartiles' distance. "dispatch" is the host's share of a step, which the device
+does not wait for while it is the shorter one. On CPU the two are not apart.
+
+--inference times the forward pass of a frozen, pruned network of drawn real
+masks, beside the ordinary network of as many blocks in each stage; "bytes ÷" is
+what the sources that it reads beyond one cost, by XLA's count of the bytes that
+the two programs access.
+
+--data=memory and --data=DIR (train/CLASS/*, test/CLASS/*, decoded as ImageNet's
+photographs are; imagenet_folder.py makes such) time the step alone, and in a
+loop that takes its batches as a run does; "busy" is their ratio. On CPU the
+decoding takes time from the step itself.
+"""
+
+import argparse
+import dataclasses
+import statistics
+from typing import Any
+
+import common
+import jax
+from common import Form
+from flax import nnx
+
+from maskconnect_jax import augment, experiment, models, stack, steps
+
+
+def training(given: argparse.Namespace) -> list[dict[str, Any]]:
+  rows = []
+  for group in groups(given):
+    calls = {}
+    for form in group:
+      common.say(f'compiling {form}')
+      calls[form] = common.TrainingStep(common.build(form, given))
+    times = common.in_turns(calls, given.rounds, given.steps)
+    for form in group:
+      rows.append(
+        form.cells()
+        | columns(form, times)
+        | {
+          '÷ fixed_random': against(
+            times, form, form.like('fixed_random', form.fan_in)
+          ),
+          '÷ fixed_prev': against(times, form, form.like('fixed_prev')),
+          'compile s': calls[form].compile_seconds,
+        }
+      )
+  return rows
+
+
+def groups(given: argparse.Namespace) -> list[list[Form]]:
+  """Returns the forms that are compared with each other."""
+  every: dict[Any, list[Form]] = {}
+  for form in common.forms(given):
+    every.setdefault((form.model, form.batch), []).append(form)
+  return list(every.values())
+
+
+def columns(form: Form, times: Any, key: Any = None) -> dict[str, Any]:
+  dispatch, whole = times[form if key is None else key]
+  seconds = statistics.median(whole)
+  return {
+    'ms': seconds * 1e3,
+    '± %': common.spread(whole),
+    'images/s': form.batch / seconds,
+    'dispatch ms': statistics.median(dispatch) * 1e3,
+  }
+
+
+def against(times: Any, form: Form, other: Form) -> float | None:
+  if other not in times or not (form.fan_in or other.rule == 'fixed_prev'):
+    return None
+  return common.ratio(times[form][1], times[other][1])
+
+
+class Forward:
+  """The compiled forward pass of a model; a call dispatches one."""
+
+  def __init__(self, job: experiment.Experiment, model: Any) -> None:
+    network, *self.variables = steps.split(model)
+
+    def forward(variables: Any, images: jax.Array) -> jax.Array:
+      own = nnx.merge(network, *variables, copy=True)
+      with job.recipe.on_mesh():
+        return own(augment.normalize(images, job.recipe.mean, job.recipe.std))
+
+    self.images, _ = common.random_batch(job)
+    lowered = jax.jit(forward).lower(self.variables, self.images)
+    self.compiled = lowered.compile()
+    _, self.bytes = common.cost(lowered, self.compiled)
+
+  def __call__(self) -> jax.Array:
+    """Returns logits, perhaps before they are there."""
+    return self.compiled(self.variables, self.images)
+
+
+def inference(given: argparse.Namespace) -> list[dict[str, Any]]:
+  rows = []
+  for form in common.forms(given):
+    if form.rule != 'learned':
+      continue
+    common.say(f'compiling {form}')
+    job = common.build(form, given)
+    pruned = stack.prune(stack.freeze(job.model))
+    ordinary = as_many_blocks(job, pruned)
+    calls = {
+      'pruned': Forward(job, pruned),
+      'fixed_prev': Forward(job, ordinary),
+    }
+    times = common.in_turns(calls, given.rounds, given.steps)
+    for name, model in (('pruned', pruned), ('fixed_prev', ordinary)):
+      rows.append(
+        form.cells()
+        | {
+          'rule': name,
+          'K': form.fan_in if name == 'pruned' else None,
+          'blocks': sum(model.topology.live),
+          'edges': model.topology.num_links,
+        }
+        | columns(form, times, name)
+        | {
+          '÷ fixed_prev': common.ratio(times[name][1], times['fixed_prev'][1]),
+          'bytes ÷': calls[name].bytes / calls['fixed_prev'].bytes,
+        }
+      )
+  return rows
+
+
+def as_many_blocks(job: experiment.Experiment, pruned: Any) -> Any:
+  """Returns Fixed-Prev with the live blocks of each stage."""
+  architecture = models.architecture_of(job.architecture['name'])
+  live = [0] * len(architecture.blocks_per_stage)
+  for stage, alive in zip(pruned.stages, pruned.topology.live, strict=True):
+    live[stage] += alive
+  return models.ResNet(
+    dataclasses.replace(architecture, blocks_per_stage=tuple(live)),
+    num_classes=job.architecture['num_classes'],
+    dtype=job.architecture['dtype'],
+    fan_in=1,
+    rule='fixed_prev',
+  )
+
+
+def loop(given: argparse.Namespace) -> list[dict[str, Any]]:
+  rows = []
+  for form in common.forms(given):
+    common.say(f'compiling {form}')
+    job = common.build(
+      form,
+      given,
+      folder='' if given.data == 'memory' else given.data,
+      num_batches=32,
+    )
+    step = common.TrainingStep(job)
+    alone, fed = in_loop(step, given.rounds, given.steps)
+    seconds, share = statistics.median(alone), common.spread(alone)
+    rows.append(
+      form.cells()
+      | {
+        'alone ms': seconds * 1e3,
+        '± %': share,
+        'in the loop ms': statistics.median(fed) * 1e3,
+        'images/s': form.batch / statistics.median(fed),
+        'busy %': 100 * seconds / statistics.median(fed),
+      }
+    )
+  return rows
+
+
+def in_loop(
+  step: common.TrainingStep, rounds: int, count: int
+) -> tuple[list[float], list[float]]:
+  """Returns seconds of steps on one batch, and on the batches of a run.
+
+  The first before and after the second, which must not pause: while it did,
+  batches would be read ahead.
+  """
+  own = step.batch
+  common.timed(step, count)
+  before = [common.timed(step, count)[1] for _ in range(rounds)]
+  upcoming = experiment.training_batches(step.job).starting_at(0)
+
+  def fed() -> Any:
+    step.batch = next(upcoming)
+    return step()
+
+  # What was read ahead while the first batch was waited for.
+  common.timed(fed, count + step.job.config.data.threads)
+  within = [common.timed(fed, count)[1] for _ in range(rounds)]
+  upcoming.close()
+  step.batch = own
+  common.timed(step, count)
+  after = [common.timed(step, count)[1] for _ in range(rounds)]
+  return before + after, within
+
+
+def main() -> None:
+  parser = common.parser(
+    __doc__,
+    models='resnet38,resnet110',
+    batches='128,1024',
+    rules='learned,fixed_random,fixed_prev,fixed_all',
+    fan_in='10,4',
+  )
+  cpu = jax.default_backend() == 'cpu'
+  parser.add_argument('--rounds', type=int, default=20, help='default 20')
+  parser.add_argument(
+    '--steps',
+    type=int,
+    default=1 if cpu else 10,
+    help='of each form in a round, default 10, on CPU 1',
+  )
+  what = parser.add_mutually_exclusive_group()
+  what.add_argument('--inference', action='store_true')
+  what.add_argument('--data', help="'memory' or a folder of images")
+  given = common.parsed(
+    parser,
+    {
+      'models': 'resnet20',
+      'batches': '16',
+      'rules': 'learned,fixed_random,fixed_prev',
+      'fan_in': '4',
+      'rounds': 5,
+    },
+  )
+  if given.inference:
+    # So that the top K differ from row to row, as after training.
+    given.set += ' connectivity.initial_spread=0.5'
+  run = inference if given.inference else loop if given.data else training
+  common.report(run(given), given, rounds=given.rounds, steps=given.steps)
+
+
+if __name__ == '__main__':
+  main()
