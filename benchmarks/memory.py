@@ -24,6 +24,7 @@ def measure(form: Form, given: Any) -> dict[str, Any]:
   lowered = common.traced(job).lower()
   compiled = lowered.compile()
   memory = compiled.memory_analysis()
+  on_cpu = jax.default_backend() == 'cpu'
   flops, accessed = common.cost(lowered, compiled)
   return form.cells() | {
     'L': len(job.model.stack.blocks),
@@ -31,7 +32,8 @@ def measure(form: Form, given: Any) -> dict[str, Any]:
     'a block': memory.temp_size_in_bytes / output_bytes(job),
     'arguments MB': memory.argument_size_in_bytes / 1e6,
     'results MB': memory.output_size_in_bytes / 1e6,
-    'peak MB': memory.peak_memory_in_bytes / 1e6,
+    # On CPU XLA leaves temporary memory out of the peak.
+    'peak MB': None if on_cpu else memory.peak_memory_in_bytes / 1e6,
     'GFLOP': flops / 1e9,
     'GB': accessed / 1e9,
     'outputs MB': output_bytes(job) / 1e6,
