@@ -208,13 +208,13 @@ def traced(job: experiment.Experiment) -> Any:
 
 
 def cost(lowered: Any, compiled: Any) -> tuple[float, float]:
-  """Returns FLOPs, and the bytes that the compiled program accesses.
+  """Returns FLOPs, and bytes that the compiled program accesses, per device.
 
   FLOPs are counted before XLA turns convolutions into library calls, of which
   it knows neither FLOPs nor bytes; what these read and write is added.
   """
   theirs = compiled.cost_analysis()
-  flops = (lowered.cost_analysis() or theirs)['flops']
+  flops = lowered.cost_analysis()['flops'] / jax.device_count()
   accessed = theirs['bytes accessed']
   if theirs['flops'] < flops / 2:
     accessed += library_bytes(compiled.as_text())
@@ -232,13 +232,12 @@ def library_bytes(program: str) -> int:
     for name, kind in re.findall(r'(%[\w.-]+) = \(?(\w+\[[\d,]*\])', program)
   }
   calls = re.findall(
-    r'(%[\w.-]+) = \S.*? custom-call\(([^)]*)\), custom_call_target="__',
-    program,
+    r'(%[\w.-]+) = .* custom-call\(([^)]*)\).* custom_call_target="__', program
   )
   return sum(
-    sum(size[operand] for operand in re.findall(r'%[\w.-]+', operands))
-    + size[result]
+    size[name]
     for result, operands in calls
+    for name in (result, *re.findall(r'%[\w.-]+', operands))
   )
 
 

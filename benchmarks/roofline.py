@@ -5,10 +5,11 @@ python benchmarks/roofline.py [--quick] [--models=resnet38,resnet110]
   [--fan_in=10] [--json=FILE]
 
 A step cannot take less than its FLOPs at the rate of a large matrix product,
-nor than the bytes that it accesses at the rate at which a large array
-is read and written, both measured here; "bound" is the longer of the two. FLOPs and bytes are XLA's count of the
-program, in which every kernel reads its operands from memory: where they stay
-in a cache, a step is faster than its bound. A scan's body counts once.
+nor than the bytes that it accesses at the rate of a large array that is read
+and written, both measured here; "bound" is the longer of the two. FLOPs and
+bytes are XLA's count of one device's program, in which every kernel reads its
+operands from memory: where they stay in a cache, a step is faster than its
+bound. A scan's body counts once.
 """
 
 import argparse

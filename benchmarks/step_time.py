@@ -24,6 +24,7 @@ decoding takes time from the step itself.
 import argparse
 import dataclasses
 import statistics
+from collections.abc import Generator
 from typing import Any
 
 import common
@@ -161,46 +162,54 @@ def loop(given: argparse.Namespace) -> list[dict[str, Any]]:
       num_batches=32,
     )
     step = common.TrainingStep(job)
-    alone, fed = in_loop(step, given.rounds, given.steps)
-    seconds, share = statistics.median(alone), common.spread(alone)
+    upcoming = experiment.training_batches(job).starting_at(0)
+    alone, fed = in_loop(
+      step, upcoming, given.rounds, given.steps, ahead=job.config.data.threads
+    )
     rows.append(
       form.cells()
       | {
-        'alone ms': seconds * 1e3,
-        '± %': share,
+        'alone ms': statistics.median(alone) * 1e3,
+        '± %': common.spread(alone),
         'in the loop ms': statistics.median(fed) * 1e3,
         'images/s': form.batch / statistics.median(fed),
-        'busy %': 100 * seconds / statistics.median(fed),
+        'busy %': 100 * statistics.median(alone) / statistics.median(fed),
       }
     )
   return rows
 
 
 def in_loop(
-  step: common.TrainingStep, rounds: int, count: int
+  step: Any, upcoming: Generator[Any], rounds: int, count: int, ahead: int
 ) -> tuple[list[float], list[float]]:
   """Returns seconds of steps on one batch, and on the batches of a run.
 
   The first before and after the second, which must not pause: while it did,
   batches would be read ahead.
+
+  Args:
+    step: a call takes a step on its `batch`.
+    upcoming: batches; nothing is read before the first is taken.
+    rounds: times that are returned of each, or twice as many alone.
+    count: steps in a round.
+    ahead: batches that may lie ready when the first has been waited for.
   """
   own = step.batch
-  common.timed(step, count)
-  before = [common.timed(step, count)[1] for _ in range(rounds)]
-  upcoming = experiment.training_batches(step.job).starting_at(0)
+
+  def alone() -> list[float]:
+    step.batch = own
+    common.timed(step, count)
+    return [common.timed(step, count)[1] for _ in range(rounds)]
 
   def fed() -> Any:
     step.batch = next(upcoming)
     return step()
 
-  # What was read ahead while the first batch was waited for.
-  common.timed(fed, count + step.job.config.data.threads)
+  before = alone()
+  common.timed(fed, ahead + count)
   within = [common.timed(fed, count)[1] for _ in range(rounds)]
-  upcoming.close()
-  step.batch = own
-  common.timed(step, count)
-  after = [common.timed(step, count)[1] for _ in range(rounds)]
-  return before + after, within
+  upcoming.close()  # or it would go on reading ahead
+  return before + alone(), within
 
 
 def main() -> None:
