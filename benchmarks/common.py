@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import itertools
 import math
 import os
 import pathlib
@@ -15,76 +16,51 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import flax
 import jax
 import jaxlib
+import ml_collections
 import numpy as np
 from PIL import Image
 
-from maskconnect_jax import (
-  config as config_lib,
-)
-from maskconnect_jax import (
-  distributed,
-  experiment,
-  files,
-  models,
-  steps,
-  sweep,
-)
+from maskconnect_jax import config as config_lib
+from maskconnect_jax import distributed, experiment, files, models, steps, sweep
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-  """A network, how it is wired and its batch; fan_in 0: the rule has none."""
+  """A network, its batch and its wiring; K is None where a rule has none."""
 
-  model: str
+  network: str
   batch: int
   rule: str
-  fan_in: int = 0
+  K: int | None = None
 
-  def like(self, rule: str, fan_in: int = 0) -> 'Form':
+  def like(self, rule: str, fan_in: int | None = None) -> 'Form':
     """Returns the same network and batch under another rule."""
-    return dataclasses.replace(self, rule=rule, fan_in=fan_in)
-
-  def cells(self) -> dict[str, Any]:
-    """Returns the first columns of its row."""
-    return {
-      'network': self.model,
-      'batch': self.batch,
-      'rule': self.rule,
-      'K': self.fan_in or None,
-    }
+    return dataclasses.replace(self, rule=rule, K=fan_in)
 
 
-def parser(
-  doc: str | None, *, models: str, batches: str, rules: str, fan_in: str
-) -> argparse.ArgumentParser:
-  """Returns one with the options of all programs and their defaults."""
+def parser(doc: str | None, **defaults: str) -> argparse.ArgumentParser:
+  """Returns one with the options of all programs, given their lists."""
   own = argparse.ArgumentParser(
     description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   own.add_argument(
     '--quick', action='store_true', help='under 3 minutes on two CPU cores'
   )
-  for name, default, kind in (
-    ('models', models, str),
-    ('batches', batches, int),
-    ('rules', rules, str),
-    ('fan_in', fan_in, int),
-  ):
+  for name, default in defaults.items():
+    kind = int if name in ('batches', 'fan_in') else str
     own.add_argument(
       f'--{name}',
-      type=functools.partial(listed, kind=kind),
+      type=functools.partial(listed, kind),
       default=default,
       help=f'separated by commas, default {default}',
     )
-  own.add_argument(
-    '--dtype', default='', help='default bfloat16, on CPU float32'
-  )
+  own.add_argument('--dtype', help='default bfloat16, on CPU float32')
   own.add_argument(
     '--set',
     default='',
@@ -94,13 +70,11 @@ def parser(
   return own
 
 
-def listed(text: str, kind: Callable[[str], Any]) -> list[Any]:
-  return [kind(item) for item in text.split(',') if item]
+def listed(kind: Callable[[str], Any], text: str) -> list[Any]:
+  return [kind(item) for item in text.split(',')]
 
 
-def parsed(
-  own: argparse.ArgumentParser, quick: dict[str, Any]
-) -> argparse.Namespace:
+def parsed(own: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
   """Parses; `quick` are the defaults of --quick. Bad input is one line."""
   if own.parse_known_args()[0].quick:
     own.set_defaults(**quick)
@@ -109,11 +83,9 @@ def parsed(
     'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
   )
   try:
-    for rule in given.rules:
-      config_lib.check_choice('connectivity.rule', rule, '--rules')
-    for model in given.models:
-      models.architecture_of(model)
-    sweep.parse_variant(given.set)
+    for form in forms(given):
+      config_lib.check(config_of(form, given))
+      distributed.check_batch_size('batch_size', form.batch)
   except config_lib.InputError as error:
     own.error(str(error))
   return given
@@ -123,29 +95,33 @@ def forms(given: argparse.Namespace) -> list[Form]:
   """Returns all combinations; rules without a fan-in come once."""
   return [
     Form(model, batch, rule, fan_in)
-    for model in given.models
-    for batch in given.batches
-    for rule in given.rules
-    for fan_in in (given.fan_in if rule in ('learned', 'fixed_random') else [0])
+    for model, batch, rule in itertools.product(
+      given.models, given.batches, given.rules
+    )
+    for fan_in in (
+      [None] if rule in ('fixed_prev', 'fixed_all') else given.fan_in
+    )
   ]
 
 
-@contextlib.contextmanager
-def noise(num_images: int, num_classes: int, side: int) -> Iterator[str]:
-  """Yields a folder of one noisy image under many names."""
-  pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
-  with tempfile.TemporaryDirectory() as name:
-    root = pathlib.Path(name)
-    Image.fromarray(pixels).save(root / 'noise.jpg')
-    for part, count in (
-      ('train', max(num_images, num_classes)),
-      ('test', num_classes),
-    ):
-      for i in range(count):
-        folder = root / part / f'{i % num_classes:04d}'
-        folder.mkdir(parents=True, exist_ok=True)
-        os.link(root / 'noise.jpg', folder / f'{i}.jpg')
-    yield name
+def config_of(
+  form: Form, given: argparse.Namespace
+) -> ml_collections.ConfigDict:
+  """Returns the config of a form, on images of 32x32, or 224x224 if large."""
+  large = models.architecture_of(form.network).large_images
+  config = config_lib.default()
+  config.duration = '1000 epochs'
+  config.batch_size = form.batch
+  config.eval_batch_size = jax.device_count()
+  config.model.name, config.model.dtype = form.network, given.dtype
+  config.connectivity.rule = form.rule
+  config.connectivity.fan_in = 1 if form.K is None else form.K
+  config.data.source = 'folder'
+  config.data.image_size = 224 if large else 32
+  config.data.pad = 0 if large else 4  # large images are cropped by the host
+  config.data.skip_errors = True
+  config.update_from_flattened_dict(sweep.parse_variant(given.set))
+  return config
 
 
 def build(
@@ -155,7 +131,7 @@ def build(
   folder: str = '',
   num_batches: int = 1,
 ) -> experiment.Experiment:
-  """Returns the experiment of a form, on 32x32 images, or 224x224 if large.
+  """Returns the experiment of a form.
 
   Args:
     form: of the network and the batch.
@@ -163,27 +139,29 @@ def build(
     folder: of images, decoded as ImageNet's are; '': noise, in memory.
     num_batches: of noise.
   """
-  large = models.architecture_of(form.model).large_images
-  config = config_lib.default()
-  config.duration = '1000 epochs'
-  config.batch_size = form.batch
-  config.eval_batch_size = jax.device_count()
-  config.model.name, config.model.dtype = form.model, given.dtype
-  config.connectivity.rule = form.rule
-  config.connectivity.fan_in = form.fan_in or 1
-  config.data.source = 'folder'
-  config.data.image_size = side = 224 if large else 32
-  config.data.skip_errors = True
-  with contextlib.ExitStack() as stack:
-    if folder:
-      config.data.dir, config.data.crop = folder, 'resized'
-    else:
-      config.data.pad = 0 if large else 4  # large images are cropped before
-      config.data.dir = stack.enter_context(
-        noise(num_batches * form.batch, 1000 if large else 10, side)
-      )
-    config.update_from_flattened_dict(sweep.parse_variant(given.set))
+  config = config_of(form, given)
+  if folder:
+    config.data.dir, config.data.crop = folder, 'resized'
     return experiment.build(config)
+  side = config.data.image_size
+  num_classes = 1000 if side == 224 else 10
+  with noise(num_batches * form.batch, num_classes, side) as config.data.dir:
+    return experiment.build(config)
+
+
+@contextlib.contextmanager
+def noise(num_images: int, num_classes: int, side: int) -> Iterator[str]:
+  """Yields a folder of one noisy image under as many names, or one a class."""
+  pixels = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+  with tempfile.TemporaryDirectory() as name:
+    root = pathlib.Path(name)
+    Image.fromarray(pixels).save(root / 'noise.jpg')
+    for part, count in (('train', num_images), ('test', 0)):
+      for i in range(max(count, num_classes)):
+        folder = root / part / f'{i % num_classes:04d}'
+        folder.mkdir(parents=True, exist_ok=True)
+        os.link(root / 'noise.jpg', folder / f'{i}.jpg')
+    yield name
 
 
 def traced(job: experiment.Experiment) -> Any:
@@ -330,9 +308,18 @@ def say(text: str) -> None:
   print(text, file=sys.stderr, flush=True)
 
 
-def machine() -> dict[str, Any]:
-  """Returns what the numbers hold for."""
-  return {
+def report(
+  rows: Iterable[dict[str, Any]], given: argparse.Namespace, **more: Any
+) -> None:
+  """Prints a Markdown table, and writes the same as JSON where asked to.
+
+  Args:
+    rows: column to value, all with the same columns; None is left blank. Each
+      is printed and written when it comes, lest a later one be the end.
+    given: for dtype and file.
+    **more: what holds for all rows.
+  """
+  about = {
     'date': datetime.date.today().isoformat(),
     'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
     'cpu_cores': os.cpu_count(),
@@ -340,40 +327,25 @@ def machine() -> dict[str, Any]:
     'jax': jax.__version__,
     'jaxlib': jaxlib.__version__,
     'flax': flax.__version__,
-  }
-
-
-def report(
-  rows: list[dict[str, Any]],
-  given: argparse.Namespace,
-  **more: Any,
-) -> None:
-  """Prints a Markdown table, and writes the same as JSON where asked to.
-
-  Args:
-    rows: column to value, all with the same columns; None is left blank.
-    given: for dtype and file.
-    **more: what holds for all rows.
-  """
-  about = machine() | {
     'command': shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
     'dtype': given.dtype,
     **more,
   }
   print(', '.join(f'{key} {cell(about[key])}' for key in about) + '.\n')
-  columns = list(rows[0])
-  print(f'| {" | ".join(columns)} |')
-  print(f'| {" | ".join("---" for _ in columns)} |')
+  done: list[dict[str, Any]] = []
   for row in rows:
-    print(f'| {" | ".join(cell(row[key]) for key in columns)} |')
-  if given.json:
-    files.write_json(given.json, {**about, 'rows': rows})
+    if not done:
+      print(f'| {" | ".join(row)} |\n| {" | ".join("---" for _ in row)} |')
+    print(f'| {" | ".join(map(cell, row.values()))} |', flush=True)
+    done.append(row)
+    if given.json:
+      files.write_json(given.json, {**about, 'rows': done})
 
 
 def cell(value: Any) -> str:
-  """Returns a number to three digits, none before the point left out."""
+  """Returns a number with three digits, or all before the point."""
   if value is None:
     return ''
   if not isinstance(value, float):
     return str(value)
-  return f'{value:.{max(0, 2 - len(str(int(abs(value)))) + 1)}f}'
+  return f'{value:.{max(0, 3 - len(str(int(abs(value)))))}f}'

@@ -11,6 +11,7 @@ lowering and compiling of first starts.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -52,10 +53,10 @@ def in_a_process(
     [
       sys.executable,
       __file__,
-      f'--models={form.model}',
+      f'--models={form.network}',
       f'--batches={form.batch}',
       f'--rules={form.rule}',
-      f'--fan_in={form.fan_in}',
+      f'--fan_in={form.K or 1}',
       f'--dtype={given.dtype}',
       f'--set={given.set}',
       '--one',
@@ -73,7 +74,7 @@ def measure(form: Form, given: argparse.Namespace) -> dict[str, Any]:
   with tempfile.TemporaryDirectory() as cache:
     first = in_a_process(form, given, cache)
     second = in_a_process(form, given, cache)
-  row = form.cells()
+  row = dataclasses.asdict(form)
   for name, seconds in (('', first), ('2nd: ', second)):
     row |= {f'{name}{stage} s': seconds[stage] for stage in ('build', *STAGES)}
     row[f'{name}step s'] = sum(seconds[stage] for stage in STAGES)
@@ -82,6 +83,8 @@ def measure(form: Form, given: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
+  # This process and those it starts are on one device at the same time.
+  os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
   parser = common.parser(
     __doc__,
     models='resnet38,resnet110',
@@ -90,7 +93,7 @@ def main() -> None:
     fan_in='10',
   )
   parser.add_argument('--one', action='store_true', help=argparse.SUPPRESS)
-  given = common.parsed(parser, {'models': 'resnet20', 'fan_in': '4'})
+  given = common.parsed(parser, models='resnet20', fan_in='4')
   if given.one:
     print(json.dumps(start(common.forms(given)[0], given)))
     return
@@ -98,7 +101,7 @@ def main() -> None:
   for form, row in rows.items():
     other = rows.get(form.like('fixed_prev'))
     row['÷ fixed_prev'] = other and row['step s'] / other['step s']
-  common.report(list(rows.values()), given)
+  common.report(rows.values(), given)
 
 
 if __name__ == '__main__':

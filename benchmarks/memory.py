@@ -9,6 +9,7 @@ depend on the depth where memory grows as O(L). "O(L) MB" is what the rule's
 first network predicts of the others so.
 """
 
+import dataclasses
 from typing import Any
 
 import common
@@ -26,7 +27,7 @@ def measure(form: Form, given: Any) -> dict[str, Any]:
   memory = compiled.memory_analysis()
   on_cpu = jax.default_backend() == 'cpu'
   flops, accessed = common.cost(lowered, compiled)
-  return form.cells() | {
+  return dataclasses.asdict(form) | {
     'L': len(job.model.stack.blocks),
     'temporary MB': memory.temp_size_in_bytes / 1e6,
     'a block': memory.temp_size_in_bytes / output_bytes(job),
@@ -64,23 +65,16 @@ def main() -> None:
     rules='learned,fixed_random,fixed_prev,fixed_all',
     fan_in='10',
   )
-  given = common.parsed(
-    parser,
-    {'models': 'resnet8,resnet14,resnet20', 'batches': '8'},
-  )
-  rows: dict[Form, dict[str, Any]] = {}
-  for form in common.forms(given):
-    rows[form] = measure(form, given)
+  given = common.parsed(parser, models='resnet8,resnet14,resnet20', batches='8')
+  rows = {form: measure(form, given) for form in common.forms(given)}
   for form, row in rows.items():
-    first = rows[
-      common.Form(given.models[0], form.batch, form.rule, form.fan_in)
-    ]
+    first = rows[dataclasses.replace(form, network=given.models[0])]
     everything = rows.get(form.like('fixed_all'))
     row['O(L) MB'] = first['a block'] * row.pop('outputs MB')
     row['÷ fixed_all'] = everything and (
       row['temporary MB'] / everything['temporary MB']
     )
-  common.report(list(rows.values()), given)
+  common.report(rows.values(), given)
 
 
 if __name__ == '__main__':

@@ -13,6 +13,7 @@ bound. A scan's body counts once.
 """
 
 import argparse
+import dataclasses
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -67,24 +68,22 @@ def main() -> None:
   parser.add_argument('--steps', type=int, default=1 if cpu else 10)
   given = common.parsed(
     parser,
-    {
-      'models': 'resnet20',
-      'batches': '16',
-      'rules': 'learned,fixed_prev',
-      'fan_in': '4',
-      'rounds': 5,
-    },
+    models='resnet20',
+    batches='16',
+    rules='learned,fixed_prev',
+    fan_in='4',
+    rounds=5,
   )
   bandwidth = copy_bandwidth(2**28 if cpu else 2**31)
   rates = {
     dtype: matrix_rate(2048 if cpu else 8192, dtype)
     for dtype in ('float32', 'bfloat16')
   }
-  rows = []
-  for form in common.forms(given):
-    rows.append(measure(form, given, bandwidth, rates[given.dtype]))
   common.report(
-    rows,
+    (
+      measure(form, given, bandwidth, rates[given.dtype])
+      for form in common.forms(given)
+    ),
     given,
     copy_gb_per_second=bandwidth / 1e9,
     **{f'{dtype}_tflops': rate / 1e12 for dtype, rate in rates.items()},
@@ -100,7 +99,7 @@ def measure(
   times = common.in_turns({form: step}, given.rounds, given.steps)
   seconds = statistics.median(times[form][1])
   arithmetic, memory = flops / rate, accessed / bandwidth
-  return form.cells() | {
+  return dataclasses.asdict(form) | {
     'GFLOP': flops / 1e9,
     'GB': accessed / 1e9,
     'arithmetic ms': arithmetic * 1e3,

@@ -7,8 +7,9 @@ python benchmarks/step_time.py [--quick] [--models=resnet38,resnet110]
 The step is that of a run, on noise that stays on the device. All forms of one
 network and batch take turns, --steps of each in every one of --rounds; "ms" are
 medians over the rounds, "÷" medians of the ratios within a round, "±" the
-quartiles' distance. "dispatch" is the host's share of a step, which the device
-does not wait for while it is the shorter one. On CPU the two are not apart.
+quartiles' distance. "dispatch" is the time from the call of the compiled step
+to its return: Python's and the runtime's, hidden behind the device's work while
+it is far below 100 %. On CPU both share the cores.
 
 --inference times the forward pass of a frozen, pruned network of drawn real
 masks, beside the ordinary network of as many blocks in each stage; "bytes ÷" is
@@ -23,64 +24,56 @@ decoding takes time from the step itself.
 
 import argparse
 import dataclasses
+import itertools
 import statistics
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import common
 import jax
-from common import Form
 from flax import nnx
 
 from maskconnect_jax import augment, experiment, models, stack, steps
 
 
-def training(given: argparse.Namespace) -> list[dict[str, Any]]:
-  rows = []
-  for group in groups(given):
-    calls = {}
+def training(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+  for _, compared in itertools.groupby(
+    common.forms(given), lambda form: (form.network, form.batch)
+  ):
+    group, calls = list(compared), {}
     for form in group:
       common.say(f'compiling {form}')
       calls[form] = common.TrainingStep(common.build(form, given))
     times = common.in_turns(calls, given.rounds, given.steps)
     for form in group:
-      rows.append(
-        form.cells()
-        | columns(form, times)
-        | {
-          '÷ fixed_random': against(
-            times, form, form.like('fixed_random', form.fan_in)
-          ),
-          '÷ fixed_prev': against(times, form, form.like('fixed_prev')),
-          'compile s': calls[form].compile_seconds,
-        }
+      ratios = {
+        f'÷ {other.rule}': common.ratio(times[form][1], times[other][1])
+        if other in times
+        else None
+        for other in (
+          form.like('fixed_random', form.K),
+          form.like('fixed_prev'),
+        )
+      }
+      yield (
+        dataclasses.asdict(form)
+        | columns(form.batch, *times[form])
+        | ratios
+        | {'compile s': calls[form].compile_seconds}
       )
-  return rows
 
 
-def groups(given: argparse.Namespace) -> list[list[Form]]:
-  """Returns the forms that are compared with each other."""
-  every: dict[Any, list[Form]] = {}
-  for form in common.forms(given):
-    every.setdefault((form.model, form.batch), []).append(form)
-  return list(every.values())
-
-
-def columns(form: Form, times: Any, key: Any = None) -> dict[str, Any]:
-  dispatch, whole = times[form if key is None else key]
+def columns(
+  batch: int, dispatch: list[float], whole: list[float]
+) -> dict[str, Any]:
   seconds = statistics.median(whole)
   return {
     'ms': seconds * 1e3,
     '± %': common.spread(whole),
-    'images/s': form.batch / seconds,
+    'images/s': batch / seconds,
     'dispatch ms': statistics.median(dispatch) * 1e3,
+    'dispatch %': 100 * common.ratio(dispatch, whole),
   }
-
-
-def against(times: Any, form: Form, other: Form) -> float | None:
-  if other not in times or not (form.fan_in or other.rule == 'fixed_prev'):
-    return None
-  return common.ratio(times[form][1], times[other][1])
 
 
 class Forward:
@@ -104,8 +97,7 @@ class Forward:
     return self.compiled(self.variables, self.images)
 
 
-def inference(given: argparse.Namespace) -> list[dict[str, Any]]:
-  rows = []
+def inference(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
   for form in common.forms(given):
     if form.rule != 'learned':
       continue
@@ -119,21 +111,20 @@ def inference(given: argparse.Namespace) -> list[dict[str, Any]]:
     }
     times = common.in_turns(calls, given.rounds, given.steps)
     for name, model in (('pruned', pruned), ('fixed_prev', ordinary)):
-      rows.append(
-        form.cells()
+      yield (
+        dataclasses.asdict(
+          form.like(name, form.K if name == 'pruned' else None)
+        )
         | {
-          'rule': name,
-          'K': form.fan_in if name == 'pruned' else None,
           'blocks': sum(model.topology.live),
           'edges': model.topology.num_links,
         }
-        | columns(form, times, name)
+        | columns(form.batch, *times[name])
         | {
           '÷ fixed_prev': common.ratio(times[name][1], times['fixed_prev'][1]),
           'bytes ÷': calls[name].bytes / calls['fixed_prev'].bytes,
         }
       )
-  return rows
 
 
 def as_many_blocks(job: experiment.Experiment, pruned: Any) -> Any:
@@ -144,15 +135,13 @@ def as_many_blocks(job: experiment.Experiment, pruned: Any) -> Any:
     live[stage] += alive
   return models.ResNet(
     dataclasses.replace(architecture, blocks_per_stage=tuple(live)),
-    num_classes=job.architecture['num_classes'],
-    dtype=job.architecture['dtype'],
+    **{key: job.architecture[key] for key in ('num_classes', 'width', 'dtype')},
     fan_in=1,
     rule='fixed_prev',
   )
 
 
-def loop(given: argparse.Namespace) -> list[dict[str, Any]]:
-  rows = []
+def loop(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
   for form in common.forms(given):
     common.say(f'compiling {form}')
     job = common.build(
@@ -166,17 +155,13 @@ def loop(given: argparse.Namespace) -> list[dict[str, Any]]:
     alone, fed = in_loop(
       step, upcoming, given.rounds, given.steps, ahead=job.config.data.threads
     )
-    rows.append(
-      form.cells()
-      | {
-        'alone ms': statistics.median(alone) * 1e3,
-        '± %': common.spread(alone),
-        'in the loop ms': statistics.median(fed) * 1e3,
-        'images/s': form.batch / statistics.median(fed),
-        'busy %': 100 * statistics.median(alone) / statistics.median(fed),
-      }
-    )
-  return rows
+    yield dataclasses.asdict(form) | {
+      'alone ms': statistics.median(alone) * 1e3,
+      '± %': common.spread(alone),
+      'in the loop ms': statistics.median(fed) * 1e3,
+      'images/s': form.batch / statistics.median(fed),
+      'busy %': 100 * statistics.median(alone) / statistics.median(fed),
+    }
 
 
 def in_loop(
@@ -233,13 +218,11 @@ def main() -> None:
   what.add_argument('--data', help="'memory' or a folder of images")
   given = common.parsed(
     parser,
-    {
-      'models': 'resnet20',
-      'batches': '16',
-      'rules': 'learned,fixed_random,fixed_prev',
-      'fan_in': '4',
-      'rounds': 5,
-    },
+    models='resnet20',
+    batches='16',
+    rules='learned,fixed_random,fixed_prev',
+    fan_in='4',
+    rounds=5,
   )
   if given.inference:
     # So that the top K differ from row to row, as after training.
