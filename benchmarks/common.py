@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
-import functools
 import itertools
 import math
 import os
@@ -44,6 +43,15 @@ class Form:
     return dataclasses.replace(self, rule=rule, K=fan_in)
 
 
+def run(main: Callable[[], None]) -> None:
+  """Runs a program; bad input is one line and exit status 2."""
+  try:
+    main()
+  except config_lib.InputError as error:
+    say(f'error: {error}')
+    sys.exit(2)
+
+
 def parser(doc: str | None, **defaults: str) -> argparse.ArgumentParser:
   """Returns one with the options of all programs, given their lists."""
   own = argparse.ArgumentParser(
@@ -53,10 +61,9 @@ def parser(doc: str | None, **defaults: str) -> argparse.ArgumentParser:
     '--quick', action='store_true', help='under 3 minutes on two CPU cores'
   )
   for name, default in defaults.items():
-    kind = int if name in ('batches', 'fan_in') else str
     own.add_argument(
       f'--{name}',
-      type=functools.partial(listed, kind),
+      type=numbers if name in ('batches', 'fan_in') else names,
       default=default,
       help=f'separated by commas, default {default}',
     )
@@ -70,24 +77,25 @@ def parser(doc: str | None, **defaults: str) -> argparse.ArgumentParser:
   return own
 
 
-def listed(kind: Callable[[str], Any], text: str) -> list[Any]:
-  return [kind(item) for item in text.split(',')]
+def names(text: str) -> list[str]:
+  return text.split(',')
+
+
+def numbers(text: str) -> list[int]:
+  return [int(number) for number in text.split(',')]
 
 
 def parsed(own: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
-  """Parses; `quick` are the defaults of --quick. Bad input is one line."""
+  """Parses and checks all forms; `quick` are the defaults of --quick."""
   if own.parse_known_args()[0].quick:
     own.set_defaults(**quick)
   given = own.parse_args()
   given.dtype = given.dtype or (
     'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
   )
-  try:
-    for form in forms(given):
-      config_lib.check(config_of(form, given))
-      distributed.check_batch_size('batch_size', form.batch)
-  except config_lib.InputError as error:
-    own.error(str(error))
+  for form in forms(given):
+    config_lib.check(config_of(form, given))
+    distributed.check_batch_size('batch_size', form.batch)
   return given
 
 
@@ -143,9 +151,10 @@ def build(
   if folder:
     config.data.dir, config.data.crop = folder, 'resized'
     return experiment.build(config)
-  side = config.data.image_size
-  num_classes = 1000 if side == 224 else 10
-  with noise(num_batches * form.batch, num_classes, side) as config.data.dir:
+  large = models.architecture_of(form.network).large_images
+  with noise(
+    num_batches * form.batch, 1000 if large else 10, config.data.image_size
+  ) as config.data.dir:
     return experiment.build(config)
 
 

@@ -111,4 +111,4 @@ def measure(
 
 
 if __name__ == '__main__':
-  main()
+  common.run(main)

@@ -117,7 +117,7 @@ def inference(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
         )
         | {
           'blocks': sum(model.topology.live),
-          'edges': model.topology.num_links,
+          'reads': reads(model.topology),
         }
         | columns(form.batch, *times[name])
         | {
@@ -125,6 +125,12 @@ def inference(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
           'bytes ÷': calls[name].bytes / calls['fixed_prev'].bytes,
         }
       )
+
+
+def reads(topology: Any) -> int:
+  """Returns how many sources the live blocks take together."""
+  wired = zip(topology.sources, topology.live, strict=True)
+  return sum(len(sources) for sources, live in wired if live)
 
 
 def as_many_blocks(job: experiment.Experiment, pruned: Any) -> Any:
@@ -232,4 +238,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-  main()
+  common.run(main)

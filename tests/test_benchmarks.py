@@ -243,8 +243,8 @@ def test_pruned_networks_meet_one_of_as_many_blocks(
   result = measured('step_time', *TINY, '--models=resnet20', '--inference')
   rows = by_rule(result)
   pruned, ordinary = rows['pruned'], rows['fixed_prev']
-  assert pruned['blocks'] == ordinary['blocks'] == ordinary['edges'] < 9
-  assert ordinary['blocks'] < pruned['edges'] <= 2 * ordinary['blocks']
+  assert pruned['blocks'] == ordinary['blocks'] == ordinary['reads'] < 9
+  assert ordinary['blocks'] < pruned['reads'] <= 2 * ordinary['blocks']
   assert pruned['bytes ÷'] > 1 == ordinary['bytes ÷']
 
 
@@ -285,6 +285,7 @@ def test_a_second_start_reads_the_cache(
   ('argument', 'message'),
   [
     ('--rules=learnt', "rule='learnt' is not one of"),
+    ('--data=nowhere', "config.data.dir='nowhere' does not exist"),
     ('--fan_in=4,0', 'fan_in=0 must be at least 1'),
     ('--models=resnet9', 'the depth must be 6n+2'),
     ('--set=connectivity.fanin=3', 'did you mean config.connectivity.fan_in'),
@@ -297,6 +298,6 @@ def test_bad_input_is_one_line(
   capsys: pytest.CaptureFixture[str],
 ) -> None:
   with pytest.raises(SystemExit) as exited:
-    measured('step_time', argument)
+    measured('step_time', *TINY, argument)
   assert exited.value.code == 2
   assert message in capsys.readouterr().err.splitlines()[-1]
