@@ -298,7 +298,7 @@ class BranchStack(Wiring):
       rule: 'learned', 'fixed_prev' (the branch of the same number alone),
         'fixed_random' or 'fixed_all'.
       identity: s, '1/K' or '1/C'.
-      gradient: whether 'all' entries of r get a gradient, or the 'drawn'.
+      gradient: what the entries of r get; see `connectivity.draw_through`.
       initial: where the entries of r start.
       initial_spread: half the width of the uniform noise added there.
       rngs: its 'connectivity' stream draws r and the random topology.

@@ -22,7 +22,7 @@ CHOICES = {
   'connectivity.rule': RULES,
   'connectivity.level': ('block', 'branch'),
   'connectivity.branch_identity': ('1/K', '1/C'),
-  'connectivity.gradient': ('all', 'drawn'),
+  'connectivity.gradient': ('all', 'drawn', 'centered', 'normalized'),
   'connectivity.scale': ('mean', 'sum'),
   'model.remat': ('none', 'block'),
   'connectivity.adapter': ('pool', 'projection', 'same_stage'),
@@ -71,10 +71,11 @@ def default() -> ml_collections.ConfigDict:
   config.connectivity.fan_in = 4  # K: sources per block, or per branch
   config.connectivity.phase = '50%'  # masks move for this long, then freeze
   config.connectivity.stem_source = True  # may later blocks take the stem?
-  config.connectivity.gradient = 'all'  # which valid entries get a gradient
+  config.connectivity.gradient = 'all'  # see `connectivity.draw_through`
   config.connectivity.gradient_every = 1  # from every n-th image, times n
   config.connectivity.initial = 0.5  # every real mask entry starts here, ...
   config.connectivity.initial_spread = 0.0  # ... plus uniform(-spread, spread)
+  config.connectivity.temperature = 1.0  # of the last draws; falls from 1
   config.connectivity.scale = 'mean'  # of the K terms
   config.connectivity.adapter = 'pool'  # between sources of unlike shape
   config.connectivity.branch_identity = '1/K'  # s, with level 'branch'
@@ -84,6 +85,10 @@ def default() -> ml_collections.ConfigDict:
   config.masks.learning_rate = 0.1
   config.masks.schedule = 'constant'
   config.masks.momentum = 0.0
+  config.masks.start = '0%'  # of the phase; before it they stand still
+  config.masks.relative = (
+    0.0  # decay of the gradients' scale, that divides; 0: off
+  )
 
   config.optimizer = ml_collections.ConfigDict()  # how the weights are trained
   config.optimizer.learning_rate = 0.1
@@ -178,18 +183,25 @@ def check(config: ml_collections.ConfigDict) -> None:
   for path in (
     'connectivity.initial',
     'masks.momentum',
+    'masks.relative',
     'optimizer.momentum',
     'optimizer.label_smoothing',
     'optimizer.average',
   ):
     if not 0 <= given[path] <= 1:
       raise InputError(f'config.{path}={given[path]} must be in [0, 1]')
+  if not 0 < given['connectivity.temperature'] <= 1:
+    raise InputError(
+      f'config.connectivity.temperature={given["connectivity.temperature"]}'
+      ' must be above 0 and at most 1'
+    )
   for path in (
     'duration',
     'evaluate_every',
     'checkpoint_every',
     'log_every',
     'connectivity.phase',
+    'masks.start',
     'optimizer.warmup',
   ):
     parse_duration(given[path], f'config.{path}')

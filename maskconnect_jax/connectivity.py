@@ -79,9 +79,13 @@ def initial(
 
 
 def draw(
-  key: jax.Array, real_mask: jax.Array, valid: Any, fan_in: int
+  key: jax.Array,
+  real_mask: jax.Array,
+  valid: Any,
+  fan_in: int,
+  temperature: jax.Array | float = 1.0,
 ) -> jax.Array:
-  """Draws k_j distinct sources per row, without replacement, p ∝ r.
+  """Draws k_j distinct sources per row, without replacement, p ∝ r^(1/T).
 
   Perturbing log r by Gumbel noise and keeping the k largest is the same as
   drawing one source after the other from r / sum(r) of those that are left
@@ -92,14 +96,14 @@ def draw(
     real_mask: r, float [..., rows, sources].
     valid: bool, of r's shape.
     fan_in: K.
+    temperature: T; below 1 it sharpens the draw.
 
   Returns:
     b, of r's shape and dtype, with exactly k_j ones in row j.
   """
   noise = jax.random.gumbel(key, real_mask.shape, real_mask.dtype)
-  return _largest(
-    jnp.log(jnp.maximum(real_mask, PROBABILITY_FLOOR)) + noise, valid, fan_in
-  )
+  scores = jnp.log(jnp.maximum(real_mask, PROBABILITY_FLOOR)) / temperature
+  return _largest(scores + noise, valid, fan_in)
 
 
 def top_k(real_mask: jax.Array, valid: Any, fan_in: int) -> jax.Array:
@@ -157,6 +161,7 @@ def draw_through(
   valid: Any,
   fan_in: int,
   gradient: str = 'all',
+  temperature: jax.Array | float = 1.0,
 ) -> jax.Array:
   """Returns a drawn mask whose gradient reaches r straight through.
 
@@ -165,12 +170,25 @@ def draw_through(
     real_mask: see `draw`.
     valid: see `draw`.
     fan_in: see `draw`.
-    gradient: whether 'all' valid entries get it, or only the 'drawn'.
+    gradient: what g = dloss/db becomes on its way to the entries of a row:
+      'all': g; 'drawn': g where drawn, else 0; 'centered': g minus its mean
+      over the valid entries; 'normalized': through p = r / sum(r), that is
+      (g - sum(p g)) / sum(r), so that the row cannot drift as a whole.
+    temperature: see `draw`.
   """
-  mask = draw(key, real_mask, valid, fan_in)
-  through = straight_through(real_mask, mask)
-  # A drawn entry is a one: the product passes its gradient and no other's.
-  return through * mask if gradient == 'drawn' else through
+  mask = draw(key, real_mask, valid, fan_in, temperature)
+  valid = jnp.asarray(valid)
+  total = jnp.sum(real_mask, -1, where=valid, keepdims=True)
+  # straight_through asks its first argument for nothing but the way back.
+  proxy = {
+    'all': real_mask,
+    'drawn': real_mask * mask,
+    'centered': jnp.where(
+      valid, real_mask - total / jnp.sum(valid, -1, keepdims=True), 0
+    ),
+    'normalized': real_mask / jnp.maximum(total, PROBABILITY_FLOOR),
+  }[gradient]
+  return straight_through(proxy, mask)
 
 
 def project(real_mask: jax.Array, valid: Any) -> jax.Array:

@@ -37,7 +37,7 @@ class Evaluator:
     variables: Any,
     split: Split | Stream,
     *,
-    draw_masks: bool = False,
+    draw_at: int | None = None,
   ) -> tuple[float, int]:
     """Returns the accuracy in [0, 1], and of how many examples.
 
@@ -45,7 +45,7 @@ class Evaluator:
       network: the graph that `variables` belong to.
       variables: weights, masks and statistics.
       split: the examples; damaged ones that are skipped do not count.
-      draw_masks: whether each batch draws a mask from r, as in training,
+      draw_at: each batch draws a mask from r, as this training step would,
         instead of taking the topology or the top-K.
     """
     recipe = dataclasses.replace(self._recipe, network=network)
@@ -56,8 +56,9 @@ class Evaluator:
       )
     ):
       start = index * self._batch_size
-      key = recipe.key(steps.EVALUATION_MASK, start) if draw_masks else None
-      sums = self._step(recipe, variables, *batch, key)
+      drawn = draw_at is not None
+      key = recipe.key(steps.EVALUATION_MASK, start) if drawn else None
+      sums = self._step(recipe, variables, *batch, key, draw_at or 0)
       total = {name: total[name] + int(sums[name]) for name in total}
     return total['correct'] / total['count'], total['count']
 

@@ -88,23 +88,23 @@ def make_schedules(
 ) -> tuple[optax.Schedule, optax.Schedule]:
   """Returns the learning rates of the weights and of the masks, by step."""
 
-  def steps_of(text: str, name: str) -> int:
+  def steps_of(text: str, name: str, total: int = plan.total) -> int:
     return config_lib.to_steps(
       text,
       batch_size=config.batch_size,
       num_examples=plan.per_epoch * config.batch_size,
-      total=plan.total,
-      name=f'config.optimizer.{name}',
+      total=total,
+      name=f'config.{name}',
     )
 
   own = config.optimizer
-  drops = [steps_of(at, 'steps_at') for at in own.steps_at]
+  drops = [steps_of(at, 'optimizer.steps_at') for at in own.steps_at]
   weights = optimizer.schedule(
     own.schedule,
     own.learning_rate,
     plan.total,
     steps_at=drops,
-    warmup_steps=steps_of(own.warmup, 'warmup'),
+    warmup_steps=steps_of(own.warmup, 'optimizer.warmup'),
   )
   masks = optimizer.schedule(
     config.masks.schedule,
@@ -112,7 +112,13 @@ def make_schedules(
     plan.freeze,
     steps_at=[round(drop * plan.freeze / plan.total) for drop in drops],
   )
-  return weights, optimizer.until(masks, plan.freeze)
+  start = steps_of(config.masks.start, 'masks.start', plan.freeze)
+  if plan.freeze and start >= plan.freeze:
+    raise InputError(
+      f'config.masks.start={config.masks.start!r} is step {start}; the'
+      f' connectivity phase ends at {plan.freeze}'
+    )
+  return weights, optimizer.between(masks, start, plan.freeze)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,10 +203,16 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
         decay_all=config.optimizer.decay_all,
       ),
       optimizer.masks_transform(
-        mask_rate, model.stack.valid, momentum=config.masks.momentum
+        mask_rate,
+        model.stack.valid,
+        momentum=config.masks.momentum,
+        relative=config.masks.relative,
       ),
     ),
     seed=config.seed,
+    temperature=optax.exponential_decay(
+      1.0, max(1, plan.freeze), own.temperature
+    ),
     pad=config.data.pad if config.data.crop == 'pad' else 0,
     flip=config.data.flip,
     mean=mean,

@@ -190,9 +190,11 @@ class Network(nnx.Module):
     """The frozen wiring, or None while it is learned."""
     return self.stack.topology
 
-  def draw(self, key: jax.Array) -> jax.Array | None:
+  def draw(
+    self, key: jax.Array, temperature: jax.Array | float = 1.0
+  ) -> jax.Array | None:
     """Returns the mask of one training step; see `Wiring.draw`."""
-    return self.stack.draw(key)
+    return self.stack.draw(key, temperature)
 
   def __call__(
     self,
@@ -393,11 +395,11 @@ def create_model(
       each branch of a ResNeXt picks branches of the block before.
     **options: rule ('learned', 'fixed_prev', 'fixed_random', 'fixed_all'),
       in_channels (3), width (of the first stage; the network's own), dtype
-      ('float32' or 'bfloat16', of the activations), gradient ('all', 'drawn'),
-      initial, initial_spread, seed; with level 'block' also stem_source,
-      adapter ('pool', 'projection', 'same_stage'), scale ('mean', 'sum'),
-      gradient_every (1) and remat ('none', 'block'), see `MaskedStack`;
-      with level 'branch' identity ('1/K', '1/C').
+      ('float32' or 'bfloat16', of the activations), gradient (see
+      `draw_through`), initial, initial_spread, seed; with level 'block' also
+      stem_source, adapter ('pool', 'projection', 'same_stage'), scale
+      ('mean', 'sum'), gradient_every (1) and remat ('none', 'block'), see
+      `MaskedStack`; with level 'branch' identity ('1/K', '1/C').
 
   Returns:
     A Flax NNX module: images float [N, H, W, in_channels] to logits

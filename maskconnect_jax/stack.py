@@ -104,12 +104,19 @@ class Wiring(nnx.Module):
         else:
           self.freeze(connectivity.fixed_prev(valid))
 
-  def draw(self, key: jax.Array) -> jax.Array | None:
+  def draw(
+    self, key: jax.Array, temperature: jax.Array | float = 1.0
+  ) -> jax.Array | None:
     """Returns a step's mask b, straight-through to r; None if frozen."""
     if self.topology is not None:
       return None
     return connectivity.draw_through(
-      key, self.real_mask[...], self.valid, self.fan_in, self.gradient
+      key,
+      self.real_mask[...],
+      self.valid,
+      self.fan_in,
+      self.gradient,
+      temperature,
     )
 
   def freeze(self, mask: Any = None) -> None:
@@ -171,7 +178,7 @@ class MaskedStack(Wiring):
       valid: [L, L], the sources each block may take; default all earlier ones.
       adapter: A(x, shape, source), default `layers.PoolAdapter()`.
       scale: c, 'mean' (1/k_j) or 'sum' (1).
-      gradient: whether 'all' valid entries of r get a gradient, or the 'drawn'.
+      gradient: what the entries of r get; see `connectivity.draw_through`.
       gradient_every: its products are taken over every so many images of a
         batch, and multiplied by that.
       initial: where the entries of r start.

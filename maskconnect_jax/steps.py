@@ -61,6 +61,7 @@ class Recipe:
     network: the model's graph, without its arrays.
     optimizer: of {'weights': ..., 'masks': ...}.
     seed: of everything random.
+    temperature: of the drawn masks, by step.
     pad, flip, mean, std, mixup: see `config.data`.
     label_smoothing, average: see `config.optimizer`.
     batch_sharding: how a batch lies on the devices.
@@ -69,6 +70,7 @@ class Recipe:
   network: Any
   optimizer: optax.GradientTransformation
   seed: int
+  temperature: optax.Schedule
   pad: int
   flip: bool
   mean: tuple[float, ...]
@@ -154,7 +156,9 @@ def train_step(
       state.statistics,
       copy=True,
     )
-    mask = model.draw(recipe.key(MASK, state.step))
+    mask = model.draw(
+      recipe.key(MASK, state.step), recipe.temperature(state.step)
+    )
     targets = optax.smooth_labels(
       jax.nn.one_hot(labels, model.head.out_features), recipe.label_smoothing
     )
@@ -240,6 +244,7 @@ def eval_step(
   labels: jax.Array,
   counted: jax.Array,
   mask_key: jax.Array | None,
+  mask_step: jax.Array | int,
 ) -> dict[str, jax.Array]:
   """Returns sums over a batch, so that batches add up exactly.
 
@@ -250,12 +255,15 @@ def eval_step(
     labels: int32 [batch].
     counted: bool [batch]; False for the padding of the last batch.
     mask_key: draws the mask; None takes the topology or the top-K of r.
+    mask_step: of the training step that would draw it, for its temperature.
 
   Returns:
     {'correct': int32 [], 'loss': float32 [], 'count': int32 []}.
   """
   model = nnx.merge(recipe.network, *variables, copy=True)
-  mask = None if mask_key is None else model.draw(mask_key)
+  mask = None
+  if mask_key is not None:
+    mask = model.draw(mask_key, recipe.temperature(mask_step))
   with recipe.on_mesh():
     logits = model(augment.normalize(images, recipe.mean, recipe.std), mask)
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)

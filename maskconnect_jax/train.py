@@ -259,7 +259,7 @@ def freeze(
   """
   watched, split = experiment.held_out(job)
   progress[f'{watched}_accuracy_drawn'], _ = evaluate(
-    job.recipe.network, state.variables(), split, draw_masks=True
+    job.recipe.network, state.variables(), split, draw_at=int(state.step)
   )
   recipe = frozen_recipe(job.recipe, state)
   count = job.config.connectivity.batchnorm_batches

@@ -29,6 +29,7 @@ def mesh():
 @pytest.fixture(scope='module')
 def recipe(mesh):
   return steps.Recipe(
+    temperature=lambda _: 1.0,
     network=None,
     optimizer=None,
     seed=SEED,

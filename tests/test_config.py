@@ -89,6 +89,7 @@ def changed(path, value):
     ('optimizer.learning_rate', float('nan'), 'learning_rate=nan must be 0'),
     ('masks.learning_rate', float('inf'), 'learning_rate=inf must be 0'),
     ('connectivity.initial', 1.5, r'initial=1.5 must be in \[0, 1\]'),
+    ('connectivity.temperature', 0.0, 'temperature=0.0 must be above 0'),
     ('optimizer.momentum', float('nan'), r'momentum=nan must be in \[0, 1\]'),
     ('log_every', 'often', "log_every='often' is not a duration"),
     ('optimizer.steps_at', ('50%', 'x'), "steps_at='x' is not a duration"),

@@ -221,6 +221,62 @@ def test_straight_through_is_the_mask_and_passes_its_gradient_to_r():
   assert not np.any(for_mask)
 
 
+def analytic(kind, real, gradient, mask, valid):
+  """dloss/dr of one row from g = dloss/db, by hand."""
+  g, r = gradient[valid], real[valid]
+  return {
+    'all': g,
+    'drawn': g * mask[valid],
+    'centered': g - g.mean(),
+    'normalized': (g - (r / r.sum()) @ g) / r.sum(),
+  }[kind]
+
+
+@pytest.mark.parametrize('kind', ['all', 'drawn', 'centered', 'normalized'])
+@pytest.mark.parametrize('table', list(TABLES))
+def test_what_reaches_r_of_a_gradient(kind, table):
+  rng, valid = np.random.default_rng(11), np.asarray(TABLES[table])
+  real = (rng.uniform(0.1, 1, size=(L, L)) * valid).astype(np.float32)
+  gradient = rng.normal(size=(L, L)).astype(np.float32)
+  mask, backward = jax.vjp(
+    lambda r: connectivity.draw_through(
+      jax.random.key(0), r, valid, 2, gradient=kind
+    ),
+    real,
+  )
+  drawn = connectivity.draw(jax.random.key(0), real, valid, 2)
+  np.testing.assert_array_equal(mask, drawn)
+  (actual,) = backward(jnp.asarray(gradient))
+  for row in range(L):
+    expected = analytic(kind, real[row], gradient[row], mask[row], valid[row])
+    np.testing.assert_allclose(
+      actual[row][valid[row]], expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_a_row_of_zeros_has_a_finite_normalized_gradient():
+  valid = np.tri(L, dtype=bool)
+  _, backward = jax.vjp(
+    lambda r: connectivity.draw_through(
+      jax.random.key(0), r, valid, 2, gradient='normalized'
+    ),
+    jnp.zeros((L, L)),
+  )
+  assert np.isfinite(backward(jnp.ones((L, L)))[0]).all()
+
+
+@pytest.mark.parametrize('temperature', [0.25, 1.0, 2.0])
+def test_the_temperature_of_a_draw(temperature):
+  row, count = np.array([0.1, 0.2, 0.4, 0.3]), 40_000
+  real = np.broadcast_to(row, (count, 4)).astype(np.float32)
+  drawn = connectivity.draw(
+    jax.random.key(1), real, np.ones(4, bool), 1, temperature
+  )
+  expected = row ** (1 / temperature) / np.sum(row ** (1 / temperature))
+  error = np.sqrt(expected * (1 - expected) / count)
+  assert (np.abs(np.mean(drawn, 0) - expected) < 5 * error).all()
+
+
 def test_r_starts_at_its_constant_on_valid_entries_and_0_elsewhere():
   real = connectivity.initial(jax.random.key(5), TABLES['no_stem'])
   assert real.dtype == jnp.float32

@@ -50,6 +50,7 @@ def step_on(count, model):
   whole = NamedSharding(mesh, PartitionSpec())
   sharded = NamedSharding(mesh, PartitionSpec('data'))
   recipe = steps.Recipe(
+    temperature=lambda _: 1.0,
     network=steps.split(model)[0],
     optimizer=transform,
     seed=1,

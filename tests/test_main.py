@@ -72,6 +72,7 @@ def refused(cli, tiny, tmp_path):
     ('config.duration=soon', ["duration='soon'", '60 epochs']),
     ('config.duration=10%', ["duration='10%'", 'needs a unit']),
     ('config.duration=0 steps', ["duration='0 steps'", 'not one step']),
+    ('config.masks.start=100%', ["masks.start='100%'", 'phase ends at']),
     ('config.batch_size=1440', ['1440', 'larger than the 1437']),
     ('config.data.mean=(1.0,2.0)', ['data.mean', '1 channels']),
     ('mode=tarin', ['--mode=tarin', 'train|evaluate|describe|predict']),

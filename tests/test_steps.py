@@ -50,6 +50,7 @@ def made(model, **fields):
     np.array(jax.devices()[:1]), ('data',), axis_types=(AxisType.Auto,)
   )
   recipe = steps.Recipe(
+    temperature=lambda _: 1.0,
     **{
       'network': steps.split(model)[0],
       'optimizer': transform(model.stack.valid),
@@ -63,7 +64,7 @@ def made(model, **fields):
       'average': 0.0,
       'batch_sharding': NamedSharding(mesh, PartitionSpec('data')),
     }
-    | fields
+    | fields,
   )
   return recipe, steps.init_state(model, recipe)
 
@@ -310,7 +311,7 @@ def test_evaluation_counts_the_examples_and_not_the_padding(learned, path, key):
     indices = np.arange(start, start + BATCH)
     counted = indices < COUNT
     images, labels = IMAGES[indices % COUNT], LABELS[indices % COUNT]
-    sums = eval_step(recipe, variables, images, labels, counted, key)
+    sums = eval_step(recipe, variables, images, labels, counted, key, 0)
     for name in totals:
       totals[name] += sums[name].item()
   assert totals['count'] == COUNT
@@ -323,6 +324,7 @@ def test_evaluation_counts_the_examples_and_not_the_padding(learned, path, key):
     LABELS[:BATCH],
     np.zeros(BATCH, bool),
     key,
+    0,
   )
   assert [nothing[name].item() for name in totals] == [0, 0, 0]
 
