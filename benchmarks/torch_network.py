@@ -1,0 +1,270 @@
+"""Block-level MaskConnect in PyTorch: CIFAR's ResNet with learned sources.
+
+The peer that torch_port.py checks and times. It imports nothing of this
+package; only the names of its modules are the package's, so that weights map
+one to one.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+PROBABILITY_FLOOR = 1e-6
+
+
+class StraightThrough(torch.autograd.Function):
+  """Returns the mask; its gradient goes to the real mask unchanged."""
+
+  @staticmethod
+  def forward(ctx, real_mask, mask):
+    """Both [L, L]."""
+    return mask.clone()
+
+  @staticmethod
+  def backward(ctx, gradient):
+    """Every entry gets its gradient, drawn or not."""
+    return gradient, None
+
+
+def draw(
+  real_mask: torch.Tensor, valid: torch.Tensor, fan_in: int
+) -> torch.Tensor:
+  """Draws min(K, valid) distinct sources per row, p ∝ r: Gumbel top-k.
+
+  Args:
+    real_mask: r, float32 [L, L].
+    valid: bool [L, L].
+    fan_in: K.
+
+  Returns:
+    b, float32 [L, L], of zeros and ones.
+  """
+  # -log of an exponential variable is a Gumbel one.
+  gumbel = -torch.empty_like(real_mask).exponential_().log()
+  scores = real_mask.clamp(min=PROBABILITY_FLOOR).log() + gumbel
+  scores = scores.masked_fill(~valid, -torch.inf)
+  picked = scores.topk(min(fan_in, scores.shape[-1])).indices
+  return torch.zeros_like(real_mask).scatter(-1, picked, 1.0) * valid
+
+
+def conv(in_features: int, features: int, stride: int = 1) -> nn.Conv2d:
+  """A 3x3 convolution without bias."""
+  layer = nn.Conv2d(in_features, features, 3, stride, padding=1, bias=False)
+  nn.init.kaiming_normal_(layer.weight, mode='fan_out', nonlinearity='relu')
+  return layer
+
+
+def zero_pad_channels(x: torch.Tensor, features: int) -> torch.Tensor:
+  """Appends zero channels up to `features`."""
+  return F.pad(x, (0, 0, 0, 0, 0, features - x.shape[1]))
+
+
+def adapted(x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+  """Brings an earlier output to [N, C, H, W]: average pool, zero channels."""
+  if x.shape == shape:
+    return x
+  return zero_pad_channels(F.avg_pool2d(x, x.shape[-1] // shape[-1]), shape[1])
+
+
+class BasicBlock(nn.Module):
+  """y = relu(F(x) + S(x)), S without parameters (option A)."""
+
+  def __init__(self, in_features: int, features: int, stride: int) -> None:
+    super().__init__()
+    self.features, self.stride = features, stride
+    self.conv1 = conv(in_features, features, stride)
+    self.norm1 = nn.BatchNorm2d(features)
+    self.conv2 = conv(features, features)
+    self.norm2 = nn.BatchNorm2d(features)
+
+  def forward(self, x: torch.Tensor) -> torch.Tensor:
+    """Maps [N, in_features, H, W] to [N, features, H / s, W / s]."""
+    residual = F.relu(self.norm1(self.conv1(x)))
+    residual = self.norm2(self.conv2(residual))
+    shortcut = x[:, :, :: self.stride, :: self.stride]
+    return F.relu(residual + zero_pad_channels(shortcut, self.features))
+
+
+class MaskedStack(nn.Module):
+  """Blocks that read the mean of the earlier outputs that a mask picks."""
+
+  def __init__(
+    self,
+    blocks: Sequence[nn.Module],
+    *,
+    fan_in: int,
+    topology: Sequence[Sequence[int]] | None,
+  ) -> None:
+    """topology: the sources of each block, or None to learn them."""
+    super().__init__()
+    self.blocks = nn.ModuleList(blocks)
+    self.fan_in, self.topology = fan_in, topology
+    if topology is None:
+      valid = torch.ones(len(blocks), len(blocks), dtype=torch.bool).tril()
+      self.register_buffer('valid', valid, persistent=False)
+      self.register_buffer(
+        'scale', 1 / valid.sum(-1, True).clamp(max=fan_in), persistent=False
+      )
+      self.real_mask = nn.Parameter(0.5 * valid)
+
+  def forward(
+    self, x: torch.Tensor, mask: torch.Tensor | None = None
+  ) -> torch.Tensor:
+    """Maps the stem's output to the last block's; mask: b, default drawn."""
+    if self.topology is None:
+      if mask is None:
+        mask = draw(self.real_mask.detach(), self.valid, self.fan_in)
+      weights = StraightThrough.apply(self.real_mask, mask) * self.scale
+    # Sums over sources, and over a whole batch for the gradient of a weight.
+    exact = torch.promote_types(x.dtype, torch.float32)
+    outputs, shape, here = [x], x.shape, {}
+    for target, block in enumerate(self.blocks):
+      if outputs[-1].shape != shape:
+        shape, here = outputs[-1].shape, {}
+      learned = self.topology is None
+      picked = range(target + 1) if learned else self.topology[target]
+      for i in picked:
+        if i not in here:
+          here[i] = adapted(outputs[i], shape)
+      sources = [here[i] for i in picked]
+      if learned:
+        terms = zip(weights[target].unbind(), sources, strict=False)
+        total = sum(w * y.to(exact) for w, y in terms)
+      elif len(sources) == 1:
+        total = sources[0]
+      else:
+        total = sum(y.to(exact) for y in sources) / len(sources)
+      outputs.append(block(total.to(x.dtype)))
+    return outputs[-1]
+
+  @torch.no_grad()
+  def project(self) -> None:
+    """Clips r to [0, 1], and to 0 where a source is not valid."""
+    self.real_mask.clamp_(0, 1).mul_(self.valid)
+
+
+class ResNet(nn.Module):
+  """CIFAR's ResNet."""
+
+  def __init__(
+    self,
+    blocks_per_stage: Sequence[int],
+    *,
+    width: int,
+    num_classes: int,
+    fan_in: int,
+    topology: Sequence[Sequence[int]] | None,
+  ) -> None:
+    super().__init__()
+    self.stem = nn.Sequential(
+      OrderedDict(
+        conv=conv(3, width), norm=nn.BatchNorm2d(width), relu=nn.ReLU()
+      )
+    )
+    blocks, features = [], width
+    for stage, depth in enumerate(blocks_per_stage):
+      for _ in range(depth):
+        wide = width * 2**stage
+        blocks.append(BasicBlock(features, wide, 2 if wide > features else 1))
+        features = wide
+    self.stack = MaskedStack(blocks, fan_in=fan_in, topology=topology)
+    self.head = nn.Linear(features, num_classes)
+
+  def forward(
+    self, images: torch.Tensor, mask: torch.Tensor | None = None
+  ) -> torch.Tensor:
+    """Maps [N, 3, H, W] to logits [N, num_classes]."""
+    return self.head(self.stack(self.stem(images), mask).mean((2, 3)))
+
+
+def make_optimizer(
+  model: nn.Module,
+  *,
+  learning_rate: float,
+  mask_rate: float,
+  weight_decay: float,
+) -> torch.optim.Optimizer:
+  """Nesterov SGD; kernels alone decay, real masks have a rate of their own."""
+  kernels, vectors, masks = [], [], []
+  for name, parameter in model.named_parameters():
+    if name.endswith('real_mask'):
+      masks.append(parameter)
+    else:
+      (kernels if parameter.ndim > 1 else vectors).append(parameter)
+  groups = [
+    {'params': kernels, 'weight_decay': weight_decay},
+    {'params': vectors},
+  ]
+  if masks:
+    groups.append(
+      {'params': masks, 'lr': mask_rate, 'momentum': 0.0, 'nesterov': False}
+    )
+  optimizer = torch.optim.SGD(
+    groups, learning_rate, momentum=0.9, nesterov=True, fused=True
+  )
+  if masks:
+    optimizer.register_step_post_hook(lambda *_: model.stack.project())
+  return optimizer
+
+
+class TrainingStep:
+  """One step of training; a call returns the loss without waiting for it."""
+
+  def __init__(
+    self,
+    model: nn.Module,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+    mode: str,
+    **rates: float,
+  ) -> None:
+    """Compiles nothing yet; the first call does.
+
+    Args:
+      model: moved to the GPU, if there is one.
+      mean: per channel, on the 0..255 scale.
+      std: likewise.
+      dtype: of the activations, by autocast.
+      mode: 'eager', or one of torch.compile's.
+      **rates: see `make_optimizer`.
+    """
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    self.model = model.to(device, memory_format=torch.channels_last).train()
+    self.optimizer = make_optimizer(self.model, **rates)
+    mean, std = (
+      torch.tensor(values, device=device).view(3, 1, 1)
+      for values in (mean, std)
+    )
+
+    def loss_of(images, labels, *mask):
+      # [N, H, W, 3] in memory is [N, 3, H, W] in channels_last.
+      inputs = (images.permute(0, 3, 1, 2).float() - mean) / std
+      with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        return F.cross_entropy(model(inputs, *mask), labels)
+
+    self.loss_of = (
+      loss_of if mode == 'eager' else torch.compile(loss_of, mode=mode)
+    )
+
+  def __call__(
+    self, images: torch.Tensor, labels: torch.Tensor, *mask: torch.Tensor
+  ) -> torch.Tensor:
+    """Takes a step; the gradients stay until the next.
+
+    Args:
+      images: uint8 [N, H, W, 3].
+      labels: int64 [N].
+      *mask: b, float32 [L, L]; none to draw it.
+    """
+    self.optimizer.zero_grad()
+    loss = self.loss_of(images, labels, *mask)
+    loss.backward()
+    self.optimizer.step()
+    return loss.detach()
