@@ -19,7 +19,7 @@ import ml_collections
 
 RULES = ('learned', 'fixed_prev', 'fixed_random', 'fixed_all')
 CHOICES = {
-  'connectivity.rule': RULES,
+  'connectivity.rule': (*RULES, 'fixed_given'),
   'connectivity.level': ('block', 'branch'),
   'connectivity.branch_identity': ('1/K', '1/C'),
   'connectivity.gradient': ('all', 'drawn', 'centered', 'normalized'),
@@ -67,6 +67,8 @@ def default() -> ml_collections.ConfigDict:
   # The rows of "Decided here" (README) are these fields.
   config.connectivity = ml_collections.ConfigDict()
   config.connectivity.rule = 'learned'
+  config.connectivity.topology = ''  # topology.json, of rule 'fixed_given'
+  config.connectivity.shuffled = False  # with its rows in a random order
   config.connectivity.level = 'block'  # or 'branch', for the ResNeXts
   config.connectivity.fan_in = 4  # K: sources per block, or per branch
   config.connectivity.phase = '50%'  # masks move for this long, then freeze
@@ -190,6 +192,13 @@ def check(config: ml_collections.ConfigDict) -> None:
   ):
     if not 0 <= given[path] <= 1:
       raise InputError(f'config.{path}={given[path]} must be in [0, 1]')
+  if bool(given['connectivity.topology']) != (
+    given['connectivity.rule'] == 'fixed_given'
+  ):
+    raise InputError(
+      "config.connectivity.rule='fixed_given' and config.connectivity.topology,"
+      ' the path of a topology.json, go together'
+    )
   if not 0 < given['connectivity.temperature'] <= 1:
     raise InputError(
       f'config.connectivity.temperature={given["connectivity.temperature"]}'

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +19,9 @@ from maskconnect_jax import (
   distributed,
   models,
   optimizer,
+  stack,
   steps,
+  topology,
 )
 from maskconnect_jax import (
   config as config_lib,
@@ -163,7 +167,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     'width': config.model.width or None,
     'dtype': config.model.dtype,
     'fan_in': own.fan_in,
-    'rule': own.rule,
+    'rule': 'fixed_prev' if own.rule == 'fixed_given' else own.rule,
     'gradient': own.gradient,
     'initial': own.initial,
     'initial_spread': own.initial_spread,
@@ -181,6 +185,8 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
       'remat': config.model.remat,
     }
   model = models.create_model(**architecture)
+  if own.rule == 'fixed_given':
+    model = stack.freeze(model, given_topology(config, model))
   mean, std = tuple(config.data.mean), tuple(config.data.std)
   if not (mean and std):
     measured = [tuple(map(float, v)) for v in dataset.mean_and_std()]
@@ -233,6 +239,34 @@ def held_out(job: Experiment) -> tuple[str, datasets.Split | datasets.Stream]:
   if job.dataset.validation:
     return 'validation', job.dataset.validation
   return 'test', job.dataset.test
+
+
+def given_topology(
+  config: ml_collections.ConfigDict, model: models.Network
+) -> topology.Topology | topology.BranchTopology:
+  """Reads `config.connectivity.topology`, for a network of its size.
+
+  Raises:
+    InputError: there is none, it is damaged, or is another network's.
+  """
+  path = Path(config.connectivity.topology)
+  try:
+    given = topology.from_dict(json.loads(path.read_text('utf-8')))
+  except FileNotFoundError as error:
+    raise InputError(
+      f'config.connectivity.topology={path} is not there; a finished run has'
+      ' one in its workdir'
+    ) from error
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise InputError(f'{path} is no topology.json: {error}') from error
+  if config.connectivity.shuffled:
+    given = given.shuffled(np.random.default_rng(config.seed))
+  if given.shape != np.shape(model.stack.valid):
+    raise InputError(
+      f'{path} is of a mask of shape {given.shape}; that of'
+      f' {config.model.name} is {np.shape(model.stack.valid)}'
+    )
+  return given
 
 
 def training_batches(job: Experiment) -> batches.Resident | batches.Streamed:

@@ -24,7 +24,7 @@ from maskconnect_jax.aggregate import (
   static_sum,
   tapes,
 )
-from maskconnect_jax.config import InputError, check_choice
+from maskconnect_jax.config import RULES, InputError, check_choice
 from maskconnect_jax.topology import BranchTopology, Topology
 
 
@@ -80,7 +80,8 @@ class Wiring(nnx.Module):
     """Makes r, or the topology of a fixed rule."""
     if fan_in < 1:
       raise InputError(f'fan_in={fan_in} must be at least 1')
-    check_choice('connectivity.rule', rule, 'rule')
+    if rule not in RULES:
+      raise InputError(f'rule={rule!r} is not one of {", ".join(RULES)}')
     check_choice('connectivity.gradient', gradient, 'gradient')
     self.valid = nnx.static(valid)
     self.fan_in = fan_in

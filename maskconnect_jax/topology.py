@@ -51,6 +51,31 @@ class Topology:
         needed.update(self.sources[block - 1])
     return tuple(block in needed for block in range(1, len(self.sources) + 1))
 
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of the mask: (L, L)."""
+    return len(self.sources), len(self.sources)
+
+  def shuffled(self, rng: np.random.Generator) -> Topology:
+    """Returns the same rows in a random order, as distances to their block.
+
+    Block j gets the distances j' - i of another block j'. A distance that leads
+    before the stem, or to a source taken already, becomes the nearest other.
+    """
+    rows = []
+    for j, other in enumerate(rng.permutation(len(self.sources))):
+      free, row = set(range(j + 1)), []
+      for i in reversed(self.sources[other]):
+        if free:
+          row.append(min(free, key=lambda f: (abs(f - (j - other + i)), -f)))
+          free.remove(row[-1])
+      # As many as before: those that a row too short to keep them gave up.
+      while len(row) < len(self.sources[j]):
+        row.append(max(free))
+        free.remove(row[-1])
+      rows.append(tuple(sorted(row[: len(self.sources[j])])))
+    return Topology(tuple(rows))
+
   def to_dict(self) -> dict[str, Any]:
     """Returns the JSON form; README, "topology.json", documents it."""
     return {
@@ -90,6 +115,20 @@ class BranchTopology:
             f'branch {branch} of block {junction + 2} takes {row}: there are'
             f' only {len(self.sources[0])} branches'
           )
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Of the mask: (L - 1, C, C)."""
+    return len(self.sources), len(self.sources[0]), len(self.sources[0])
+
+  def shuffled(self, rng: np.random.Generator) -> BranchTopology:
+    """Returns each block's rows in a random order."""
+    return BranchTopology(
+      tuple(
+        tuple(rows[c] for c in rng.permutation(len(rows)))
+        for rows in self.sources
+      )
+    )
 
   @property
   def num_links(self) -> int:

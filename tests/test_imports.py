@@ -43,7 +43,8 @@ ARROWS: dict[str, set[str]] = {
     'batches', 'datasets', 'distributed', 'inference', 'steps',
   },
   'experiment': {
-    'batches', 'datasets', 'distributed', 'models', 'optimizer', 'steps',
+    'batches', 'datasets', 'distributed', 'models', 'optimizer', 'stack',
+    'steps', 'topology',
   },
   'steps': {'augment', 'stack'},
   'inference': {
