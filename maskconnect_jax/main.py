@@ -258,11 +258,16 @@ def _one_line(error: Exception) -> str:
 
 def use_compilation_cache() -> None:
   """Keeps compiled programs, so that the same run starts faster next time."""
-  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-    jax.config.update(
-      'jax_compilation_cache_dir',
-      str(platformdirs.user_cache_path('maskconnect_jax') / 'xla'),
-    )
+  own = {
+    'jax_compilation_cache_dir': str(
+      platformdirs.user_cache_path('maskconnect_jax') / 'xla'
+    ),
+    # Building a network compiles many programs of less than JAX's 1 second.
+    'jax_persistent_cache_min_compile_time_secs': 0.0,
+  }
+  for name, value in own.items():
+    if name.upper() not in os.environ:
+      jax.config.update(name, value)
 
 
 def run() -> None:

@@ -18,12 +18,14 @@ from maskconnect_jax import (
   experiment,
   metrics,
   steps,
+  sweep,
   train,
 )
 
 CONFIGS = {
   path.stem: path
   for path in sorted((Path(__file__).parents[1] / 'configs').glob('*.py'))
+  if path.stem != 'study'  # parts, each a sweep: below
 }
 TRAIN, TEST = 24, 8
 CLASSES = {'cifar10': 10, 'cifar100': 20, 'mini_imagenet': 20}
@@ -146,3 +148,28 @@ def test_every_level_and_data_set_of_the_papers_has_a_config():
       path = CONFIGS[f'{data}{suffix}']
       config = runpy.run_path(str(path))['get_config']()
       assert config.connectivity.level == level
+
+
+@pytest.mark.parametrize(
+  ('part', 'rows', 'seeds'),
+  [
+    ('settings', 23, 2),
+    ('block', 12, 3),
+    ('branch', 4, 3),
+    ('topology', 3, 3),
+    ('fashion', 4, 3),
+    ('cpu-settings', 23, 2),
+    ('cpu-block', 4, 3),
+    ('cpu-topology', 3, 3),
+    ('cpu-fashion', 4, 3),
+  ],
+)
+def test_every_member_of_the_study_can_be(part, rows, seeds, tmp_path):
+  path = Path(__file__).parents[1] / 'configs' / 'study.py'
+  config = runpy.run_path(str(path))['get_config'](part)
+  if part.endswith('topology'):
+    config.connectivity.topology = 'topology.json'
+  members = sweep.members(config, tmp_path)
+  assert len(members) == rows * seeds
+  for member in members:
+    config_lib.check(member.config)

@@ -15,6 +15,7 @@ import sklearn.datasets
 from PIL import Image
 
 import maskconnect_jax
+from maskconnect_jax import main
 
 DIGITS = np.rint(sklearn.datasets.load_digits().images * 255 / 16).astype(
   np.uint8
@@ -294,3 +295,25 @@ def test_diverged(cli, tiny, tmp_path):
   assert last.startswith('error: the loss is not finite at step ')
   assert 'lower config.optimizer.learning_rate' in last
   assert 'Traceback' not in ran.err
+
+
+def test_the_cache_keeps_all_programs_but_where_the_environment_says(
+  monkeypatch,
+):
+  names = (
+    'jax_compilation_cache_dir',
+    'jax_persistent_cache_min_compile_time_secs',
+  )
+  before = {name: getattr(jax.config, name) for name in names}
+  try:
+    monkeypatch.delenv(names[0].upper(), raising=False)
+    monkeypatch.setenv(names[1].upper(), '7')
+    main.use_compilation_cache()
+    assert 'maskconnect_jax' in jax.config.jax_compilation_cache_dir
+    assert getattr(jax.config, names[1]) == before[names[1]]
+    monkeypatch.delenv(names[1].upper())
+    main.use_compilation_cache()
+    assert getattr(jax.config, names[1]) == 0
+  finally:
+    for name, value in before.items():
+      jax.config.update(name, value)

@@ -1,0 +1,128 @@
+"""The study of docs/results.md, in parts: sweeps that can be cut and extended.
+
+  python -m maskconnect_jax.main --mode=sweep --config=configs/study.py:PART \
+      --workdir=runs/study/PART --config.data.dir=DIR
+
+PART is one of
+
+  settings   which settings learn best: resnet20, one field at a time
+  block      does learned connectivity win: resnet38, resnet74, resnet110
+  branch     the same between the branches of ResNeXts; the published table
+  topology   is it the wiring or its training? A run's, its rows shuffled, and
+             a random one: --config.connectivity.topology=RUN/topology.json
+  fashion    the rules on Fashion-MNIST (DIR: its IDX files)
+
+all but `branch` also with `cpu-` before it: resnet38 of half the width on 10,000 images of 16x16, ten minutes a run on one core, too small
+for a claim about CIFAR-10. DIR is CIFAR-10 as an image folder. Settings are
+compared on 5,000 held out training images, all else on the test images.
+"""
+
+import ml_collections
+
+from maskconnect_jax import config as config_lib
+
+RULES = (
+  'connectivity.rule=fixed_prev',
+  'connectivity.rule=fixed_random',
+  'connectivity.rule=fixed_all',
+  'connectivity.rule=learned',
+)
+SETTINGS = (
+  '',
+  *(f'masks.learning_rate={rate}' for rate in (0.003, 0.01, 0.03, 0.3)),
+  'masks.schedule=cosine',
+  'masks.momentum=0.9',
+  'masks.momentum=0.9 masks.learning_rate=0.01',
+  'connectivity.gradient=drawn',
+  'connectivity.gradient=centered',
+  'connectivity.gradient=normalized',
+  'connectivity.gradient_every=4',
+  'connectivity.scale=sum',
+  'connectivity.initial=0.25',
+  'connectivity.initial=0.75',
+  'connectivity.phase=25%',
+  'connectivity.phase=75%',
+  *(f'connectivity.fan_in={fan_in}' for fan_in in (1, 2, 8)),
+  'connectivity.temperature=0.1',
+  'masks.relative=0.99 masks.learning_rate=0.003',
+  'masks.start=10%',
+)
+
+
+def get_config(part: str = 'settings') -> ml_collections.ConfigDict:
+  part, on_cpu = part.removeprefix('cpu-'), part.startswith('cpu-')
+  config = _small() if on_cpu else _full()
+  if part == 'settings':
+    config.seeds, config.variants = (0, 1), SETTINGS
+    config.data.validation = 5000
+    if not on_cpu:
+      config.model.name, config.duration = 'resnet20', '30 epochs'
+  elif part == 'block':
+    config.seeds = (0, 1, 2)
+    names = ('resnet38',) if on_cpu else ('resnet38', 'resnet74', 'resnet110')
+    config.variants = tuple(
+      f'model.name={name} {rule}' for name in names for rule in RULES
+    )
+  elif part == 'branch' and not on_cpu:
+    config.connectivity.level = 'branch'
+    config.duration, config.seeds = '300 epochs', (0, 1, 2)
+    config.optimizer.schedule = 'step'
+    config.variants = tuple(
+      f'model.name={name} {rule}'
+      for name in ('resnext20_8x4d', 'resnext29_8x8d')
+      for rule in (
+        'connectivity.rule=fixed_all connectivity.fan_in=8',
+        'connectivity.rule=learned connectivity.fan_in=4',
+      )
+    )
+  elif part == 'topology':
+    config.connectivity.rule = 'fixed_given'
+    config.seeds = (1, 2, 3)
+    config.variants = (
+      '',
+      'connectivity.shuffled=true',
+      'connectivity.rule=fixed_random connectivity.topology=',
+    )
+  elif part == 'fashion':
+    config.seeds, config.variants = (0, 1, 2), RULES
+    config.data.source = 'idx'
+    config.data.mean, config.data.std = (), ()
+  else:
+    raise config_lib.InputError(f'configs/study.py has no part {part!r}')
+  return config
+
+
+def _full() -> ml_collections.ConfigDict:
+  config = config_lib.default()
+  config.duration = '100 epochs'
+  config.batch_size = 128
+  config.checkpoint_every = '5 epochs'
+  config.keep_checkpoints = 1
+
+  config.model.name = 'resnet38'
+  config.connectivity.fan_in = 4
+
+  config.optimizer.learning_rate = 0.1
+  config.optimizer.schedule = 'cosine'
+  config.optimizer.weight_decay = 5e-4
+
+  config.data.source = 'folder'
+  config.data.image_size = 32
+  config.data.mean = (125.3, 123.0, 113.9)
+  config.data.std = (63.0, 62.1, 66.7)
+  return config
+
+
+def _small() -> ml_collections.ConfigDict:
+  config = _full()
+  config.duration = '30 epochs'
+  config.batch_size = 32
+  config.evaluate_every = '5 epochs'
+  config.log_every = '1%'
+  config.model.width = 8
+  config.optimizer.learning_rate = 0.05
+  config.data.image_size = 16
+  config.data.pad = 2
+  config.data.validation = 5000
+  config.data.train_images = 10_000
+  return config
