@@ -69,7 +69,8 @@ def test_cost_of_a_step(text):
   temporary = number(r'([\d,.]+) MB temporary', text)
   # An eighth of the batch on each of eight devices.
   assert number(r'an image +([\d,.]+) MFLOP', text) == pytest.approx(
-    flops / 1e6 / per_device, rel=0.05
+    flops / 1e6 / per_device,
+    abs=0.06,  # one decimal is shown
   )
   assert number(r'([\d,.]+) MB of activations', text) == pytest.approx(
     temporary / per_device, rel=0.05

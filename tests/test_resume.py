@@ -374,7 +374,12 @@ def test_interrupted_from_the_keyboard(tiny, tmp_path, cli, monkeypatch):
     os.kill(os.getpid(), signal.SIGINT)
 
   monkeypatch.setattr(metrics.MetricsWriter, 'write', write)
-  ran = cli(f'--config={tiny}', f'--workdir={tmp_path}')
+  # What a shell runs in the background ignores SIGINT.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  try:
+    ran = cli(f'--config={tiny}', f'--workdir={tmp_path}')
+  finally:
+    signal.signal(signal.SIGINT, before)
   assert ran.code == 130
   assert 'interrupted; the same command goes on' in ran.err
   assert 'Traceback' not in ran.err
