@@ -12,7 +12,7 @@ PART is one of
              a random one: --config.connectivity.topology=RUN/topology.json
   fashion    the rules on Fashion-MNIST (DIR: its IDX files)
 
-all but `branch` also with `cpu-` before it: resnet38 of half the width on 10,000
+all but `branch` also with `cpu-` before it: resnet38 of half width on 10,000
 images of 16x16, ten minutes a run on one core, too small for a claim about
 CIFAR-10. DIR is CIFAR-10 as an image folder. Settings are compared on 5,000
 held out training images, all else on the test images.
