@@ -36,6 +36,11 @@ ARROWS: dict[str, set[str]] = {
     'branch_plots', 'topology', 'experiment', 'files', 'inference',
     'metrics', 'models', 'plots',
   },
+  'dynamics': {
+    'connectivity', 'dynamics_plots', 'experiment', 'metrics', 'models',
+    'plots', 'summarize', 'topology',
+  },
+  'dynamics_plots': {'plots'},
   'describe': {
     'connectivity', 'distributed', 'experiment', 'models', 'steps',
   },

@@ -1,0 +1,466 @@
+r"""What the real masks did while they were learned: a table of runs.
+
+  python -m maskconnect_jax.dynamics runs/rules --figure=dynamics.png
+
+takes the workdirs of runs, finished or not, or folders of such, and reads
+config.json, metrics.jsonl, real_masks.npz and, where there is one,
+topology.json. A row j is a block's, or at branch level a branch's; its n_j
+valid sources i have the entries r[j,i]. **Only rows with n_j > K are counted:**
+the others take all they have, whatever r. The chosen are the K largest of a
+row, of equals the latest; at the freeze those of topology.json. The start is r
+before the first step, made anew from the config; a share of the connectivity
+phase is the recorded step nearest to it, and 100 % the last recorded one.
+
+  at 0, at 1      share of the valid entries that end there exactly
+  zero rows       rows whose entries all end at 0
+  entropy         mean over j of -sum_i p log p / log n_j, p = r / sum_i r with
+                  the floor that the draw has: 1 is a draw that knows nothing
+  changed         chosen at the freeze that were not yet at 25, 50, 75 %
+  drift           with d = r - r at the start, sum_j n_j mean_i(d)^2 over
+                  sum_ji d^2: 1 is rows that move as a whole, which orders
+                  nothing, 0 entries that move against each other
+  reach           mean of j - i over the chosen, source i being block i's
+                  output; in brackets that of a uniform choice
+  live            blocks, or branches, that the output depends on
+
+Of runs whose configs are equal but for the seed, agreement is the mean over
+pairs of seeds a, b of sum_j |chosen_a,j and chosen_b,j| / sum_j K. Two uniform
+choices agree in a hypergeometric number for each row, of mean K^2 / n_j and
+variance
+
+  K (K / n_j) (1 - K / n_j) (n_j - K) / (n_j - 1)
+
+and rows are independent; so are the pairs, two by two, for the overlap of a
+uniform choice with another one is distributed alike whatever that other is. The
+standard deviation of the mean over P pairs is thus sqrt(variance / P).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import itertools
+import json
+import sys
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from maskconnect_jax import config as config_lib
+from maskconnect_jax import (
+  connectivity,
+  dynamics_plots,
+  experiment,
+  metrics,
+  models,
+  plots,
+  summarize,
+  topology,
+)
+from maskconnect_jax.config import InputError
+
+QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """The real mask of a run over its connectivity phase.
+
+  J are the rows with a choice, S the sources, T the records.
+
+  Attributes:
+    workdir: of the run.
+    seed: of the run.
+    fields: every other field of its config, by path.
+    progress: float64 [T], the share of the phase done at each record, from 0.
+    over: whether the records reach the end of the phase.
+    masks: float32 [T, J, S], r at each record.
+    valid: bool [J, S].
+    chosen: bool [J, S], at the freeze; if it is to come, by the last record.
+    blocks: int64 [J], the block that each row belongs to, from 1.
+    live: of how many what the output depends on, in words.
+  """
+
+  workdir: Path
+  seed: int
+  fields: dict[str, Any]
+  progress: np.ndarray
+  over: bool
+  masks: np.ndarray
+  valid: np.ndarray
+  chosen: np.ndarray
+  blocks: np.ndarray
+  live: str
+
+  @property
+  def fan_in(self) -> int:
+    """K."""
+    return int(self.fields['connectivity.fan_in'])
+
+  def record(self, share: float) -> int | None:
+    """Returns the record nearest to a share of the phase; None: not yet."""
+    if share > self.progress[-1] and not self.over:
+      return None
+    return int(np.argmin(np.abs(self.progress - share)))
+
+  @functools.cached_property
+  def entropies(self) -> np.ndarray:
+    """Entropy of p relative to its largest, float64 [T, J]."""
+    r = np.maximum(self.masks, connectivity.PROBABILITY_FLOOR, dtype=np.float64)
+    p = np.where(self.valid, r, 0)
+    p /= p.sum(-1, keepdims=True)
+    terms = p * np.log(p, out=np.zeros_like(p), where=self.valid)
+    return np.asarray(-terms.sum(-1) / np.log(self.valid.sum(-1)))
+
+  def share_at(self, value: float) -> float:
+    """Returns the share of valid entries that end at a value exactly."""
+    return float(np.mean(self.masks[-1][self.valid] == value))
+
+  @property
+  def zero_rows(self) -> int:
+    """How many rows end with all entries at 0."""
+    return int(np.sum(~self.masks[-1].any(-1)))
+
+  def changed(self, share: float) -> int | None:
+    """Returns how many of the chosen were not so at a share of the phase."""
+    record = self.record(share)
+    if record is None:
+      return None
+    before = connectivity.top_k(self.masks[record], self.valid, self.fan_in)
+    return int(np.sum(self.chosen & (np.asarray(before) == 0)))
+
+  @property
+  def drift(self) -> float | None:
+    """Share of the rows' motion that is common to the row; None: no motion."""
+    moved = self.masks[-1].astype(np.float64) - self.masks[0]
+    total = np.sum(moved**2)  # r is 0 where not valid, at all times
+    common = np.sum(moved.sum(-1) ** 2 / self.valid.sum(-1))
+    return float(common / total) if total else None
+
+  @property
+  def reach(self) -> tuple[float, float] | None:
+    """Mean of j - i, chosen and uniform; None where sources are branches."""
+    if self.fields['connectivity.level'] == 'branch':
+      return None
+    distance = self.blocks[:, None] - np.arange(self.valid.shape[-1])
+    uniform = np.sum(distance * self.valid, -1) / self.valid.sum(-1)
+    return float(distance[self.chosen].mean()), float(uniform.mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+  """How far the choices of several seeds agree, as shares of the chosen.
+
+  Attributes:
+    name: what tells these runs from the others.
+    seeds: in rising order, at least two.
+    mean: over the pairs of seeds.
+    chance: what uniform choices would give.
+    deviation: its standard deviation.
+  """
+
+  name: str
+  seeds: list[int]
+  mean: float
+  chance: float
+  deviation: float
+
+
+def read(workdir: Path) -> Run:
+  """Reads a run of which a real mask was recorded.
+
+  Raises:
+    InputError: its files are missing, damaged or of another network, or no row
+      has a choice.
+  """
+  config = config_lib.stored(workdir)
+  valid, start = _at_the_start(config)
+  path = workdir / 'real_masks.npz'
+  try:
+    history = metrics.MaskHistory(workdir, sys.maxsize)
+    masks = np.stack([start, *history.masks])
+    steps = np.array([0, *history.steps])
+  except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+    raise InputError(
+      f'{path} is missing, damaged or of another network than config.json'
+      f' ({error}); train again, or leave the run out'
+    ) from error
+  plan = _plan(workdir, config)
+  fan_in = config.connectivity.fan_in
+  frozen = _frozen(workdir, masks[-1].shape)
+  mask = connectivity.top_k(masks[-1], valid, fan_in)
+  wiring = frozen or topology.from_mask(mask)
+  if isinstance(wiring, topology.BranchTopology):
+    kept = sum(map(len, wiring.live_branches))
+    live = f'{kept} of {len(wiring.live_branches) * masks.shape[-1]} branches'
+    blocks = np.repeat(np.arange(len(wiring.sources)) + 2, masks.shape[-1])
+    rows = [row for junction in wiring.sources for row in junction]
+  else:
+    live = f'{sum(wiring.live)} of {len(wiring.live)} blocks'
+    blocks = np.arange(len(wiring.sources)) + 1
+    rows = list(wiring.sources)
+  sources = masks.shape[-1]
+  valid = valid.reshape(-1, sources)
+  able = valid.sum(-1) > fan_in
+  if not able.any():
+    raise InputError(
+      f'{workdir}: with connectivity.fan_in={fan_in} nothing has more sources'
+      ' than it takes, so nothing was learned; leave the run out'
+    )
+  chosen = np.array([np.isin(np.arange(sources), row) for row in rows])
+  fields = config_lib.plain(config)
+  return Run(
+    workdir,
+    fields.pop('seed'),
+    fields,
+    steps / plan.freeze,
+    bool(steps[-1] > plan.freeze - plan.log_every),
+    masks.reshape(len(masks), -1, sources)[:, able],
+    valid[able],
+    chosen[able],
+    blocks[able],
+    live,
+  )
+
+
+def agreements(runs: Sequence[Run]) -> list[Agreement]:
+  """Compares the seeds of equal configs, after the freeze.
+
+  Raises:
+    InputError: two runs are of the same config and seed.
+  """
+  groups: dict[str, list[Run]] = {}
+  for run in runs:
+    groups.setdefault(json.dumps(run.fields, sort_keys=True), []).append(run)
+  found = []
+  for name, group in zip(
+    summarize.names([group[0].fields for group in groups.values()]),
+    groups.values(),
+    strict=True,
+  ):
+    group.sort(key=lambda run: run.seed)
+    for one, other in itertools.pairwise(group):
+      if one.seed == other.seed:
+        raise InputError(
+          f'{one.workdir} and {other.workdir} are the same config and seed;'
+          ' leave one of them out'
+        )
+    pairs = list(itertools.combinations([r for r in group if r.over], 2))
+    if not pairs:
+      continue
+    k, n = group[0].fan_in, group[0].valid.sum(-1)
+    total = k * len(n)
+    variance = np.sum(k * (k / n) * (1 - k / n) * (n - k) / (n - 1))
+    found.append(
+      Agreement(
+        name,
+        [run.seed for run in group if run.over],
+        float(np.mean([np.sum(a.chosen & b.chosen) for a, b in pairs]) / total),
+        float(np.sum(k**2 / n) / total),
+        float(np.sqrt(variance / len(pairs)) / total),
+      )
+    )
+  return found
+
+
+def markdown(runs: Sequence[Run]) -> str:
+  """Returns the table of some runs, and below it how far seeds agree."""
+  lines = _table(
+    ['', 'phase', 'at 0', 'at 1', 'zero rows', 'entropy at']
+    + ['changed since', 'drift', 'reach', 'live'],
+    [
+      [
+        str(run.workdir),
+        _percent(1 if run.over else run.progress[-1], 0),
+        _percent(run.share_at(0)),
+        _percent(run.share_at(1)),
+        f'{run.zero_rows} of {len(run.valid)}',
+        ' / '.join(
+          '-' if at is None else f'{run.entropies[at].mean():.4f}'
+          for at in map(run.record, QUARTERS)
+        ),
+        ' / '.join(
+          '-' if count is None else str(count)
+          for count in map(run.changed, QUARTERS[1:-1])
+        )
+        + f' of {run.chosen.sum()}',
+        '-' if run.drift is None else _percent(run.drift, 0),
+        '-' if run.reach is None else '{:.1f} ({:.1f})'.format(*run.reach),
+        run.live,
+      ]
+      for run in runs
+    ],
+  )
+  lines += [
+    '',
+    'Entropy at 0 / 25 / 50 / 75 / 100 % of the connectivity phase, relative to'
+    ' a uniform draw; changed since 25 / 50 / 75 %.',
+  ]
+  if found := agreements(runs):
+    lines += [
+      '',
+      *_table(
+        ['', 'seeds', 'agreement', 'chance', 'sigmas'],
+        [
+          [
+            own.name,
+            f'{len(own.seeds)} ({", ".join(map(str, own.seeds))})',
+            _percent(own.mean),
+            f'{100 * own.chance:.1f} ± {_percent(own.deviation)}',
+            f'{(own.mean - own.chance) / own.deviation:+.1f}',
+          ]
+          for own in found
+        ],
+      ),
+    ]
+  return '\n'.join(lines) + '\n'
+
+
+def draw(runs: Sequence[Run], path: Path) -> None:
+  """Draws up to six runs as FILE.png, and beside it FILE.svg."""
+  if path.suffix != '.png':
+    raise InputError(f'--figure={path} must end in .png')
+  if len(runs) > dynamics_plots.MOST:
+    raise InputError(
+      f'--figure draws up to {dynamics_plots.MOST} runs, not {len(runs)}; give'
+      ' fewer workdirs'
+    )
+  panels = []
+  for run in runs:
+    blocks = np.unique(run.blocks)
+    panels.append(
+      dynamics_plots.Panel(
+        '/'.join(run.workdir.resolve().parts[-2:]),
+        run.progress,
+        np.stack(
+          [run.entropies[:, run.blocks == b].mean(-1) for b in blocks], -1
+        ),
+        run.masks[-1],
+        run.valid,
+        run.chosen,
+        run.blocks,
+      )
+    )
+  plots.save(dynamics_plots.figure(panels), path.with_suffix(''))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+  """Runs the command; `arguments` are those of the process by default."""
+  # Not absl's flags, which are global: those of main.py take other values.
+  parser = argparse.ArgumentParser(
+    prog='python -m maskconnect_jax.dynamics',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  parser.add_argument(
+    'workdirs', nargs='+', type=Path, help='runs, or folders of runs'
+  )
+  parser.add_argument(
+    '--figure',
+    type=Path,
+    metavar='FILE.png',
+    help='draw them too, up to six; FILE.svg is written beside it',
+  )
+  given = parser.parse_args(arguments)
+  try:
+    found = summarize.find_runs(given.workdirs)
+    masked = [run for run in found if (run / 'real_masks.npz').is_file()]
+    if not masked:
+      raise InputError(
+        f'{found[0]} holds no real_masks.npz; give runs with'
+        ' connectivity.rule=learned that have saved a checkpoint'
+      )
+    runs = [read(workdir) for workdir in masked]
+    text = markdown(runs)
+    if given.figure:
+      draw(runs, given.figure)
+  except InputError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+  print(text, end='')
+  if others := [run for run in found if run not in masked]:
+    names = ', '.join(map(str, others))
+    print(f'\nWithout a recorded real mask, and in no row: {names}.')
+
+
+def _at_the_start(
+  config: ml_collections.ConfigDict,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the valid sources, bool, and r before training, of r's shape."""
+  own = config.connectivity
+  # Neither hangs on the data; so this is the run's own network in both.
+  options: dict[str, Any] = {
+    'num_classes': 1,
+    'width': config.model.width or None,
+    'fan_in': own.fan_in,
+    'initial': own.initial,
+    'initial_spread': own.initial_spread,
+    'seed': config.seed,
+    'level': own.level,
+  }
+  if own.level == 'block':
+    options |= {'stem_source': own.stem_source, 'adapter': own.adapter}
+  valid = []
+
+  # Under jit only r is computed: the weights, which nothing asks for, are not.
+  @jax.jit
+  def start() -> jax.Array:
+    stack = models.create_model(config.model.name, **options).stack
+    valid.append(np.array(stack.valid))
+    return stack.real_mask[...]
+
+  mask = np.asarray(start())
+  return np.broadcast_to(valid[0], mask.shape), mask
+
+
+def _plan(workdir: Path, config: ml_collections.ConfigDict) -> experiment.Plan:
+  """Returns the run's durations; its log says how long an epoch is."""
+  records = metrics.read(workdir)
+  if not records:
+    raise InputError(
+      f'{workdir} holds no metrics.jsonl that says how long an epoch is; train'
+      ' again, or leave the run out'
+    )
+  per_epoch = round(records[-1]['step'] / records[-1]['epoch'])
+  return experiment.make_plan(config, per_epoch * config.batch_size)
+
+
+def _frozen(
+  workdir: Path, shape: tuple[int, ...]
+) -> topology.Topology | topology.BranchTopology | None:
+  """Returns what was frozen, if the run is finished."""
+  path = workdir / 'topology.json'
+  if not path.is_file():
+    return None
+  try:
+    frozen = topology.from_dict(json.loads(path.read_text(encoding='utf-8')))
+    branch = isinstance(frozen, topology.BranchTopology)
+    if branch != (len(shape) == 3) or len(frozen.sources) != shape[0]:
+      raise ValueError(f'not the topology of a mask of shape {shape}')
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise InputError(
+      f'{path} is damaged ({error}); train again: the run goes on from its'
+      ' last checkpoint'
+    ) from error
+  return frozen
+
+
+def _table(head: list[str], rows: Sequence[list[str]]) -> list[str]:
+  return [
+    f'| {" | ".join(cell.replace("|", chr(92) + "|") for cell in row)} |'
+    for row in [head, ['---'] * len(head), *rows]
+  ]
+
+
+def _percent(share: float, digits: int = 1) -> str:
+  return f'{100 * share:.{digits}f} %'
+
+
+if __name__ == '__main__':
+  main()
