@@ -11,6 +11,8 @@ row, of equals the latest; at the freeze those of topology.json. The start is r
 before the first step, made anew from the config; a share of the connectivity
 phase is the recorded step nearest to it, and 100 % the last recorded one.
 
+  recorded        share of the phase; the last line of the log before the freeze
+                  may lie before it
   at 0, at 1      share of the valid entries that end there exactly
   zero rows       rows whose entries all end at 0
   entropy         mean over j of -sum_i p log p / log n_j, p = r / sum_i r with
@@ -271,13 +273,13 @@ def agreements(runs: Sequence[Run]) -> list[Agreement]:
 
 def markdown(runs: Sequence[Run]) -> str:
   """Returns the table of some runs, and below it how far seeds agree."""
+  head = ['', 'recorded', 'at 0', 'at 1', 'zero rows', 'entropy at']
   lines = _table(
-    ['', 'phase', 'at 0', 'at 1', 'zero rows', 'entropy at']
-    + ['changed since', 'drift', 'reach', 'live'],
+    [*head, 'changed since', 'drift', 'reach', 'live'],
     [
       [
         str(run.workdir),
-        _percent(1 if run.over else run.progress[-1], 0),
+        _percent(run.progress[-1], 0) + ', running' * (not run.over),
         _percent(run.share_at(0)),
         _percent(run.share_at(1)),
         f'{run.zero_rows} of {len(run.valid)}',

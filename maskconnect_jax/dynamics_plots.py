@@ -43,6 +43,11 @@ class Panel(NamedTuple):
   chosen: np.ndarray
   blocks: np.ndarray
 
+  @property
+  def branches(self) -> bool:
+    """Whether rows are branches, of which a block has several."""
+    return len(np.unique(self.blocks)) < len(self.blocks)
+
 
 @style.context(plots.STYLE)
 def figure(panels: Sequence[Panel]) -> Figure:
@@ -78,14 +83,16 @@ def figure(panels: Sequence[Panel]) -> Figure:
     box = (x + 290, y, SIDE, SIDE)
     grid = page.inset_axes(box, transform=page.transData)
     cells = _draw_mask(grid, panel)
-    page.text(x + 290 + SIDE / 2, y - 27, 'source', **look)
+    source = 'branch before' if panel.branches else 'source'
+    page.text(x + 290 + SIDE / 2, y - 27, source, **look)
     page.text(x + 262, y + SIDE / 2, 'block', rotation=90, **look)
   axes = page.inset_axes((70, 24, SIDE, 9), transform=page.transData)
   bar = result.colorbar(depth, cax=axes, orientation='horizontal')
   bar.set_ticks([first, last], labels=[f'block {first}', f'block {last}'])
-  bar.outline.set_visible(False)  # type: ignore[operator]
+  bar.outline.set_visible(False)
   plots.add_color_bar(page, cells, 290, 24)
-  plots.add_legend(page, 238, 20, {'chosen': plots.DOT_LOOK | {'ms': 7}})
+  keys: dict[str, plots.Look] = {'chosen': plots.DOT_LOOK | {'ms': 7}}
+  plots.add_legend(page, 384, height - 64, keys)
   return result
 
 
@@ -117,7 +124,7 @@ def _draw_mask(axes: Axes, panel: Panel) -> cm.ScalarMappable:
     interpolation='nearest',
   )
   cell = SIDE / max(rows, sources)
-  dot = float(np.clip(0.5 * cell, 1.2, 8))
+  dot = float(np.clip(0.6 * cell, 1.6, 8))
   taken, picked = np.nonzero(panel.chosen)
   look = plots.DOT_LOOK | {'ms': dot, 'mew': dot / 12}
   axes.plot(picked, taken, gid='chosen', **look)
@@ -125,9 +132,12 @@ def _draw_mask(axes: Axes, panel: Panel) -> cm.ScalarMappable:
   every = 1 if len(blocks) <= 9 else 2 if len(blocks) <= 20 else 5
   shown = [i for i, block in enumerate(blocks) if block % every == 0]
   axes.set_yticks(starts[shown], [str(blocks[i]) for i in shown])
-  if len(blocks) < rows:  # several branches to a block
+  if panel.branches:  # they count from 1 in pictures
     axes.hlines(starts[1:] - 0.5, -0.5, sources - 0.5, color='white', lw=1)
-  axes.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
+  every = 1 if sources <= 8 else 4 if sources <= 24 else 10
+  ticks = np.arange(0, sources, every)
+  names = [str(t + panel.branches) for t in ticks]
+  axes.set_xticks(ticks, names if panel.branches else ['stem', *names[1:]])
   axes.set_xlim(-0.5, sources - 0.5)
   axes.set_frame_on(False)
   return cells
