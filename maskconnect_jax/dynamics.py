@@ -326,13 +326,6 @@ def markdown(runs: Sequence[Run]) -> str:
 
 def draw(runs: Sequence[Run], path: Path) -> None:
   """Draws up to six runs as FILE.png, and beside it FILE.svg."""
-  if path.suffix != '.png':
-    raise InputError(f'--figure={path} must end in .png')
-  if len(runs) > dynamics_plots.MOST:
-    raise InputError(
-      f'--figure draws up to {dynamics_plots.MOST} runs, not {len(runs)}; give'
-      ' fewer workdirs'
-    )
   panels = []
   for run in runs:
     blocks = np.unique(run.blocks)
@@ -377,6 +370,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
       raise InputError(
         f'{found[0]} holds no real_masks.npz; give runs with'
         ' connectivity.rule=learned that have saved a checkpoint'
+      )
+    if given.figure and given.figure.suffix != '.png':
+      raise InputError(f'--figure={given.figure} must end in .png')
+    if given.figure and len(masked) > dynamics_plots.MOST:
+      raise InputError(
+        f'--figure draws up to {dynamics_plots.MOST} runs, not {len(masked)};'
+        ' give fewer workdirs'
       )
     runs = [read(workdir) for workdir in masked]
     text = markdown(runs)

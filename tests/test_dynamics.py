@@ -305,7 +305,7 @@ def test_picture_shows_the_numbers_and_no_text_overlaps():
   masks = random_masks(1)
   rows = list(rows_of(masks, 'block'))
   lines = np.array(
-    [[entropy(v) for _, _, v in rows for v in [v[at]]] for at in range(6)]
+    [[entropy(values[at]) for _, _, values in rows] for at in range(6)]
   )
   real = np.stack([masks[-1][block - 1] for block, _, _ in rows])
   valid = np.tri(BLOCKS, dtype=bool)[2:]
