@@ -54,6 +54,7 @@ def figure(panels: Sequence[Panel]) -> Figure:
   """Draws for each run how sure its draws became, and the r that it ended with.
 
   All runs share the scale of the entropy, which starts where their least is.
+  In the SVG, a line has the id `run-NUMBER-entropy-BLOCK`.
   """
   columns = min(2, len(panels))
   rows = -(-len(panels) // columns)
@@ -75,14 +76,14 @@ def figure(panels: Sequence[Panel]) -> Figure:
     page.text(x + 24, y + SIDE + 16, panel.title, **look)
     box = (x + 70, y, SIDE, SIDE)
     lines = page.inset_axes(box, transform=page.transData)
-    _draw_entropy(lines, panel, depth)
+    _draw_entropy(lines, panel, depth, f'run-{n + 1}')
     lines.set_ylim(low, 1 + 0.02 * (1 - low))
     look = plots.NAME_LOOK | {'weight': 'normal', 'size': 9}
     page.text(x + 70 + SIDE / 2, y - 27, 'of the connectivity phase', **look)
     page.text(x + 24, y + SIDE / 2, 'relative entropy', rotation=90, **look)
     box = (x + 290, y, SIDE, SIDE)
     grid = page.inset_axes(box, transform=page.transData)
-    cells = _draw_mask(grid, panel)
+    cells = _draw_mask(grid, panel, f'run-{n + 1}')
     source = 'branch before' if panel.branches else 'source'
     page.text(x + 290 + SIDE / 2, y - 27, source, **look)
     page.text(x + 262, y + SIDE / 2, 'block', rotation=90, **look)
@@ -96,7 +97,9 @@ def figure(panels: Sequence[Panel]) -> Figure:
   return result
 
 
-def _draw_entropy(axes: Axes, panel: Panel, depth: cm.ScalarMappable) -> None:
+def _draw_entropy(
+  axes: Axes, panel: Panel, depth: cm.ScalarMappable, name: str
+) -> None:
   for block, values in zip(
     np.unique(panel.blocks), panel.entropy.T, strict=True
   ):
@@ -104,7 +107,7 @@ def _draw_entropy(axes: Axes, panel: Panel, depth: cm.ScalarMappable) -> None:
       *(panel.progress, values),
       color=depth.to_rgba(block),
       lw=1.1,
-      gid=f'entropy-{block}',
+      gid=f'{name}-entropy-{block}',
     )
   axes.set_xlim(0, 1)
   axes.set_xticks([0, 0.5, 1], ['0', '50 %', '100 %'])
@@ -113,7 +116,7 @@ def _draw_entropy(axes: Axes, panel: Panel, depth: cm.ScalarMappable) -> None:
   axes.spines[['left', 'bottom']].set_color(plots.FAINT)
 
 
-def _draw_mask(axes: Axes, panel: Panel) -> cm.ScalarMappable:
+def _draw_mask(axes: Axes, panel: Panel, name: str) -> cm.ScalarMappable:
   rows, sources = panel.valid.shape
   cells = axes.imshow(
     np.ma.masked_where(~panel.valid, panel.real_mask),
@@ -127,7 +130,7 @@ def _draw_mask(axes: Axes, panel: Panel) -> cm.ScalarMappable:
   dot = float(np.clip(0.6 * cell, 1.6, 8))
   taken, picked = np.nonzero(panel.chosen)
   look = plots.DOT_LOOK | {'ms': dot, 'mew': dot / 12}
-  axes.plot(picked, taken, gid='chosen', **look)
+  axes.plot(picked, taken, gid=f'{name}-chosen', **look)
   blocks, starts = np.unique(panel.blocks, return_index=True)
   every = 1 if len(blocks) <= 9 else 2 if len(blocks) <= 20 else 5
   shown = [i for i, block in enumerate(blocks) if block % every == 0]

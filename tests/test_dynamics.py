@@ -297,8 +297,14 @@ def test_picture(write, tmp_path):
   dynamics.draw(runs, tmp_path / 'out.png')
   assert (tmp_path / 'out.png').stat().st_size
   drawn = ElementTree.parse(tmp_path / 'out.svg')
-  groups = {e.get('id'): e for e in drawn.iter() if e.get('id')}
-  assert {f'entropy-{block}' for block in range(2, 7)} <= set(groups)
+  ids = [e.get('id') for e in drawn.iter() if 'entropy' in e.get('id', '')]
+  assert ids == [
+    *(f'run-1-entropy-{block}' for block in (3, 4, 5, 6)),
+    *(f'run-2-entropy-{block}' for block in (2, 3, 4, 5, 6)),
+  ]
+  for run in runs:
+    expected = [0, *(step / FREEZE for step in STEPS)]
+    np.testing.assert_allclose(run.progress, expected)
 
 
 def test_picture_shows_the_numbers_and_no_text_overlaps():
