@@ -139,7 +139,8 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Result:
       at_end = done == plan.total or interrupted
       saving = at_end or done % plan.checkpoint_every == 0
       evaluating = done == plan.total or done % plan.evaluate_every == 0
-      if not (saving or evaluating or done % plan.log_every == 0):
+      logging = done % plan.log_every == 0 or done == plan.freeze
+      if not (saving or evaluating or logging):
         continue
 
       means = average(pending, done, checkpoints)
