@@ -73,7 +73,11 @@ def step_on(count, model):
   after, metrics = compiled(state, images, labels)
   batch = jax.device_put((IMAGES, LABELS, np.arange(BATCH) < 13), sharded)
   sums = jax.jit(steps.eval_step, static_argnums=0)(
-    recipe, after.variables(), *batch, jax.device_put(jax.random.key(2), whole)
+    recipe,
+    after.variables(),
+    *batch,
+    jax.device_put(jax.random.key(2), whole),
+    0,
   )
   assert metrics['loss'].sharding.device_set == set(jax.devices()[:count])
   return jax.device_get((state, after, metrics, sums)), compiled
