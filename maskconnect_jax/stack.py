@@ -246,11 +246,23 @@ class MaskedStack(Wiring):
     self, options: dict[str, Any]
   ) -> Callable[[nnx.Module, jax.Array], jax.Array]:
     """Returns what runs a block on its input."""
+    plain = {
+      name: option
+      for name, option in options.items()
+      if isinstance(option, bool | int | float | str | None)
+    }
+    arrays = {name: options[name] for name in options.keys() - plain.keys()}
+    run: Callable[..., Any] = _run
+    if self.remat == 'block':
+      run = jax.checkpoint(run, static_argnums=(0, 1))
 
-    def run(block: Any, x: jax.Array) -> Any:
-      return block(x, **options)
+    def run_block(block: Any, x: jax.Array) -> jax.Array:
+      graph, state = nnx.split(block)
+      y, state = run(graph, tuple(plain.items()), state, x, arrays)
+      nnx.update(block, state)
+      return y
 
-    return nnx.remat(run) if self.remat == 'block' else run
+    return run_block
 
   def _weights(self, mask: jax.Array) -> jax.Array:
     """Returns the mask times the scale of each row's terms, [L, L]."""
@@ -287,6 +299,24 @@ class MaskedStack(Wiring):
         self.blocks[target] = Pruned(self.blocks[target])
     if isinstance(self.adapter, layers.ProjectionAdapter):
       self.adapter.prune(edges)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(
+  graph: Any,
+  plain: tuple[tuple[str, Any], ...],
+  state: Any,
+  x: jax.Array,
+  arrays: dict[str, Any],
+) -> tuple[jax.Array, Any]:
+  """Returns a block's output, and what it has changed of its state.
+
+  Of blocks that are alike only the first one is traced and lowered, which is
+  most of the time to the first step of a deep network.
+  """
+  block = nnx.merge(graph, state)
+  y = block(x, **dict(plain), **arrays)
+  return y, nnx.state(block, nnx.Not(nnx.Param))
 
 
 class _Sources:
