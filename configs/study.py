@@ -35,8 +35,12 @@ SETTINGS = (
   'masks.momentum=0.9',
   'masks.momentum=0.9 masks.learning_rate=0.01',
   'connectivity.gradient=drawn',
-  'connectivity.gradient=centered',
-  'connectivity.gradient=normalized',
+  'connectivity.gradient=centered masks.learning_rate=0.3',
+  'connectivity.gradient=normalized masks.learning_rate=1.0',
+  'connectivity.gradient=normalized masks.learning_rate=1.0'
+  ' connectivity.temperature=0.1',
+  'connectivity.gradient=normalized masks.learning_rate=1.0'
+  ' connectivity.temperature=0.1 connectivity.phase=25%',
   'connectivity.gradient_every=4',
   'connectivity.scale=sum',
   'connectivity.initial=0.25',

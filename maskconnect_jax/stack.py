@@ -256,10 +256,15 @@ class MaskedStack(Wiring):
     if self.remat == 'block':
       run = jax.checkpoint(run, static_argnums=(0, 1))
 
-    def run_block(block: Any, x: jax.Array) -> jax.Array:
+    def run_block(block: Any, x: jax.Array) -> Any:
       graph, state = nnx.split(block)
-      y, state = run(graph, tuple(plain.items()), state, x, arrays)
-      nnx.update(block, state)
+      try:
+        hash(graph)
+      except TypeError:  # a block of one's own that holds a list, say
+        return block(x, **options)
+      y, changed = run(graph, tuple(plain.items()), state, x, arrays)
+      if changed:
+        nnx.update(block, changed)
       return y
 
     return run_block
@@ -315,8 +320,14 @@ def _run(
   most of the time to the first step of a deep network.
   """
   block = nnx.merge(graph, state)
+  before = dict(nnx.to_flat_state(nnx.state(block)))
+  before = {path: leaf.get_value() for path, leaf in before.items()}
   y = block(x, **dict(plain), **arrays)
-  return y, nnx.state(block, nnx.Not(nnx.Param))
+  return y, nnx.from_flat_state(
+    (path, leaf)
+    for path, leaf in nnx.to_flat_state(nnx.state(block))
+    if leaf.get_value() is not before.get(path)
+  )
 
 
 class _Sources:
