@@ -223,6 +223,7 @@ def test_roofline_takes_the_longer_of_two_times(
   assert row['bound'] == ('arithmetic' if arithmetic > memory else 'memory')
 
 
+@pytest.mark.slow  # and wrong by chance where other programs run
 def test_rates_are_of_the_order_of_numpys() -> None:
   roofline = functions_of('roofline')
   matrix, array = np.ones((512, 512), np.float32), np.ones(2**24, np.float32)
