@@ -77,6 +77,17 @@ def parser(doc: str | None, **defaults: str) -> argparse.ArgumentParser:
   return own
 
 
+def add_turns(own: argparse.ArgumentParser, accelerator: bool) -> None:
+  """Adds the options of programs that time things in turns."""
+  own.add_argument('--rounds', type=int, default=20, help='default 20')
+  own.add_argument(
+    '--steps',
+    type=int,
+    default=10 if accelerator else 1,
+    help='of each in a round, default 10, on CPU 1',
+  )
+
+
 def names(text: str) -> list[str]:
   return text.split(',')
 

@@ -64,8 +64,7 @@ def main() -> None:
     fan_in='10',
   )
   cpu = jax.default_backend() == 'cpu'
-  parser.add_argument('--rounds', type=int, default=20, help='default 20')
-  parser.add_argument('--steps', type=int, default=1 if cpu else 10)
+  common.add_turns(parser, not cpu)
   given = common.parsed(
     parser,
     models='resnet20',

@@ -211,14 +211,7 @@ def main() -> None:
     rules='learned,fixed_random,fixed_prev,fixed_all',
     fan_in='10,4',
   )
-  cpu = jax.default_backend() == 'cpu'
-  parser.add_argument('--rounds', type=int, default=20, help='default 20')
-  parser.add_argument(
-    '--steps',
-    type=int,
-    default=1 if cpu else 10,
-    help='of each form in a round, default 10, on CPU 1',
-  )
+  common.add_turns(parser, jax.default_backend() != 'cpu')
   what = parser.add_mutually_exclusive_group()
   what.add_argument('--inference', action='store_true')
   what.add_argument('--data', help="'memory' or a folder of images")

@@ -321,13 +321,7 @@ def main() -> None:
     default='reduce-overhead' if cuda else 'default',
     help='of torch.compile: default reduce-overhead, on CPU default; or eager',
   )
-  parser.add_argument('--rounds', type=int, default=20, help='default 20')
-  parser.add_argument(
-    '--steps',
-    type=int,
-    default=10 if cuda else 1,
-    help='of each in a round, default 10, on CPU 1',
-  )
+  common.add_turns(parser, cuda)
   given = common.parsed(
     parser, models='resnet14', batches='16', fan_in='3', rounds=5
   )

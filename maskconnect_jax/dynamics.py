@@ -15,8 +15,9 @@ phase is the recorded step nearest to it, and 100 % the last recorded one.
                   may lie before it
   at 0, at 1      share of the valid entries that end there exactly
   zero rows       rows whose entries all end at 0
-  entropy         mean over j of -sum_i p log p / log n_j, p = r / sum_i r with
-                  the floor that the draw has: 1 is a draw that knows nothing
+  entropy         mean over j of -sum_i p log p / log n_j, with p ∝ r^(1/T) as
+                  the draw has it then, and its floor: 1 is a draw that knows
+                  nothing
   changed         chosen at the freeze that were not yet at 25, 50, 75 %
   drift           with d = r - r at the start, sum_j n_j mean_i(d)^2 over
                   sum_ji d^2: 1 is rows that move as a whole, which orders
@@ -115,10 +116,14 @@ class Run:
   def entropies(self) -> np.ndarray:
     """Entropy of p relative to its largest, float64 [T, J]."""
     r = np.maximum(self.masks, connectivity.PROBABILITY_FLOOR, dtype=np.float64)
-    p = np.where(self.valid, r, 0)
-    p /= p.sum(-1, keepdims=True)
-    terms = p * np.log(p, out=np.zeros_like(p), where=self.valid)
-    return np.asarray(-terms.sum(-1) / np.log(self.valid.sum(-1)))
+    # T falls from 1 to that of the config, geometrically.
+    temperature = self.fields['connectivity.temperature'] ** self.progress
+    scores = np.log(r) / temperature[:, None, None]
+    scores -= scores.max(-1, where=self.valid, initial=-np.inf, keepdims=True)
+    weights = np.where(self.valid, np.exp(np.minimum(scores, 0)), 0)
+    total = weights.sum(-1)
+    entropy = np.log(total) - (weights * scores).sum(-1) / total
+    return np.asarray(entropy / np.log(self.valid.sum(-1)))
 
   def share_at(self, value: float) -> float:
     """Returns the share of valid entries that end at a value exactly."""
@@ -442,8 +447,7 @@ def _frozen(
     return None
   try:
     frozen = topology.from_dict(json.loads(path.read_text(encoding='utf-8')))
-    branch = isinstance(frozen, topology.BranchTopology)
-    if branch != (len(shape) == 3) or len(frozen.sources) != shape[0]:
+    if frozen.shape != shape:
       raise ValueError(f'not the topology of a mask of shape {shape}')
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise InputError(
@@ -454,10 +458,7 @@ def _frozen(
 
 
 def _table(head: list[str], rows: Sequence[list[str]]) -> list[str]:
-  return [
-    f'| {" | ".join(cell.replace("|", chr(92) + "|") for cell in row)} |'
-    for row in [head, ['---'] * len(head), *rows]
-  ]
+  return [summarize.line(row) for row in [head, ['---'] * len(head), *rows]]
 
 
 def _percent(share: float, digits: int = 1) -> str:

@@ -253,15 +253,17 @@ class MaskedStack(Wiring):
     }
     arrays = {name: options[name] for name in options.keys() - plain.keys()}
     run: Callable[..., Any] = _run
+    call: Callable[..., Any] = _call
     if self.remat == 'block':
       run = jax.checkpoint(run, static_argnums=(0, 1))
+      call = nnx.remat(call, static_argnums=(1,))
 
     def run_block(block: Any, x: jax.Array) -> Any:
       graph, state = nnx.split(block)
       try:
         hash(graph)
       except TypeError:  # a block of one's own that holds a list, say
-        return block(x, **options)
+        return call(block, tuple(plain.items()), x, arrays)
       y, changed = run(graph, tuple(plain.items()), state, x, arrays)
       if changed:
         nnx.update(block, changed)
@@ -320,14 +322,24 @@ def _run(
   most of the time to the first step of a deep network.
   """
   block = nnx.merge(graph, state)
-  before = dict(nnx.to_flat_state(nnx.state(block)))
-  before = {path: leaf.get_value() for path, leaf in before.items()}
-  y = block(x, **dict(plain), **arrays)
+  before = {
+    path: leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(block))
+  }
+  y = _call(block, plain, x, arrays)
   return y, nnx.from_flat_state(
     (path, leaf)
     for path, leaf in nnx.to_flat_state(nnx.state(block))
     if leaf.get_value() is not before.get(path)
   )
+
+
+def _call(
+  block: Any,
+  plain: tuple[tuple[str, Any], ...],
+  x: jax.Array,
+  arrays: dict[str, Any],
+) -> Any:
+  return block(x, **dict(plain), **arrays)
 
 
 class _Sources:

@@ -121,7 +121,7 @@ class Table:
     validated = ['validation'] * any(row.held_out for row in self.rows)
     head = ['', 'seeds', 'duration', *validated, 'test accuracy', 'best']
     head += ['parameters', 'after pruning', 'images/s', 'device']
-    lines = [_line(head), _line(['---'] * len(head))]
+    lines = [line(head), line(['---'] * len(head))]
     for row in self.rows:
       record = row.record()
       cells = [
@@ -136,7 +136,7 @@ class Table:
         f'{record["images_per_second"]:,.0f}',
         record['device'],
       ]
-      lines.append(_line(cells))
+      lines.append(line(cells))
     lines += ['', CAPTION]
     if len({run.device for row in self.rows for run in row.runs}) > 1:
       lines.append('Devices differ: their images per second do not compare.')
@@ -260,7 +260,8 @@ def _runs_below(folder: Path) -> Iterator[Path]:
       yield Path(path)
 
 
-def _line(cells: Sequence[Any]) -> str:
+def line(cells: Sequence[Any]) -> str:
+  """Returns a row of a Markdown table."""
   text = ' | '.join(str(cell).replace('|', r'\|') for cell in cells)
   return f'| {text} |'
 

@@ -114,10 +114,12 @@ def rows_of(masks, level, fan_in=2):
       yield i + 2, (i, c), [[float(v) for v in m[i][c]] for m in masks]
 
 
-def entropy(values):
+def entropy(values, temperature=1.0):
   values = [max(value, 1e-6) for value in values]
+  values = [(value / max(values)) ** (1 / temperature) for value in values]
   shares = [value / math.fsum(values) for value in values]
-  return -math.fsum(p * math.log(p) for p in shares) / math.log(len(shares))
+  terms = [p * math.log(p) for p in shares if p]
+  return -math.fsum(terms) / math.log(len(shares))
 
 
 def largest(values, count):
@@ -186,6 +188,22 @@ def test_against_loops(level, write, table):
   assert len(cells) == len(expected)
   for cell, (values, tolerance) in zip(cells, expected, strict=True):
     assert numbers(cell) == pytest.approx(values, abs=1.001 * tolerance), cell
+
+
+@pytest.mark.parametrize('last', [0.1, 0.01])
+def test_entropy_is_of_the_draw_at_its_temperature(last, write, table):
+  masks = random_masks(1)
+  workdir = write('run', masks, connectivity__temperature=last)
+  cells = table(workdir)[0][str(workdir)]
+  rows = list(rows_of(masks, 'block'))
+  means = [
+    math.fsum(
+      entropy(values[at], last ** (STEPS[at] / FREEZE)) for _, _, values in rows
+    )
+    / len(rows)
+    for at in (1, 2, 4, 5)
+  ]
+  assert numbers(cells[4]) == pytest.approx([1, *means], abs=5.1e-5)
 
 
 def test_agreement_against_enumeration(write, table):

@@ -544,6 +544,55 @@ def test_blocks_computed_again_change_nothing_but_the_memory(rule):
   )
 
 
+class Listed(nnx.Module):
+  """A block whose graph cannot be hashed, as it holds a list."""
+
+  def __init__(self, rngs):
+    self.factors = nnx.static([1.0, 0.5])
+    self.dense = nnx.Linear(4, 4, rngs=rngs)
+    self.norm = nnx.BatchNorm(4, rngs=rngs)
+
+  def __call__(self, x, train):
+    y = self.norm(self.dense(x), use_running_average=not train)
+    return sum(jnp.tanh(factor * y) for factor in self.factors)
+
+
+def test_blocks_that_hold_lists_are_computed_again_too():
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)), 'f')
+
+  def outcome(remat):
+    rngs = nnx.Rngs(0, connectivity=1)
+    model = MaskedStack(
+      [Listed(rngs) for _ in range(3)],
+      fan_in=2,
+      rule='fixed_all',
+      remat=remat,
+      rngs=rngs,
+    )
+    with pytest.raises(TypeError, match='unhashable'):
+      hash(nnx.split(model.blocks[0])[0])
+    graph, weights, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(weights):
+      model = nnx.merge(graph, weights, rest, copy=True)
+      y = model(x, train=True)
+      return jnp.sum(y**2), nnx.state(model, nnx.BatchStat)
+
+    value = jax.value_and_grad(loss, has_aux=True)(weights)
+    return value, str(jax.make_jaxpr(loss)(weights)), nnx.state(model)
+
+  kept, plain, before = outcome('none')
+  again, marked, _ = outcome('block')
+  assert (plain.count('remat2['), marked.count('remat2[')) == (0, 3)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+    again,
+    kept,
+  )
+  mean = kept[0][1]['blocks'][0]['norm']['mean']
+  assert not np.allclose(mean, before['blocks'][0]['norm']['mean'])
+
+
 @pytest.mark.parametrize('rule', ['learned', 'fixed_all'])
 @pytest.mark.parametrize(
   'size', [(8, 8), (25, 25), (28, 28), (32, 32), (9, 30)]
