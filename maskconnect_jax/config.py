@@ -33,6 +33,18 @@ CHOICES = {
   'model.dtype': ('float32', 'bfloat16'),
 }
 
+# Fields that mean nothing unless another has this value.
+ONLY_WITH = {
+  'model.remat': ('connectivity.level', 'block'),
+  'connectivity.stem_source': ('connectivity.level', 'block'),
+  'connectivity.gradient_every': ('connectivity.level', 'block'),
+  'connectivity.scale': ('connectivity.level', 'block'),
+  'connectivity.adapter': ('connectivity.level', 'block'),
+  'connectivity.branch_identity': ('connectivity.level', 'branch'),
+  'connectivity.shuffled': ('connectivity.rule', 'fixed_given'),
+  'data.randaugment': ('data.crop', 'resized'),
+}
+
 
 class InputError(ValueError):
   """What the user gave cannot be used.
@@ -199,6 +211,12 @@ def check(config: ml_collections.ConfigDict) -> None:
       "config.connectivity.rule='fixed_given' and config.connectivity.topology,"
       ' the path of a topology.json, go together'
     )
+  for path, (other, value) in ONLY_WITH.items():
+    if given[path] != known[path] and given[other] != value:
+      raise InputError(
+        f'config.{path}={given[path]!r} is for config.{other}={value!r} alone,'
+        f' not for {given[other]!r}; leave it at {known[path]!r}'
+      )
   if not 0 < given['connectivity.temperature'] <= 1:
     raise InputError(
       f'config.connectivity.temperature={given["connectivity.temperature"]}'
@@ -236,11 +254,6 @@ def _check_data(data: ml_collections.ConfigDict) -> None:
     raise InputError(
       f'config.data.randaugment_magnitude={data.randaugment_magnitude} must be'
       ' in [0, 10]'
-    )
-  if data.randaugment and data.crop != 'resized':
-    raise InputError(
-      f'config.data.randaugment={data.randaugment} needs config.data.crop='
-      "'resized'"
     )
   if data.eval_resize and not 0 < data.image_size <= data.eval_resize:
     raise InputError(

@@ -94,6 +94,9 @@ def changed(path, value):
     ('log_every', 'often', "log_every='often' is not a duration"),
     ('optimizer.steps_at', ('50%', 'x'), "steps_at='x' is not a duration"),
     ('duration', '50%', "duration='50%' needs a unit"),
+    ('connectivity.branch_identity', '1/C', "is for .*level='branch' alone"),
+    ('connectivity.shuffled', True, "is for .*rule='fixed_given' alone"),
+    ('data.randaugment', 2, "for .*crop='resized' alone, not for 'pad'"),
   ],
 )
 def test_bad_values(path, value, message):
@@ -101,6 +104,18 @@ def test_bad_values(path, value, message):
     config_lib.check(changed(path, value))
   assert str(error.value).startswith(f'config.{path}')
   assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('path', 'value'),
+  [('connectivity.gradient_every', 4), ('model.remat', 'block')],
+)
+def test_what_the_branch_level_form_has_not(path, value):
+  config = changed(path, value)
+  config_lib.check(config)
+  config.connectivity.level = 'branch'
+  with pytest.raises(config_lib.InputError, match='not for .branch.; leave it'):
+    config_lib.check(config)
 
 
 def test_a_missing_field():
