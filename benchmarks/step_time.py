@@ -83,7 +83,7 @@ class Forward:
     network, *self.variables = steps.split(model)
 
     def forward(variables: Any, images: jax.Array) -> jax.Array:
-      own = nnx.merge(network, *variables, copy=True)
+      own = nnx.merge(network, *variables)
       with job.recipe.on_mesh():
         return own(augment.normalize(images, job.recipe.mean, job.recipe.std))
 

@@ -185,9 +185,7 @@ def mask_gradient(
   """Returns dloss/dr of the step to come, [L, L]."""
 
   def loss_of(masks: Any) -> jax.Array:
-    model = nnx.merge(
-      recipe.network, state.weights, masks, state.statistics, copy=True
-    )
+    model = nnx.merge(recipe.network, state.weights, masks, state.statistics)
     mask = model.draw(recipe.key(steps.MASK, state.step))
     inputs = steps.augmented(recipe, images, state.step)
     logits = model(inputs, mask, train=True)

@@ -92,9 +92,13 @@ class Recipe:
 
 
 def split(model: nnx.Module) -> tuple[Any, Any, Any, Any]:
-  """Returns (network, weights, masks, statistics) of a model."""
+  """Returns (network, weights, masks, statistics) of a model.
+
+  The last three hold arrays, not Flax's variables, which Python would take
+  apart and make anew at every call of a compiled step.
+  """
   network, *states = nnx.split(model, nnx.Param, RealMask, nnx.BatchStat)
-  weights, masks, statistics = states
+  weights, masks, statistics = map(nnx.as_pure, states)
   return network, weights, masks, statistics
 
 
@@ -150,11 +154,7 @@ def train_step(
 
   def loss_of(params: dict[str, Any]) -> tuple[jax.Array, tuple[Any, Any]]:
     model = nnx.merge(
-      recipe.network,
-      params['weights'],
-      params['masks'],
-      state.statistics,
-      copy=True,
+      recipe.network, params['weights'], params['masks'], state.statistics
     )
     mask = model.draw(
       recipe.key(MASK, state.step), recipe.temperature(state.step)
@@ -169,7 +169,7 @@ def train_step(
       )
     logits = model(mixed, mask, train=True)
     loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
-    return loss, (logits, nnx.state(model, nnx.BatchStat))
+    return loss, (logits, nnx.as_pure(nnx.state(model, nnx.BatchStat)))
 
   params = {'weights': state.weights, 'masks': state.masks}
   with recipe.on_mesh():
@@ -224,12 +224,12 @@ def batch_statistics(
   weights, masks, statistics = variables
   inputs = augmented(recipe, images, step)
   zeros = jax.tree.map(jnp.zeros_like, statistics)
-  model = nnx.merge(recipe.network, weights, masks, zeros, copy=True)
+  model = nnx.merge(recipe.network, weights, masks, zeros)
   with recipe.on_mesh():
     model(inputs, train=True)
   measured = jax.tree.map(
     lambda s: s / (1 - model.stem.norm.momentum),
-    nnx.state(model, nnx.BatchStat),
+    nnx.as_pure(nnx.state(model, nnx.BatchStat)),
   )
   for block, live in enumerate(model.topology.live):
     if not live:
@@ -260,7 +260,7 @@ def eval_step(
   Returns:
     {'correct': int32 [], 'loss': float32 [], 'count': int32 []}.
   """
-  model = nnx.merge(recipe.network, *variables, copy=True)
+  model = nnx.merge(recipe.network, *variables)
   mask = None
   if mask_key is not None:
     mask = model.draw(mask_key, recipe.temperature(mask_step))
