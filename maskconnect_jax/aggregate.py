@@ -24,9 +24,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from maskconnect_jax.config import InputError
+
+# Of a batch, in `_local_products`; of one image or three there is one.
+PARTS = 2
 
 Tapes = tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]
 
@@ -83,19 +87,68 @@ def _tapes_backward(
   )
   if not (sums and sources):
     return (jnp.zeros_like(weights),)
-  axes = tuple(range(1, 1 + len(shape)))
-  product = jax.lax.dot_general(
-    jnp.stack([brought[0][j] for j in sums]),
-    jnp.stack([brought[1][i] for i in sources]),
-    ((axes, axes), ((), ())),
-    precision=jax.lax.Precision.HIGHEST,
-    preferred_element_type=jnp.promote_types(dtype, jnp.float32),
+  product = _products(
+    tuple(brought[0][j] for j in sums), tuple(brought[1][i] for i in sources)
   )
   rows, columns = jnp.ix_(jnp.array(sums), jnp.array(sources))
   return (jnp.zeros_like(weights).at[rows, columns].set(every * product),)
 
 
 _tapes.defvjp(_tapes_forward, _tapes_backward, symbolic_zeros=True)
+
+
+def _products(
+  gradients: tuple[jax.Array, ...], sources: tuple[jax.Array, ...]
+) -> jax.Array:
+  """Returns all <g_j, y_i>, [J, n], in float32 or better.
+
+  Of a batch that is sharded over the mesh axis 'data' each device takes its
+  own images, and the products are summed.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1 or sources[0].shape[0] % mesh.size:
+    return _local_products(gradients, sources)
+  batch, whole = PartitionSpec('data'), PartitionSpec()
+  return jax.shard_map(
+    lambda *local: jax.lax.psum(_local_products(*local), 'data'),
+    in_specs=(batch, batch),
+    out_specs=whole,
+  )(gradients, sources)
+
+
+def _local_products(
+  gradients: Sequence[jax.Array], sources: Sequence[jax.Array]
+) -> jax.Array:
+  """Returns all <g_j, y_i>, one part of the batch after the other.
+
+  A product wants its operands side by side in memory. Copied part by part they
+  take less of it; and, in a loop, not before the last g_j is there. Else XLA
+  copies the sources early, when all that the backward pass needs is in memory
+  too.
+  """
+  images = sources[0].shape[0]
+  parts = 1 if images % PARTS else PARTS
+  axes = tuple(range(1, 1 + sources[0].ndim))
+
+  def products(first: jax.Array) -> jax.Array:
+    left, right = (
+      jnp.stack(
+        [
+          jax.lax.dynamic_slice_in_dim(array, first, images // parts)
+          for array in arrays
+        ]
+      )
+      for arrays in (gradients, sources)
+    )
+    return jax.lax.dot_general(
+      left,
+      right,
+      ((axes, axes), ((), ())),
+      precision=jax.lax.Precision.HIGHEST,
+      preferred_element_type=jnp.promote_types(sources[0].dtype, jnp.float32),
+    )
+
+  return jax.lax.map(products, jnp.arange(parts) * (images // parts)).sum(0)
 
 
 def _images_of(x: jax.Array, tape: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import pytest
 from maskconnect_jax.aggregate import masked_sum, noted, static_sum, tapes
 from maskconnect_jax.config import InputError
 
-SHAPE = (3, 4, 5, 2)
+SHAPE = (4, 5, 2)  # of an image
 
 
 @pytest.fixture
@@ -44,23 +44,24 @@ def plain_loss(weights, first, factors, direction):
   return jnp.sum(direction * chain(add, weights, first, factors)[-1])
 
 
-def numbers(count):
+def numbers(count, batch):
   """Weights with zeros among them, a source, factors and a direction."""
   rng = np.random.default_rng(count)
   weights = rng.normal(size=(count, count))
   weights *= np.tri(count) * (rng.uniform(size=weights.shape) < 0.6)
   return (
     weights,
-    rng.normal(size=SHAPE),
-    rng.normal(size=(count, *SHAPE)),
-    rng.normal(size=SHAPE),
+    rng.normal(size=(batch, *SHAPE)),
+    rng.normal(size=(count, batch, *SHAPE)),
+    rng.normal(size=(batch, *SHAPE)),
   )
 
 
 @pytest.mark.usefixtures('x64')
-@pytest.mark.parametrize('count', [1, 2, 7])
-def test_gradients_are_those_of_autodiff(count):
-  arguments = numbers(count)
+# A batch of 3 is one part of the product, one of 4 is two.
+@pytest.mark.parametrize(('count', 'batch'), [(1, 4), (2, 3), (7, 4)])
+def test_gradients_are_those_of_autodiff(count, batch):
+  arguments = numbers(count, batch)
   value, gradients = jax.value_and_grad(taped_loss, (0, 1, 2))(*arguments)
   plain, expected = jax.value_and_grad(plain_loss, (0, 1, 2))(*arguments)
   assert value == pytest.approx(float(plain), abs=1e-10)
@@ -108,7 +109,8 @@ def test_sums_and_sources_that_are_not_used():
 def test_one_sum_and_its_gradients_are_numpys(count):
   rng = np.random.default_rng(count)
   weights = rng.normal(size=(1, count))
-  sources, gradient = rng.normal(size=(count, *SHAPE)), rng.normal(size=SHAPE)
+  shape = (3, *SHAPE)
+  sources, gradient = rng.normal(size=(count, *shape)), rng.normal(size=shape)
 
   def total(weights, sources):
     (of_sum,), of_sources = tapes(weights, 1, sources[0])

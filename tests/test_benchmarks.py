@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 import time
 import timeit
@@ -235,6 +237,21 @@ def test_rates_are_of_the_order_of_numpys() -> None:
   add = 2 * array.nbytes / seconds(lambda: np.add(array, 1, out=array))
   assert 0.1 < roofline['matrix_rate'](512, 'float32') / product < 10
   assert 0.1 < roofline['copy_bandwidth'](array.nbytes) / add < 10
+
+
+@pytest.mark.slow
+def test_learning_takes_at_most_a_quarter_more_memory(tmp_path: Path) -> None:
+  # In a process of its own, since the suite's eight devices are not usual.
+  path = tmp_path / 'result.json'
+  options = ['--models=resnet38', '--rules=learned,fixed_all', '--fan_in=10']
+  subprocess.run(
+    [sys.executable, FOLDER / 'memory.py', *options, f'--json={path}'],
+    env=os.environ | {'XLA_FLAGS': ''},
+    check=True,
+  )
+  rows = json.loads(path.read_text())['rows']
+  assert rows[0]['rule'] == 'learned'
+  assert 1 < rows[0]['÷ fixed_all'] <= 1.25
 
 
 @pytest.mark.slow
