@@ -68,11 +68,14 @@ IMAGES = flags.DEFINE_multi_string(
 JSON = flags.DEFINE_bool(
   'json', False, 'predict: print one JSON object per line.'
 )
-WORKDIRS = flags.DEFINE_list(
-  'workdirs', [], 'summarize: runs, or folders of runs, separated by commas.'
+WORKDIRS = flags.DEFINE_multi_string(
+  'workdirs', [], 'summarize: a run, or a folder of runs; may be repeated.'
 )
 CSV = flags.DEFINE_string(
   'csv', None, 'summarize: a file for the table as CSV.'
+)
+FIGURE = flags.DEFINE_string(
+  'figure', None, 'summarize: FILE.png, a picture of it; also FILE.svg.'
 )
 PARALLEL = flags.DEFINE_integer(
   'parallel',
@@ -171,6 +174,8 @@ def run_summarize() -> None:
       '--mode=summarize needs --workdirs, such as --workdirs=runs/rules'
     )
   table = summarize.summarize([Path(name) for name in WORKDIRS.value])
+  if FIGURE.value:
+    table.draw(Path(FIGURE.value))
   if CSV.value:
     files.write_text(Path(CSV.value), table.csv())
   print(table.markdown(), end='')

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from maskconnect_jax import config as config_lib
+from maskconnect_jax import plots, summary_plots
 from maskconnect_jax.config import InputError
 
 CAPTION = (
@@ -138,12 +139,38 @@ class Table:
       ]
       lines.append(line(cells))
     lines += ['', CAPTION]
+    if common := usual([row.runs[0].fields for row in self.rows]):
+      own = ', '.join(f'{short(path)}={v}' for path, v in common.items())
+      lines.append(f'Where a row does not say otherwise: {own}.')
     if len({run.device for row in self.rows for run in row.runs}) > 1:
       lines.append('Devices differ: their images per second do not compare.')
     if self.unfinished:
       names = ', '.join(map(str, self.unfinished))
       lines.append(f'Not finished, and in no row: {names}.')
     return '\n'.join(lines) + '\n'
+
+  def draw(self, path: Path) -> None:
+    """Draws the accuracies as FILE.png, and beside it FILE.svg.
+
+    They are of held out images, or of the test images where a row has none.
+
+    Raises:
+      InputError: another suffix, or no run is finished.
+    """
+    if path.suffix != '.png':
+      raise InputError(f'--figure={path} must end in .png')
+    if not self.rows:
+      raise InputError(f'--figure={path} needs a run that is finished')
+    held_out = all(row.held_out for row in self.rows)
+    figure = summary_plots.figure(
+      [row.name for row in self.rows],
+      [
+        row.held_out if held_out else row.values('test_accuracy_pruned')
+        for row in self.rows
+      ],
+      'Validation accuracy' if held_out else 'Test accuracy',
+    )
+    plots.save(figure, path.with_suffix(''))
 
   def csv(self) -> str:
     """Returns the same rows to compute with, unrounded."""
@@ -231,18 +258,36 @@ def read(workdir: Path) -> Run:
 
 
 def names(rows: Sequence[dict[str, Any]]) -> list[str]:
-  """Names each config after the fields in which they differ."""
-  if len(rows) == 1:
-    return [f'{rows[0]["model.name"]} {rows[0]["connectivity.rule"]}']
+  """Names each config after the fields in which it differs from most."""
+  common = usual(rows)
   differing = [
     path
     for path in dict.fromkeys(path for row in rows for path in row)
     if any(row.get(path) != rows[0].get(path) for row in rows)
   ]
   return [
-    ' '.join(f'{short(path)}={row.get(path)}' for path in differing)
+    ' '.join(
+      f'{short(path)}={row.get(path)}'
+      for path in differing
+      if path not in common or row.get(path) != common[path]
+    )
+    or f'{row["model.name"]} {row["connectivity.rule"]}'
     for row in rows
   ]
+
+
+def usual(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """Returns what most of some configs have in the fields that differ.
+
+  Of three or more, a value is usual if more than half of them have it.
+  """
+  common = {}
+  for path in dict.fromkeys(path for row in rows for path in row):
+    values = [row.get(path) for row in rows]
+    most = max(values, key=values.count)
+    if len(rows) / 2 < values.count(most) < len(rows):
+      common[path] = most
+  return common
 
 
 def short(path: str) -> str:

@@ -27,7 +27,8 @@ ARROWS: dict[str, set[str]] = {
     'report', 'summarize', 'sweep', 'train',
   },
   'sweep': {'files', 'summarize', 'train'},
-  'summarize': set(),
+  'summarize': {'plots', 'summary_plots'},
+  'summary_plots': {'plots'},
   'train': {
     'batches', 'checkpoint', 'distributed', 'evaluation', 'experiment',
     'files', 'metrics', 'report', 'stack', 'steps',

@@ -2,12 +2,13 @@
 
 import csv
 import json
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from maskconnect_jax import config as config_lib
-from maskconnect_jax import summarize
+from maskconnect_jax import summarize, summary_plots
 
 SUMMARY = {
   'test_accuracy': 0.5,  # before pruning: not what the table is of
@@ -118,6 +119,87 @@ def test_rows_are_named_by_what_differs(run, tmp_path):
   ]
 
 
+def test_a_study_of_one_factor_at_a_time(run, tmp_path):
+  for n, fields in enumerate(
+    (
+      {},
+      {'connectivity__fan_in': 2},
+      {'masks__learning_rate': 0.3},
+      {'masks__learning_rate': 0.3, 'connectivity__scale': 'sum'},
+      {'connectivity__fan_in': 8},
+    )
+  ):
+    run(f'{n}', 0.5, **fields)
+  table = summarize.summarize([tmp_path])
+  assert [row.name for row in table.rows] == [
+    'resnet38 learned',
+    'fan_in=2',
+    'masks.learning_rate=0.3',
+    'scale=sum masks.learning_rate=0.3',
+    'fan_in=8',
+  ]
+  assert (
+    'Where a row does not say otherwise: fan_in=4, scale=mean,'
+    ' masks.learning_rate=0.1.'
+  ) in table.markdown()
+
+
+@pytest.mark.parametrize('held_out', [0, 1000])
+def test_the_figure_has_a_dot_for_every_seed(run, tmp_path, cli, held_out):
+  accuracies = {1: (0.5, 0.625), 2: (0.75,), 3: (0.25, 0.375, 0.5)}
+  for fan_in, values in accuracies.items():
+    for seed, accuracy in enumerate(values):
+      run(
+        f'runs/{fan_in}-{seed}', 0.01 if held_out else accuracy, seed=seed,
+        connectivity__fan_in=fan_in, data__validation=held_out,
+        summary={'validation_accuracy': accuracy},
+      )  # fmt: skip
+  path = tmp_path / 'accuracy.png'
+  summarize_runs = '--mode=summarize', f'--workdirs={tmp_path / "runs"}'
+  assert cli(*summarize_runs, f'--figure={path}').code == 0
+  assert path.stat().st_size
+  svg = ElementTree.parse(path.with_suffix('.svg'))
+  text = [one.text for one in svg.iter() if one.text]
+  assert f'{"Validation" if held_out else "Test"} accuracy' in text
+
+  def across(name):  # x of each dot
+    (group,) = (one for one in svg.iter() if one.get('id') == name)
+    return [float(x) for one in group.iter() if (x := one.get('x'))]
+
+  dots = [across(f'row-{row}') for row in (1, 2, 3)]
+  expected = list(accuracies.values())
+  assert [len(row) for row in dots] == [2, 1, 3]
+  # One line brings fractions to points.
+  a, b = np.polyfit(np.concatenate(expected), np.concatenate(dots), 1)
+  assert a > 0
+  for row, values in zip(dots, expected, strict=True):
+    np.testing.assert_allclose(row, a * np.array(values) + b, atol=1e-3)
+  names = [one for one in text if one.startswith('fan_in')]
+  assert names == [f'fan_in={k}' for k in accuracies]
+
+
+def test_what_learned_nothing_does_not_stretch_the_figure():
+  rows = [[0.7, 0.71], [0.72, 0.71, 0.7, 0.71], [0.1, 0.12], [0.69, 0.7]]
+  whole = summary_plots.figure(list('abcd'), rows, 'title')
+  (panel,) = whole.axes[0].child_axes
+  assert 60 < panel.get_xlim()[0] < 69
+  assert not any(line.get_gid().startswith('row-3') for line in panel.lines)
+  assert '◂ 10.0 %, 12.0 %' in [text.get_text() for text in whole.axes[0].texts]
+
+
+def test_no_figure(run, tmp_path, cli):
+  run('a')
+  arguments = '--mode=summarize', f'--workdirs={tmp_path}'
+  for name, message in (('a.png', 'needs a run'), ('a.pdf', 'end in .png')):
+    ran = cli(*arguments, f'--figure={tmp_path / name}')
+    assert ran.code == 2
+    assert message in ran.err
+  with pytest.raises(ValueError, match='no rows'):
+    summary_plots.figure([], [], '')
+  with pytest.raises(ValueError, match='2 names for 1'):
+    summary_plots.figure(['a', 'b'], [[0.5]], '')
+
+
 def test_unfinished_and_other_devices(run, tmp_path):
   run('a', 0.5)
   run('b', 0.7, seed=1, summary={'device': 'TPU v4', 'num_devices': 4})
@@ -164,7 +246,7 @@ def test_refusals(run, tmp_path, cli):
   assert 'needs --workdirs' in refused()
   assert f'{tmp_path} holds no run' in refused(f'--workdirs={tmp_path}')
   first, second = run('a', 0.5), run('b', 0.6)
-  said = refused(f'--workdirs={first},{second}')
+  said = refused(f'--workdirs={first}', f'--workdirs={second}')
   assert f'{first} and {second} are the same config and seed' in said
   for damaged in ('{', '{}', '[]'):
     (first / 'summary.json').write_text(damaged)

@@ -275,7 +275,8 @@ def test_killed_and_started_again(
       train.train(own, tmp_path / f'uncut/{rule}{seed}')
   uncut = cli(
     '--mode=summarize', f'--csv={tmp_path / "uncut.csv"}',
-    f'--workdirs={tmp_path / "uncut/learned5"},{tmp_path / "uncut"}',
+    f'--workdirs={tmp_path / "uncut/learned5"}',
+    f'--workdirs={tmp_path / "uncut"}',
   )  # fmt: skip
   assert uncut.code == 0
   ours, theirs = (
