@@ -49,6 +49,7 @@ STEPS = 10  # of a check
 SAME = (
   'data.pad=0 data.flip=False optimizer.schedule=constant'
   ' connectivity.phase=100% connectivity.initial_spread=0.5'
+  ' connectivity.gradient=all'
 )
 # A rate at which ten steps do not yet amplify the last bits of the first, a
 # decay that the losses show, and real masks that move.

@@ -28,6 +28,13 @@ RULES = (
   'connectivity.rule=fixed_all',
   'connectivity.rule=learned',
 )
+# Around the method as it was first read; what won is the default now.
+CENTRE = {
+  'connectivity.gradient': 'all',
+  'connectivity.temperature': 1.0,
+  'connectivity.phase': '50%',
+  'masks.learning_rate': 0.1,
+}
 SETTINGS = (
   '',
   *(f'masks.learning_rate={rate}' for rate in (0.003, 0.01, 0.03, 0.3)),
@@ -59,6 +66,7 @@ def get_config(part: str = 'settings') -> ml_collections.ConfigDict:
   config = _small() if on_cpu else _full()
   if part == 'settings':
     config.seeds, config.variants = (0, 1), SETTINGS
+    config.update_from_flattened_dict(CENTRE)
     config.data.validation = 5000
     if not on_cpu:
       config.model.name, config.duration = 'resnet20', '30 epochs'

@@ -76,27 +76,28 @@ def default() -> ml_collections.ConfigDict:
   config.model.dtype = 'float32'  # of the activations; the rest is float32
   config.model.remat = 'none'  # or 'block': computed again, not kept
 
-  # The rows of "Decided here" (README) are these fields.
+  # The rows of "Decided here" (README) are these fields. phase, gradient and
+  # temperature, and the masks' rate, are what docs/results.md picked.
   config.connectivity = ml_collections.ConfigDict()
   config.connectivity.rule = 'learned'
   config.connectivity.topology = ''  # topology.json, of rule 'fixed_given'
   config.connectivity.shuffled = False  # with its rows in a random order
   config.connectivity.level = 'block'  # or 'branch', for the ResNeXts
   config.connectivity.fan_in = 4  # K: sources per block, or per branch
-  config.connectivity.phase = '50%'  # masks move for this long, then freeze
+  config.connectivity.phase = '25%'  # masks move for this long, then freeze
   config.connectivity.stem_source = True  # may later blocks take the stem?
-  config.connectivity.gradient = 'all'  # see `connectivity.draw_through`
+  config.connectivity.gradient = 'normalized'  # see `connectivity.draw_through`
   config.connectivity.gradient_every = 1  # from every n-th image, times n
   config.connectivity.initial = 0.5  # every real mask entry starts here, ...
   config.connectivity.initial_spread = 0.0  # ... plus uniform(-spread, spread)
-  config.connectivity.temperature = 1.0  # of the last draws; falls from 1
+  config.connectivity.temperature = 0.1  # of the last draws; falls from 1
   config.connectivity.scale = 'mean'  # of the K terms
   config.connectivity.adapter = 'pool'  # between sources of unlike shape
   config.connectivity.branch_identity = '1/K'  # s, with level 'branch'
   config.connectivity.batchnorm_batches = 50  # averaged at the freeze; 0: off
 
   config.masks = ml_collections.ConfigDict()  # how the real masks are trained
-  config.masks.learning_rate = 0.1
+  config.masks.learning_rate = 1.0
   config.masks.schedule = 'constant'
   config.masks.momentum = 0.0
   config.masks.start = '0%'  # of the phase; before it they stand still

@@ -89,8 +89,12 @@ def get_config():
   config.model.name = 'resnet8'
   config.model.width = 8
   config.connectivity.fan_in = 2
+  config.connectivity.phase = '50%'
+  config.connectivity.gradient = 'all'
+  config.connectivity.temperature = 1.0
   config.connectivity.initial_spread = 0.5
   config.connectivity.batchnorm_batches = 4
+  config.masks.learning_rate = 0.1
   config.optimizer.schedule = 'cosine'
   config.data.pad = 1
   config.data.flip = False

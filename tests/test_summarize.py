@@ -140,7 +140,7 @@ def test_a_study_of_one_factor_at_a_time(run, tmp_path):
   ]
   assert (
     'Where a row does not say otherwise: fan_in=4, scale=mean,'
-    ' masks.learning_rate=0.1.'
+    ' masks.learning_rate=1.0.'
   ) in table.markdown()
 
 
