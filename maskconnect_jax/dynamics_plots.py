@@ -73,6 +73,7 @@ def figure(panels: Sequence[Panel]) -> Figure:
     x = n % columns * WIDTH
     y = height - 52 - (n // columns + 1) * HEIGHT + 36
     look = plots.NAME_LOOK | {'ha': 'left', 'color': plots.INK}
+    look['size'] = min(10, 1.5 * (WIDTH - 34) / max(len(panel.title), 1))
     page.text(x + 24, y + SIDE + 16, panel.title, **look)
     box = (x + 70, y, SIDE, SIDE)
     lines = page.inset_axes(box, transform=page.transData)

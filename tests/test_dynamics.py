@@ -342,7 +342,7 @@ def test_picture_shows_the_numbers_and_no_text_overlaps():
     np.arange(3, BLOCKS + 1),
   )  # fmt: skip
   branches = panel._replace(
-    title='b/run',
+    title='gradient=normalized,masks.learning_rate=1.0,' * 2 + '/seed1',
     entropy=lines[:, :2],
     blocks=np.array([2, 2, 3, 3]),
     valid=np.ones_like(valid),
