@@ -260,15 +260,10 @@ def read(workdir: Path) -> Run:
 def names(rows: Sequence[dict[str, Any]]) -> list[str]:
   """Names each config after the fields in which it differs from most."""
   common = usual(rows)
-  differing = [
-    path
-    for path in dict.fromkeys(path for row in rows for path in row)
-    if any(row.get(path) != rows[0].get(path) for row in rows)
-  ]
   return [
     ' '.join(
       f'{short(path)}={row.get(path)}'
-      for path in differing
+      for path in _differing(rows)
       if path not in common or row.get(path) != common[path]
     )
     or f'{row["model.name"]} {row["connectivity.rule"]}'
@@ -282,12 +277,24 @@ def usual(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
   Of three or more, a value is usual if more than half of them have it.
   """
   common = {}
-  for path in dict.fromkeys(path for row in rows for path in row):
-    values = [row.get(path) for row in rows]
+  for path, values in _differing(rows).items():
     most = max(values, key=values.count)
-    if len(rows) / 2 < values.count(most) < len(rows):
+    if values.count(most) > len(rows) / 2:
       common[path] = most
   return common
+
+
+def _differing(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+  """Returns the values of each field that is not the same in all configs."""
+  columns = {
+    path: [row.get(path) for row in rows]
+    for path in dict.fromkeys(path for row in rows for path in row)
+  }
+  return {
+    path: values
+    for path, values in columns.items()
+    if values.count(values[0]) < len(values)
+  }
 
 
 def short(path: str) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from xml.etree import ElementTree
 
 import numpy as np
@@ -174,6 +175,14 @@ def test_the_figure_has_a_dot_for_every_seed(run, tmp_path, cli, held_out):
   assert a > 0
   for row, values in zip(dots, expected, strict=True):
     np.testing.assert_allclose(row, a * np.array(values) + b, atol=1e-3)
+  bars = [a * np.mean(values) + b for values in expected]
+  means = [
+    re.findall(r'd="M ([\d.]+) ', ElementTree.tostring(one, 'unicode'))
+    for row in (1, 2, 3)
+    for one in svg.iter()
+    if one.get('id') == f'row-{row}-mean'
+  ]
+  assert [float(x) for (x,) in means] == pytest.approx(bars, abs=0.02)
   names = [one for one in text if one.startswith('fan_in')]
   assert names == [f'fan_in={k}' for k in accuracies]
 
