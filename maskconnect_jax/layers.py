@@ -210,14 +210,14 @@ def average_pool_to(x: jax.Array, height: int, width: int) -> jax.Array:
 
 
 class PoolAdapter(nnx.Module):
-  """A without parameters: average pool, then zero channels."""
+  """A without parameters: average pool; the stack appends zero channels."""
 
   def __call__(
     self, x: jax.Array, shape: tuple[int, ...], source: int
   ) -> jax.Array:
-    """Returns source `source`, x [N, H, W, C], in the shape [N, h, w, c]."""
+    """Returns source `source`, x [N, H, W, C], as [N, h, w, C]."""
     del source
-    return zero_pad_channels(average_pool_to(x, *shape[1:3]), shape[-1])
+    return average_pool_to(x, *shape[1:3])
 
 
 class ProjectionAdapter(nnx.Module):

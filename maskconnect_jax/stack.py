@@ -143,7 +143,8 @@ class MaskedStack(Wiring):
 
   x_j = c · Σ_i b[j,i] · A(y_i),   y_j = F_j(x_j),   j = 1..L,   y_0 = the input
 
-  A brings source i to the shape of y_{j-1}, once per source and shape. With a
+  A brings source i to the shape of y_{j-1}, once per source and shape; where it
+  returns fewer channels, the rest are zeros. With a
   topology, the sums and the blocks that nothing reads are left out of the
   program; without one, every valid source is read and the mask is data.
 
@@ -229,16 +230,15 @@ class MaskedStack(Wiring):
       mask = connectivity.top_k(self.real_mask[...], self.valid, self.fan_in)
     weights = self._weights(mask)
     sources = _Sources(
-      x, self.adapter, functools.partial(tapes, weights, self.gradient_every)
+      x,
+      self.adapter,
+      functools.partial(tapes, weights, self.valid, self.gradient_every),
     )
+    fixed = jax.lax.stop_gradient(weights)
     run = self._runner(options)
     for target, block in enumerate(self.blocks):
       valid = [i for i, ok in enumerate(self.valid[target]) if ok]
-      total = masked_sum(
-        jax.lax.stop_gradient(weights[target, jnp.array(valid)]),
-        tuple(sources.take(valid)),
-        sources.tape_of_sum(target),
-      )
+      total = sources.masked_sum(target, valid, fixed[target])
       sources.outputs.append(run(block, total))
     return sources.outputs[-1]
 
@@ -287,7 +287,7 @@ class MaskedStack(Wiring):
       self.blocks, topology.sources, topology.live, strict=True
     ):
       if live:
-        total = static_sum(sources.take(picked), self.scale_of(len(picked)))
+        total = sources.static_sum(picked, self.scale_of(len(picked)))
         sources.outputs.append(run(block, total))
       else:
         sources.outputs.append(jax.eval_shape(block, sources.outputs[-1]))
@@ -343,7 +343,11 @@ def _call(
 
 
 class _Sources:
-  """The outputs so far, adapted to a shape once however often it is taken."""
+  """The outputs so far, adapted to a shape once however often they are read.
+
+  The zero channels that widen a source are appended to sums of sources of one
+  width, so that none is read, kept, or multiplied for the mask's gradient.
+  """
 
   def __init__(
     self,
@@ -355,33 +359,66 @@ class _Sources:
     self.outputs: list[Any] = [x]
     self._adapter = adapter
     self._make_tapes = make_tapes
-    self._tapes: dict[tuple[int, ...], Tapes] = {}
     self._adapted: dict[tuple[int, tuple[int, ...]], jax.Array] = {}
+    self._tapes: dict[tuple[tuple[int, ...], int], Tapes] = {}
 
-  def take(self, picked: Sequence[int]) -> list[jax.Array]:
-    """Returns the picked sources in the shape of the newest output."""
-    shape = self.outputs[-1].shape
-    for i in picked:
-      if (i, shape) not in self._adapted:
-        y = self.outputs[i]
-        if y.shape != shape:
-          y = self._adapter(y, shape, i)
-        if self._make_tapes is not None:
-          y = noted(y, self._tapes_now()[1][i])
-        self._adapted[i, shape] = y
-    return [self._adapted[i, shape] for i in picked]
+  def static_sum(self, picked: Sequence[int], scale: float) -> jax.Array:
+    """Returns the scaled sum of the picked sources, like the newest output."""
+    width = self.outputs[-1].shape[-1]
+    return static_sum(
+      [layers.zero_pad_channels(self._take(i), width) for i in picked], scale
+    )
 
-  def tape_of_sum(self, target: int) -> jax.Array:
-    """Returns the tape of the sum that block `target` reads."""
-    return self._tapes_now()[0][target]
+  def masked_sum(
+    self, target: int, picked: Sequence[int], weights: jax.Array
+  ) -> jax.Array:
+    """Returns the sum that a block reads, of the newest output's shape.
 
-  def _tapes_now(self) -> Tapes:
-    """Returns the tapes for the shape of the newest output."""
+    Args:
+      target: the block.
+      picked: the sources that it may take.
+      weights: float32 [L], of sources 0..L-1.
+    """
     newest = self.outputs[-1]
-    if newest.shape not in self._tapes:
+    by_width: dict[int, list[int]] = {}
+    for i in picked:
+      by_width.setdefault(self._take(i).shape[-1], []).append(i)
+    sums = []
+    for _, same in sorted(by_width.items()):
+      taken = tuple(self._take(i) for i in same)
+      of_sums, _ = self._tapes_like(taken[0])
+      total = masked_sum(weights[jnp.array(same)], taken, of_sums[target])
+      sums.append(layers.zero_pad_channels(total, newest.shape[-1]))
+    return sum(sums[1:], start=sums[0]).astype(newest.dtype)
+
+  def _take(self, i: int) -> jax.Array:
+    """Returns source i in the newest output's shape, or narrower."""
+    shape = self.outputs[-1].shape
+    if (i, shape) not in self._adapted:
+      y = self.outputs[i]
+      if y.shape != shape:
+        y = self._adapter(y, shape, i)
+        if y.shape[:-1] != shape[:-1] or y.shape[-1] > shape[-1]:
+          raise ValueError(
+            f'the adapter has brought source {i} to the shape {y.shape}, but'
+            f' {shape} is needed, or fewer channels'
+          )
+        # Lest XLA keep a float32 copy, of twice the bytes, beside a bfloat16
+        # one: it may leave out what rounds the mean and widens it again.
+        y = jax.lax.optimization_barrier(y)
+      if self._make_tapes is not None:
+        _, of_sources = self._tapes_like(y)
+        y = noted(y, of_sources[i])
+      self._adapted[i, shape] = y
+    return self._adapted[i, shape]
+
+  def _tapes_like(self, y: jax.Array) -> Tapes:
+    """Returns the tapes for sources like y where they are read now."""
+    key = self.outputs[-1].shape, y.shape[-1]
+    if key not in self._tapes:
       assert self._make_tapes is not None
-      self._tapes[newest.shape] = self._make_tapes(newest)
-    return self._tapes[newest.shape]
+      self._tapes[key] = self._make_tapes(y)
+    return self._tapes[key]
 
 
 def wirings_of(model: nnx.Module) -> list[Wiring]:

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskconnect_jax.aggregate import masked_sum, noted, static_sum, tapes
+from maskconnect_jax.aggregate import (
+  batched_products,
+  masked_sum,
+  noted,
+  pairwise_products,
+  static_sum,
+  tapes,
+)
 from maskconnect_jax.config import InputError
 
 SHAPE = (4, 5, 2)  # of an image
@@ -25,8 +32,12 @@ def chain(add, weights, first, factors):
   return sources
 
 
+def triangle(count):
+  return tuple(map(tuple, np.tri(count, dtype=bool).tolist()))
+
+
 def taped_loss(weights, first, factors, direction):
-  of_sums, of_sources = tapes(weights, 1, first)
+  of_sums, of_sources = tapes(weights, triangle(len(weights)), 1, first)
   sources = []
 
   def add(t, row, ys):
@@ -58,15 +69,12 @@ def numbers(count, batch):
 
 
 @pytest.mark.usefixtures('x64')
-# A batch of 3 is one part of the product, one of 4 is two.
 @pytest.mark.parametrize(('count', 'batch'), [(1, 4), (2, 3), (7, 4)])
 def test_gradients_are_those_of_autodiff(count, batch):
   arguments = numbers(count, batch)
   value, gradients = jax.value_and_grad(taped_loss, (0, 1, 2))(*arguments)
   plain, expected = jax.value_and_grad(plain_loss, (0, 1, 2))(*arguments)
   assert value == pytest.approx(float(plain), abs=1e-10)
-  # Of entries that no sum has, only the plain loss knows that they have none.
-  gradients = (gradients[0] * np.tri(count), *gradients[1:])
   for actual, by_autodiff in zip(gradients, expected, strict=True):
     assert actual.dtype == jnp.float64
     np.testing.assert_allclose(actual, by_autodiff, rtol=0, atol=1e-10)
@@ -79,7 +87,9 @@ def test_a_gradient_from_every_third_image():
   sources, gradient = rng.normal(size=(2, 9, 4)), rng.normal(size=(9, 4))
 
   def total(weights):
-    (of_sum,), of_sources = tapes(weights, 3, jnp.asarray(sources[0]))
+    (of_sum,), of_sources = tapes(
+      weights, ((True,) * 2,), 3, jnp.asarray(sources[0])
+    )
     ys = tuple(map(noted, jnp.asarray(sources), of_sources))
     return masked_sum(jax.lax.stop_gradient(weights)[0], ys, of_sum)
 
@@ -89,12 +99,42 @@ def test_a_gradient_from_every_third_image():
   np.testing.assert_allclose(actual, [expected], rtol=0, atol=1e-10)
   np.testing.assert_allclose(value, sources.sum(0), rtol=0, atol=1e-10)
   with pytest.raises(InputError, match='gradient_every=4 .* batch of 9'):
-    tapes(weights, 4, jnp.asarray(sources[0]))
+    tapes(weights, ((True,) * 2,), 4, jnp.asarray(sources[0]))
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('shape', [(3,), (3, *SHAPE)])
+def test_both_forms_of_the_products_are_numpys(shape):
+  rng = np.random.default_rng(0)
+  gradients, sources = (
+    rng.normal(size=(2, *shape)),
+    rng.normal(size=(4, *shape)),
+  )
+  wanted = np.array([[True, False, True, True], [False, True, True, False]])
+  expected = gradients.reshape(2, -1) @ sources.reshape(4, -1).T
+  arrays = tuple(gradients), tuple(sources)
+  np.testing.assert_allclose(
+    batched_products(*arrays), expected, rtol=0, atol=1e-12
+  )
+  np.testing.assert_allclose(
+    pairwise_products(*arrays, wanted), expected * wanted, rtol=0, atol=1e-12
+  )
+
+
+@pytest.mark.parametrize(('platform', 'products'), [('tpu', 0), ('cuda', 1)])
+def test_a_tpu_gets_reductions_and_a_gpu_a_product(platform, products):
+  def total(weights, y):
+    (of_sum,), (of_source,) = tapes(weights, ((True,),), 1, y)
+    return masked_sum(weights[0], (noted(y, of_source),), of_sum).sum()
+
+  traced = jax.jit(jax.grad(total)).trace(jnp.ones((1, 1)), jnp.ones((2, 3)))
+  program = traced.lower(lowering_platforms=(platform,)).as_text()
+  assert program.count('stablehlo.dot_general') == products
 
 
 def test_sums_and_sources_that_are_not_used():
   def loss(weights):
-    of_sums, of_sources = tapes(weights, 1, jnp.zeros(2))
+    of_sums, of_sources = tapes(weights, ((True,) * 3,) * 3, 1, jnp.zeros(2))
     y = noted(jnp.array([3.0, 4.0]), of_sources[1])
     row = jax.lax.stop_gradient(weights)[2, 1:2]
     return jnp.sum(masked_sum(row, (y,), of_sums[2]))
@@ -113,7 +153,7 @@ def test_one_sum_and_its_gradients_are_numpys(count):
   sources, gradient = rng.normal(size=(count, *shape)), rng.normal(size=shape)
 
   def total(weights, sources):
-    (of_sum,), of_sources = tapes(weights, 1, sources[0])
+    (of_sum,), of_sources = tapes(weights, ((True,) * count,), 1, sources[0])
     ys = tuple(map(noted, sources, of_sources))
     return masked_sum(jax.lax.stop_gradient(weights)[0], ys, of_sum)
 
@@ -131,8 +171,8 @@ def test_the_bfloat16_sum_is_accumulated_in_float32():
   # In bfloat16, 256 + 1 is 256.
   sources = tuple(jnp.full((2, 3), v, jnp.bfloat16) for v in (256, 1, 1))
   total = masked_sum(jnp.ones(3), sources, jnp.zeros((2, 3), jnp.bfloat16))
-  assert total.dtype == jnp.bfloat16
-  np.testing.assert_array_equal(total.astype(jnp.float32), 258)
+  assert total.dtype == jnp.float32
+  np.testing.assert_array_equal(total, 258)
   total = static_sum(sources, 1.0)
   assert total.dtype == jnp.bfloat16
   np.testing.assert_array_equal(total.astype(jnp.float32), 258)
@@ -151,14 +191,13 @@ def test_the_bfloat16_weights_gradient_is_accumulated_in_float32():
   ):
 
     def total(weights, y):
-      (of_sum,), (of_source,) = tapes(weights, 1, y)
+      (of_sum,), (of_source,) = tapes(weights, ((True,),), 1, y)
       return masked_sum(weights[0], (noted(y, of_source),), of_sum)
 
     value, backward = jax.vjp(
       total, jnp.ones((1, 1)), jnp.asarray(y, jnp.bfloat16)
     )
-    assert value.dtype == jnp.bfloat16
-    for_weights, for_source = backward(jnp.asarray(g, jnp.bfloat16))
+    for_weights, for_source = backward(jnp.asarray(g, value.dtype))
     assert for_weights.dtype == jnp.float32
     assert for_source.dtype == jnp.bfloat16
     np.testing.assert_array_equal(for_weights, [[expected]])

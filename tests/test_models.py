@@ -593,6 +593,33 @@ def test_blocks_that_hold_lists_are_computed_again_too():
   assert not np.allclose(mean, before['blocks'][0]['norm']['mean'])
 
 
+class Halve(nnx.Module):
+  """A block of half as many places and twice as many channels."""
+
+  def __call__(self, x):
+    return jnp.tile(jnp.tanh(x[:, ::2]), 2)
+
+
+@pytest.mark.parametrize('rule', ['learned', 'fixed_all'])
+def test_an_adapter_may_leave_channels_to_be_zero_but_no_other_shape(rule):
+  x = np.random.default_rng(0).normal(size=(2, 8, 3))
+
+  def run(adapter):
+    model = MaskedStack(
+      [Halve(), Halve()], fan_in=2, rule=rule, adapter=adapter, rngs=nnx.Rngs(0)
+    )
+    return model(jnp.asarray(x, 'f'))
+
+  first = np.tile(np.tanh(x[:, ::2]), 2)
+  wide = np.concatenate([x[:, :4], np.zeros((2, 4, 3))], -1)
+  expected = np.tile(np.tanh(((first + wide) / 2)[:, ::2]), 2)
+  actual = run(lambda x, shape, source: x[:, : shape[1]])
+  np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
+  for wrong in (lambda x, *_: x, lambda x, *_: jnp.tile(x[:, :4], 3)):
+    with pytest.raises(ValueError, match='source 0 to the shape'):
+      run(wrong)
+
+
 @pytest.mark.parametrize('rule', ['learned', 'fixed_all'])
 @pytest.mark.parametrize(
   'size', [(8, 8), (25, 25), (28, 28), (32, 32), (9, 30)]
