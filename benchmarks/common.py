@@ -23,6 +23,7 @@ import jax
 import jaxlib
 import ml_collections
 import numpy as np
+from jaxlib import _jax
 from PIL import Image
 
 from maskconnect_jax import config as config_lib
@@ -211,12 +212,22 @@ def cost(lowered: Any, compiled: Any) -> tuple[float, float]:
   FLOPs are counted before XLA turns convolutions into library calls, of which
   it knows neither FLOPs nor bytes; what these read and write is added.
   """
-  theirs = compiled.cost_analysis()
-  flops = lowered.cost_analysis()['flops'] / jax.device_count()
+  (program,) = compiled.runtime_executable().hlo_modules()
+  theirs = counted(program)
+  before = counted(lowered.compiler_ir('hlo').as_hlo_module())
+  flops = before['flops'] / jax.device_count()
   accessed = theirs['bytes accessed']
   if theirs['flops'] < flops / 2:
     accessed += library_bytes(compiled.as_text())
   return flops, accessed
+
+
+def counted(program: Any) -> dict[str, float]:
+  """Returns XLA's count of FLOPs and bytes of a program, in HLO.
+
+  As the compiled step's own cost_analysis(), which needs the device it is for.
+  """
+  return _jax.hlo_module_cost_analysis(jax.local_devices()[0].client, program)
 
 
 def library_bytes(program: str) -> int:

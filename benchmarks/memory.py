@@ -3,10 +3,15 @@
 python benchmarks/memory.py [--quick] [--batches=32]
   [--models=resnet20,resnet38,resnet74,resnet110] [--fan_in=10] [--json=FILE]
 
-Compiles and runs nothing: all but the seconds is the same every time. "a block"
-is the temporary memory over the mean size of a block's output: it does not
-depend on the depth where memory grows as O(L). "O(L) MB" is what the rule's
-first network predicts of the others so.
+Compiles and runs nothing: it prints the same every time. "a block" is the
+temporary memory over the mean size of a block's output: it does not depend on
+the depth where memory grows as O(L). "O(L) MB" is what the rule's first network
+predicts of the others so.
+
+--target=h100 or a TPU slice such as --target=v5e:2x2 compiles for one device of
+that kind, which need not be there (targets.py says what must be installed).
+"kernels" are what a GPU's program starts; "Mcycles" what a TPU's compiler
+expects of the step, its only word on time.
 """
 
 import dataclasses
@@ -15,6 +20,7 @@ from typing import Any
 import common
 import jax
 import jax.numpy as jnp
+import targets
 from common import Form
 from flax import nnx
 
@@ -22,11 +28,16 @@ from flax import nnx
 def measure(form: Form, given: Any) -> dict[str, Any]:
   common.say(f'compiling {form}')
   job = common.build(form, given)
+  if given.target:
+    job = targets.on_target(job, given.target)
   lowered = common.traced(job).lower()
   compiled = lowered.compile()
   memory = compiled.memory_analysis()
   on_cpu = jax.default_backend() == 'cpu'
   flops, accessed = common.cost(lowered, compiled)
+  program = compiled.as_text()
+  on_gpu = given.target in targets.GPUS or jax.default_backend() == 'gpu'
+  cycles = targets.cycles(program)
   return dataclasses.asdict(form) | {
     'L': len(job.model.stack.blocks),
     'temporary MB': memory.temp_size_in_bytes / 1e6,
@@ -37,6 +48,8 @@ def measure(form: Form, given: Any) -> dict[str, Any]:
     'peak MB': None if on_cpu else memory.peak_memory_in_bytes / 1e6,
     'GFLOP': flops / 1e9,
     'GB': accessed / 1e9,
+    'kernels': targets.launches(program) if on_gpu else None,
+    'Mcycles': cycles and cycles / 1e6,
     'outputs MB': output_bytes(job) / 1e6,
   }
 
@@ -65,16 +78,25 @@ def main() -> None:
     rules='learned,fixed_random,fixed_prev,fixed_all',
     fan_in='10',
   )
+  parser.add_argument('--target', default='', help='h100, v5e:2x2, ...')
+  given, _ = parser.parse_known_args()
+  if given.target:
+    targets.prepare(given.target)
+    parser.set_defaults(dtype='bfloat16')
   given = common.parsed(parser, models='resnet8,resnet14,resnet20', batches='8')
   rows = {form: measure(form, given) for form in common.forms(given)}
   for form, row in rows.items():
     first = rows[dataclasses.replace(form, network=given.models[0])]
-    everything = rows.get(form.like('fixed_all'))
     row['O(L) MB'] = first['a block'] * row.pop('outputs MB')
-    row['÷ fixed_all'] = everything and (
-      row['temporary MB'] / everything['temporary MB']
-    )
-  common.report(rows.values(), given)
+    for column, other in (
+      ('temporary MB', form.like('fixed_all')),
+      ('GB', form.like('fixed_random', form.K)),
+      ('Mcycles', form.like('fixed_random', form.K)),
+    ):
+      theirs = rows[other][column] if other in rows else None
+      row[f'{column} ÷ {other.rule}'] = theirs and row[column] / theirs
+  compiled_for = {'compiled_for': given.target} if given.target else {}
+  common.report(rows.values(), given, **compiled_for)
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -184,9 +185,9 @@ def test_memory_counts_as_one_does_by_hand(
       for other in result['rows']
       if (other['L'], other['rule']) == (row['L'], 'fixed_all')
     )
-    assert row['÷ fixed_all'] * everything['temporary MB'] == pytest.approx(
-      row['temporary MB']
-    )
+    assert row['temporary MB ÷ fixed_all'] * everything[
+      'temporary MB'
+    ] == pytest.approx(row['temporary MB'])
 
 
 def test_bytes_of_library_calls() -> None:
@@ -208,6 +209,49 @@ ENTRY %main {
   assert functions_of('common')['library_bytes'](program) == (
     2 * image + kernel + 3 * 10 * 10 * 4
   )
+
+
+def test_a_targets_program_is_read() -> None:
+  targets = functions_of('targets')
+  program = """
+%body (p: f32[4]) -> f32[4] {
+  ROOT %fusion.9 = f32[4]{0} fusion(%p), kind=kLoop, calls=%f
+}
+
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %c = (f32[4]{0}, u8[0]{0}) custom-call(%a), custom_call_target="__cudnn$c"
+  %g = f32[4]{0} get-tuple-element(%c), index=0
+  %b = f32[4]{0} bitcast(%g)
+  %f.1 = f32[4]{0} fusion(%b), calls=%f, backend_config={"estimated_cycles":"70"}
+  ROOT %k = f32[4]{0} copy(%f.1), backend_config={"estimated_cycles":"8"}
+}
+"""  # noqa: E501
+  assert targets['launches'](program) == 3
+  assert targets['cycles'](program) == 78
+  assert targets['cycles'](program.replace('estimated', 'x')) is None
+
+
+@pytest.mark.parametrize(
+  ('network', 'target', 'message'),
+  [
+    ('resnet8', 'v99:1x1', r"--target=v99:1x1 needs pip install 'jax\[tpu\]'"),
+    ('resnext20_8x4d', 'h100', 'resnext20_8x4d has grouped convolutions'),
+  ],
+)
+def test_a_target_that_cannot_be_compiled_for_is_named(
+  network: str,
+  target: str,
+  message: str,
+  measured: Callable[..., dict[str, Any]],
+  monkeypatch: pytest.MonkeyPatch,
+  capsys: pytest.CaptureFixture[str],
+) -> None:
+  monkeypatch.setenv('XLA_FLAGS', os.environ.get('XLA_FLAGS', ''))
+  with pytest.raises(SystemExit, match='2'):
+    measured('memory', '--quick', f'--models={network}', f'--target={target}')
+  error = capsys.readouterr().err.splitlines()[-1]
+  assert re.match(f'error: .*{message}', error)
 
 
 def test_roofline_takes_the_longer_of_two_times(
@@ -251,7 +295,7 @@ def test_learning_takes_at_most_a_quarter_more_memory(tmp_path: Path) -> None:
   )
   rows = json.loads(path.read_text())['rows']
   assert rows[0]['rule'] == 'learned'
-  assert 1 < rows[0]['÷ fixed_all'] <= 1.25
+  assert 1 < rows[0]['temporary MB ÷ fixed_all'] <= 1.25
 
 
 @pytest.mark.slow
