@@ -61,7 +61,12 @@ def in_a_process(
       f'--set={given.set}',
       '--one',
     ],
-    env={**os.environ, 'JAX_COMPILATION_CACHE_DIR': cache},
+    env={
+      **os.environ,
+      'JAX_COMPILATION_CACHE_DIR': cache,
+      # As main.py: the many small programs that build a network are kept too.
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    },
     stdout=subprocess.PIPE,
     check=True,
   )
