@@ -144,9 +144,9 @@ class MaskedStack(Wiring):
   x_j = c · Σ_i b[j,i] · A(y_i),   y_j = F_j(x_j),   j = 1..L,   y_0 = the input
 
   A brings source i to the shape of y_{j-1}, once per source and shape; where it
-  returns fewer channels, the rest are zeros. With a
-  topology, the sums and the blocks that nothing reads are left out of the
-  program; without one, every valid source is read and the mask is data.
+  returns fewer channels, the rest are zeros. With a topology, the sums and the
+  blocks that nothing reads are left out of the program; without one, every
+  valid source is read and the mask is data.
 
   Attributes:
     blocks: the L blocks, each called as `block(x, **options)`.
