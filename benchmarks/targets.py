@@ -43,7 +43,8 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 def prepare(target: str) -> None:
   """Must come before JAX looks for devices; this machine is a CPU then."""
   jax.config.update('jax_platforms', 'cpu')
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # a TPU's own machine's
+  # Else libtpu waits for the metadata server that a TPU's machine has.
+  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
   if target in GPUS:
     flags = os.environ.get('XLA_FLAGS', '')
     os.environ['XLA_FLAGS'] = f'{flags} --xla_gpu_autotune_level=0'
@@ -95,7 +96,7 @@ def launches(program: str) -> int:
 
 
 def cycles(program: str) -> int | None:
-  """Returns the cycles that a TPU's compiler expects; a loop's body once."""
+  """Returns the cycles that a TPU's compiler expects; loops not counted."""
   entry = program[program.index('\nENTRY ') :]
   found = re.findall(r'"estimated_cycles":"(\d+)"', entry)
   return sum(map(int, found)) or None
