@@ -17,13 +17,7 @@ from flax import nnx
 
 from maskconnect_jax import connectivity, layers
 from maskconnect_jax import topology as topology_lib
-from maskconnect_jax.aggregate import (
-  Tapes,
-  masked_sum,
-  noted,
-  static_sum,
-  tapes,
-)
+from maskconnect_jax.aggregate import masked_sum, static_sum
 from maskconnect_jax.config import RULES, InputError, check_choice
 from maskconnect_jax.topology import BranchTopology, Topology
 
@@ -229,16 +223,11 @@ class MaskedStack(Wiring):
     if mask is None:
       mask = connectivity.top_k(self.real_mask[...], self.valid, self.fan_in)
     weights = self._weights(mask)
-    sources = _Sources(
-      x,
-      self.adapter,
-      functools.partial(tapes, weights, self.valid, self.gradient_every),
-    )
-    fixed = jax.lax.stop_gradient(weights)
+    sources = _Sources(x, self.adapter)
     run = self._runner(options)
     for target, block in enumerate(self.blocks):
       valid = [i for i, ok in enumerate(self.valid[target]) if ok]
-      total = sources.masked_sum(target, valid, fixed[target])
+      total = sources.masked_sum(valid, weights[target], self.gradient_every)
       sources.outputs.append(run(block, total))
     return sources.outputs[-1]
 
@@ -349,18 +338,10 @@ class _Sources:
   width, so that none is read, kept, or multiplied for the mask's gradient.
   """
 
-  def __init__(
-    self,
-    x: jax.Array,
-    adapter: Any,
-    make_tapes: Callable[[jax.Array], Tapes] | None = None,
-  ) -> None:
-    """make_tapes: for arrays like this, if the weights need a gradient."""
+  def __init__(self, x: jax.Array, adapter: Any) -> None:
     self.outputs: list[Any] = [x]
     self._adapter = adapter
-    self._make_tapes = make_tapes
     self._adapted: dict[tuple[int, tuple[int, ...]], jax.Array] = {}
-    self._tapes: dict[tuple[tuple[int, ...], int], Tapes] = {}
 
   def static_sum(self, picked: Sequence[int], scale: float) -> jax.Array:
     """Returns the scaled sum of the picked sources, like the newest output."""
@@ -370,14 +351,14 @@ class _Sources:
     )
 
   def masked_sum(
-    self, target: int, picked: Sequence[int], weights: jax.Array
+    self, picked: Sequence[int], weights: jax.Array, every: int
   ) -> jax.Array:
     """Returns the sum that a block reads, of the newest output's shape.
 
     Args:
-      target: the block.
       picked: the sources that it may take.
       weights: float32 [L], of sources 0..L-1.
+      every: see `aggregate.masked_sum`.
     """
     newest = self.outputs[-1]
     by_width: dict[int, list[int]] = {}
@@ -386,39 +367,26 @@ class _Sources:
     sums = []
     for _, same in sorted(by_width.items()):
       taken = tuple(self._take(i) for i in same)
-      of_sums, _ = self._tapes_like(taken[0])
-      total = masked_sum(weights[jnp.array(same)], taken, of_sums[target])
+      total = masked_sum(weights[jnp.array(same)], taken, every)
       sums.append(layers.zero_pad_channels(total, newest.shape[-1]))
     return sum(sums[1:], start=sums[0]).astype(newest.dtype)
 
   def _take(self, i: int) -> jax.Array:
     """Returns source i in the newest output's shape, or narrower."""
     shape = self.outputs[-1].shape
+    if self.outputs[i].shape == shape:
+      return self.outputs[i]
     if (i, shape) not in self._adapted:
-      y = self.outputs[i]
-      if y.shape != shape:
-        y = self._adapter(y, shape, i)
-        if y.shape[:-1] != shape[:-1] or y.shape[-1] > shape[-1]:
-          raise ValueError(
-            f'the adapter has brought source {i} to the shape {y.shape}, but'
-            f' {shape} is needed, or fewer channels'
-          )
-        # Lest XLA keep a float32 copy, of twice the bytes, beside a bfloat16
-        # one: it may leave out what rounds the mean and widens it again.
-        y = jax.lax.optimization_barrier(y)
-      if self._make_tapes is not None:
-        _, of_sources = self._tapes_like(y)
-        y = noted(y, of_sources[i])
-      self._adapted[i, shape] = y
+      y = self._adapter(self.outputs[i], shape, i)
+      if y.shape[:-1] != shape[:-1] or y.shape[-1] > shape[-1]:
+        raise ValueError(
+          f'the adapter has brought source {i} to the shape {y.shape}, but'
+          f' {shape} is needed, or fewer channels'
+        )
+      # Lest XLA keep a float32 copy, of twice the bytes, beside a bfloat16
+      # one: it may leave out what rounds the mean and widens it again.
+      self._adapted[i, shape] = jax.lax.optimization_barrier(y)
     return self._adapted[i, shape]
-
-  def _tapes_like(self, y: jax.Array) -> Tapes:
-    """Returns the tapes for sources like y where they are read now."""
-    key = self.outputs[-1].shape, y.shape[-1]
-    if key not in self._tapes:
-      assert self._make_tapes is not None
-      self._tapes[key] = self._make_tapes(y)
-    return self._tapes[key]
 
 
 def wirings_of(model: nnx.Module) -> list[Wiring]:
