@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from maskconnect_jax import config, distributed, experiment, models
+from maskconnect_jax import config, distributed, experiment
 
 # What XLA's compiler asks of a GPU: the public figures of an H100 SXM.
 GPUS = {
@@ -55,14 +55,8 @@ def on_target(job: experiment.Experiment, target: str) -> experiment.Experiment:
 
   Raises:
     InputError: JAX does not know the target, or what compiles for it is not
-      installed; or the network has grouped convolutions, whose form is that of
-      the device in use.
+      installed.
   """
-  if models.architecture_of(job.architecture['name']).cardinality > 1:
-    raise config.InputError(
-      f'--target: {job.architecture["name"]} has grouped convolutions, which'
-      ' take the form of the device in use'
-    )
   try:
     if target in GPUS:
       there = topologies.get_topology_desc(

@@ -109,9 +109,13 @@ class GroupedConv(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [N, H, W, features] to [N, ceil(H/s), ceil(W/s), features]."""
     x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-    if jax.default_backend() == 'cpu':
-      return bundled_grouped_conv(x, kernel, self.groups, self.stride)
-    return sharded_grouped_conv(x, kernel, self.groups, self.stride)
+    groups, stride = self.groups, self.stride
+    return jax.lax.platform_dependent(
+      x,
+      kernel,
+      cpu=lambda x, kernel: bundled_grouped_conv(x, kernel, groups, stride),
+      default=lambda x, kernel: sharded_grouped_conv(x, kernel, groups, stride),
+    )
 
 
 def _conv3x3(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import runpy
 import subprocess
 import sys
@@ -232,26 +231,18 @@ ENTRY %main (a: f32[4]) -> f32[4] {
   assert targets['cycles'](program.replace('estimated', 'x')) is None
 
 
-@pytest.mark.parametrize(
-  ('network', 'target', 'message'),
-  [
-    ('resnet8', 'v99:1x1', r"--target=v99:1x1 needs pip install 'jax\[tpu\]'"),
-    ('resnext20_8x4d', 'h100', 'resnext20_8x4d has grouped convolutions'),
-  ],
-)
 def test_a_target_that_cannot_be_compiled_for_is_named(
-  network: str,
-  target: str,
-  message: str,
   measured: Callable[..., dict[str, Any]],
   monkeypatch: pytest.MonkeyPatch,
   capsys: pytest.CaptureFixture[str],
 ) -> None:
   monkeypatch.setenv('XLA_FLAGS', os.environ.get('XLA_FLAGS', ''))
   with pytest.raises(SystemExit, match='2'):
-    measured('memory', '--quick', f'--models={network}', f'--target={target}')
+    measured('memory', '--quick', '--models=resnet8', '--target=v99:1x1')
   error = capsys.readouterr().err.splitlines()[-1]
-  assert re.match(f'error: .*{message}', error)
+  assert error.startswith(
+    "error: --target=v99:1x1 needs pip install 'jax[tpu]'"
+  )
 
 
 def test_roofline_takes_the_longer_of_two_times(

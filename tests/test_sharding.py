@@ -117,6 +117,15 @@ def test_formulations_of_the_grouped_convolution_agree(groups, width, stride):
       np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(('platform', 'groups'), [('cpu', 1), ('cuda', 8)])
+def test_a_grouped_convolution_suits_the_platform(platform, groups):
+  layer = layers.GroupedConv(32, groups=8, dtype=jnp.float32, rngs=nnx.Rngs(0))
+  traced = jax.jit(layer).trace(jnp.zeros((1, 4, 4, 32)))
+  program = traced.lower(lowering_platforms=(platform,)).as_text()
+  assert f'feature_group_count = {groups} ' in program
+  assert program.count('stablehlo.convolution') == 1
+
+
 def test_a_grouped_convolution_keeps_to_its_group():
   layer = layers.GroupedConv(32, groups=8, dtype=jnp.float32, rngs=nnx.Rngs(0))
   x = jnp.zeros((1, 4, 4, 32)).at[..., 4:8].set(1.0)
