@@ -143,7 +143,9 @@ def static_sum(sources: Sequence[jax.Array], scale: float) -> jax.Array:
   if len(sources) == 1:
     return sources[0] if scale == 1 else sources[0] * scale
   exact = _exact(sources[0].dtype)
-  # Each term is scaled, not the sum: XLA's CPU compiler would compute a sum
-  # that feeds nothing but a scaling again and again (docs/performance.md).
-  terms = [source.astype(exact) * scale for source in sources]
-  return sum(terms[1:], start=terms[0]).astype(sources[0].dtype)
+  *others, last = [source.astype(exact) for source in sources]
+  # Not the whole sum is scaled: XLA's CPU compiler would compute a sum that
+  # feeds nothing but a scaling again and again (docs/performance.md). Nor is
+  # each term: under Fixed-All a sum is the one before and one more.
+  total = sum(others[1:], start=others[0]) * scale + last * scale
+  return total.astype(sources[0].dtype)
