@@ -74,10 +74,9 @@ def _sum_backward(
   products = jax.lax.platform_dependent(
     _every(gradient, every),
     tuple(_every(source, every) for source in sources),
-    # A TPU's compiler expects many at a time to take longer than one by one.
-    tpu=functools.partial(inner_products, together=1),
-    # XLA fuses what has up to 96 operands and results into a GPU's kernel.
-    default=functools.partial(inner_products, together=32),
+    cpu=products_one_by_one,
+    tpu=products_one_by_one,
+    default=products_at_once,
   )
   return (every * products).astype(weights.dtype), for_sources
 
@@ -95,26 +94,51 @@ def _every(x: jax.Array, every: int) -> jax.Array:
   return x.reshape(-1, every, *x.shape[1:])[:, 0]
 
 
-def inner_products(
-  gradient: jax.Array, sources: Sequence[jax.Array], together: int
+def products_one_by_one(
+  gradient: jax.Array, sources: Sequence[jax.Array]
 ) -> jax.Array:
   """Returns <g, y_i> of n sources, [n], in the dtype of g.
+
+  On a CPU each is a call of a library, before which XLA must write down g once
+  instead of computing it again for every reader; a TPU's compiler expects this
+  to take less than all at once. docs/performance.md has the figures.
 
   Args:
     gradient: g, [batch, ...], float32 or better.
     sources: the y_i, of the same shape, perhaps of a narrower dtype.
-    together: so many of them are multiplied by g in one pass over them.
   """
-  exact = gradient.dtype
   # A number for each image first, lest float32 add up millions in a row.
   axes = tuple(range(1, gradient.ndim))
+  of_images = [
+    jax.lax.dot_general(
+      gradient,
+      source.astype(gradient.dtype),
+      ((axes, axes), ((0,), (0,))),
+      precision=jax.lax.Precision.HIGHEST,
+    )
+    for source in sources
+  ]
+  return jnp.stack(of_images).sum(1)
+
+
+def products_at_once(
+  gradient: jax.Array, sources: Sequence[jax.Array], most: int = 32
+) -> jax.Array:
+  """Returns the same, but reads g once for all sources, for GPUs.
+
+  Args:
+    gradient: see `products_one_by_one`.
+    sources: see there.
+    most: so many at once; XLA fuses what has up to 96 operands and results.
+  """
+  axes = tuple(range(1, gradient.ndim))
   of_images: list[jax.Array] = []
-  for start in range(0, len(sources), together):
+  for start in range(0, len(sources), most):
     terms = [
-      gradient * source.astype(exact)
-      for source in sources[start : start + together]
+      gradient * source.astype(gradient.dtype)
+      for source in sources[start : start + most]
     ]
-    zeros = [jnp.zeros((), exact)] * len(terms)
+    zeros = [jnp.zeros((), gradient.dtype)] * len(terms)
     of_images += jax.lax.reduce(terms, zeros, _add_each, axes)
   return jnp.stack(of_images).sum(1)
 
