@@ -5,9 +5,9 @@
   dloss/dw[j, i] = <g_j, y_i>, for drawn and undrawn i alike
 
 Autodiff would compute the last entry by entry, each reading a g and a y. Here
-g_j is read once with all of its y_i, when the backward pass comes to block j.
-The products are accumulated in float32 also when the activations are bfloat16,
-whose 8 bits would lose nearly all of it.
+all of a block are made when the backward pass comes to it, on a GPU in one pass
+over its g and y_i. They are accumulated in float32 also when the activations
+are bfloat16, whose 8 bits would lose nearly all of it.
 """
 
 from __future__ import annotations
