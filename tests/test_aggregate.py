@@ -104,6 +104,16 @@ def test_products_are_numpys(products, shape):
   np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize('products', [products_one_by_one, products_at_once])
+def test_products_of_bfloat16_sources_are_float32(products):
+  # bfloat16 counts to 256; and (1 + 2^-7)^2 - (1 + 2^-6) is 0 in it, not 2^-14.
+  ones = jnp.ones((1, 10_001), jnp.bfloat16)
+  (count,) = products(ones.astype(jnp.float32), (ones,))
+  pair = jnp.array([[1 + 2**-7, -(1 + 2**-6)]], jnp.bfloat16)
+  (left,) = products(jnp.array([[1 + 2**-7, 1]], jnp.float32), (pair,))
+  assert (float(count), float(left)) == (10_001, 2**-14)
+
+
 @pytest.mark.parametrize(
   ('platform', 'products', 'reductions'),
   [('cpu', 3, 1), ('tpu', 3, 1), ('cuda', 0, 2), ('rocm', 0, 2)],
