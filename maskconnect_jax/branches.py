@@ -274,7 +274,6 @@ class BranchStack(Wiring):
 
   Attributes:
     blocks: the L blocks.
-    identity: s.
     valid, fan_in, topology, real_mask: see `Wiring`; [L-1, C, C].
   """
 
@@ -309,6 +308,7 @@ class BranchStack(Wiring):
     check_choice('connectivity.branch_identity', identity, 'identity')
     branches = blocks[0].branches
     self.blocks = nnx.List(blocks)
+    self._identity = identity
     # K ones a row whatever the rule says, so that s follows.
     fan_in = {'fixed_prev': 1, 'fixed_all': branches}.get(
       rule, min(fan_in, branches)
@@ -322,7 +322,13 @@ class BranchStack(Wiring):
       initial_spread=initial_spread,
       rngs=rngs,
     )
-    self.identity = 1 / (self.fan_in if identity == '1/K' else branches)
+
+  @property
+  def identity(self) -> float:
+    """s, by the topology where there is one: its K may not be `fan_in`."""
+    if self._identity == '1/C':
+      return 1 / self.blocks[-1].branches  # of which none is ever pruned
+    return 1 / (self.topology.fan_in if self.topology else self.fan_in)
 
   def __call__(
     self, x: jax.Array, mask: jax.Array | None = None, *, train: bool = False

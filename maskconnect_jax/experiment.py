@@ -184,9 +184,9 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
       'gradient_every': own.gradient_every,
       'remat': config.model.remat,
     }
-  model = models.create_model(**architecture)
+  model: models.Network = models.create_model(**architecture)
   if own.rule == 'fixed_given':
-    model = stack.freeze(model, given_topology(config, model))
+    model = with_given_topology(config, model)
   mean, std = tuple(config.data.mean), tuple(config.data.std)
   if not (mean and std):
     measured = [tuple(map(float, v)) for v in dataset.mean_and_std()]
@@ -241,10 +241,10 @@ def held_out(job: Experiment) -> tuple[str, datasets.Split | datasets.Stream]:
   return 'test', job.dataset.test
 
 
-def given_topology(
+def with_given_topology(
   config: ml_collections.ConfigDict, model: models.Network
-) -> topology.Topology | topology.BranchTopology:
-  """Reads `config.connectivity.topology`, for a network of its size.
+) -> models.Network:
+  """Returns the model, wired as `config.connectivity.topology` says.
 
   Raises:
     InputError: there is none, it is damaged, or is another network's.
@@ -259,14 +259,16 @@ def given_topology(
     ) from error
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise InputError(f'{path} is no topology.json: {error}') from error
-  if config.connectivity.shuffled:
-    given = given.shuffled(np.random.default_rng(config.seed))
-  if given.shape != np.shape(model.stack.valid):
+  valid = model.stack.valid
+  try:
+    given.check(valid)
+  except InputError as error:
     raise InputError(
-      f'{path} is of a mask of shape {given.shape}; that of'
-      f' {config.model.name} is {np.shape(model.stack.valid)}'
-    )
-  return given
+      f'{path} is not of {config.model.name}: {error}'
+    ) from error
+  if config.connectivity.shuffled:
+    given = given.shuffled(np.random.default_rng(config.seed), valid)
+  return stack.freeze(model, given)
 
 
 def training_batches(job: Experiment) -> batches.Resident | batches.Streamed:

@@ -91,13 +91,12 @@ class Wiring(nnx.Module):
       # Python must see the mask, also where only shapes are asked for.
       with jax.ensure_compile_time_eval():
         if rule == 'fixed_random':
-          self.freeze(
-            connectivity.fixed_random(rngs.connectivity(), valid, fan_in)
-          )
+          mask = connectivity.fixed_random(rngs.connectivity(), valid, fan_in)
         elif rule == 'fixed_all':
-          self.freeze(connectivity.fixed_all(valid))
+          mask = connectivity.fixed_all(valid)
         else:
-          self.freeze(connectivity.fixed_prev(valid))
+          mask = connectivity.fixed_prev(valid)
+        self.freeze(topology_lib.from_mask(mask))
 
   def draw(
     self, key: jax.Array, temperature: jax.Array | float = 1.0
@@ -114,11 +113,18 @@ class Wiring(nnx.Module):
       temperature,
     )
 
-  def freeze(self, mask: Any = None) -> None:
-    """Makes the wiring static: that of a mask, or else of the top K of r."""
-    if mask is None:
-      mask = connectivity.freeze(self.real_mask[...], self.valid, self.fan_in)
-    self.topology = nnx.static(topology_lib.from_mask(mask))
+  def freeze(self, topology: Topology | BranchTopology | None = None) -> None:
+    """Makes the wiring static: as given, or else the top K of r.
+
+    Raises:
+      InputError: see `Topology.check`.
+    """
+    if topology is None:
+      topology = topology_lib.from_mask(
+        connectivity.freeze(self.real_mask[...], self.valid, self.fan_in)
+      )
+    topology.check(self.valid)
+    self.topology = nnx.static(topology)
 
   def prune(self) -> None:
     """Drops what the output does not depend on, and the real mask.
@@ -407,13 +413,14 @@ def freeze(
     model: any module with a `MaskedStack` in it, or one itself.
     topology: what to freeze to; default the top-K of each real mask, or the
       topology a stack already has.
+
+  Raises:
+    InputError: the topology cannot be this model's; see `Topology.check`.
   """
   model = nnx.clone(model)
   for wiring in wirings_of(model):
-    if topology is not None:
-      wiring.topology = nnx.static(topology)
-    elif wiring.topology is None:
-      wiring.freeze()
+    if topology is not None or wiring.topology is None:
+      wiring.freeze(topology)
   return model
 
 

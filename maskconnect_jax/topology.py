@@ -7,9 +7,15 @@ form, which README, "The workdir", documents.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from maskconnect_jax.config import InputError
+
+# Which sources each row may take: bool, of the shape of the mask.
+Valid = Sequence[Any]
 
 SCHEMA = 'maskconnect_jax.topology/1'
 
@@ -56,15 +62,35 @@ class Topology:
     """Of the mask: (L, L)."""
     return len(self.sources), len(self.sources)
 
-  def shuffled(self, rng: np.random.Generator) -> Topology:
+  def check(self, valid: Valid) -> None:
+    """Checks that a network can be wired so.
+
+    Args:
+      valid: [L, L], the sources that each of its blocks may take.
+
+    Raises:
+      InputError: it has another number of blocks, or one takes what it may not.
+    """
+    _check_shape(self.shape, valid)
+    for j, row in enumerate(self.sources):
+      for i in row:
+        if not valid[j][i]:
+          raise InputError(
+            f'block {j + 1} takes source {i}, which this network does not let'
+            ' it take (connectivity.stem_source, connectivity.adapter)'
+          )
+
+  def shuffled(self, rng: np.random.Generator, valid: Valid) -> Topology:
     """Returns the same rows in a random order, as distances to their block.
 
     Block j gets the distances j' - i of another block j'. A distance that leads
-    before the stem, or to a source taken already, becomes the nearest other.
+    to a source that is not valid, or is taken already, becomes the nearest
+    other.
     """
     rows = []
     for j, other in enumerate(rng.permutation(len(self.sources))):
-      free, row = set(range(j + 1)), []
+      free = {i for i in range(j + 1) if valid[j][i]}
+      row: list[int] = []
       for i in reversed(self.sources[other]):
         if free:
           row.append(min(free, key=lambda f: (abs(f - (j - other + i)), -f)))
@@ -121,8 +147,25 @@ class BranchTopology:
     """Of the mask: (L - 1, C, C)."""
     return len(self.sources), len(self.sources[0]), len(self.sources[0])
 
-  def shuffled(self, rng: np.random.Generator) -> BranchTopology:
+  @property
+  def fan_in(self) -> int:
+    """K, the most branches that one takes."""
+    return max(len(row) for rows in self.sources for row in rows)
+
+  def check(self, valid: Valid) -> None:
+    """Checks that a network can be wired so.
+
+    Args:
+      valid: [L-1, C, C]; a branch may take any of the block before.
+
+    Raises:
+      InputError: it has another number of blocks or branches.
+    """
+    _check_shape(self.shape, valid)
+
+  def shuffled(self, rng: np.random.Generator, valid: Valid) -> BranchTopology:
     """Returns each block's rows in a random order."""
+    del valid  # as any branch of the block before is
     return BranchTopology(
       tuple(
         tuple(rows[c] for c in rng.permutation(len(rows)))
@@ -201,6 +244,14 @@ def from_mask(mask: Any) -> Topology | BranchTopology:
   if ones.ndim == 2:
     return Topology(_ones_of(ones))
   return BranchTopology(tuple(map(_ones_of, ones)))
+
+
+def _check_shape(own: tuple[int, ...], valid: Valid) -> None:
+  if own != np.shape(valid):
+    raise InputError(
+      f'the topology is of a mask of shape {own}; that of this network is'
+      f' {np.shape(valid)}'
+    )
 
 
 def _ones_of(matrix: np.ndarray) -> tuple[tuple[int, ...], ...]:

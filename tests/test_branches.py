@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 
 import maskconnect_jax
-from maskconnect_jax import connectivity, models, stack
+from maskconnect_jax import connectivity, inference, models, stack
 from maskconnect_jax import topology as topology_lib
 
 # Four blocks of eight branches, the stages as in resnext20_8x4d.
@@ -292,6 +292,33 @@ def test_pruned_branches_are_gone_from_arrays_and_program():
     return run.lower(state, images()).compile().cost_analysis()['flops']
 
   assert flops(pruned) < 0.95 * flops(frozen)
+
+
+def test_a_saved_model_predicts_the_same(tmp_path):
+  architecture = {
+    'name': 'resnext20_8x4d',
+    'num_classes': CLASSES,
+    'width': WIDTH,
+    'level': 'branch',
+    'initial_spread': 0.5,
+    'fan_in': 3,
+  }
+  frozen = stack.freeze(shaken(models.create_model(**architecture)))
+  inference.save(
+    tmp_path / 'model',
+    stack.prune(frozen),
+    architecture=architecture,
+    classes=[str(c) for c in range(CLASSES)],
+    image_shape=(16, 16, 3),
+    resize=0,
+    mean=(0, 0, 0),
+    std=(64, 64, 64),
+  )
+  photos = np.random.default_rng(0).integers(0, 256, (4, 16, 16, 3), np.uint8)
+  expected = jax.nn.softmax(frozen(jnp.asarray(photos / 64, jnp.float32)))
+  assert np.ptp(expected) > 0.1
+  predicted = inference.load(tmp_path / 'model').predict(photos)
+  np.testing.assert_allclose(predicted, expected, rtol=0, atol=1e-4)
 
 
 def test_topology_round_trip_and_errors():

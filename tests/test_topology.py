@@ -2,19 +2,20 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from maskconnect_jax import config as config_lib
-from maskconnect_jax import experiment
+from maskconnect_jax import connectivity, experiment, stack
 from maskconnect_jax.topology import BranchTopology, Topology, from_mask
 
 
 def test_rows_of_one_distance_are_shuffled_into_themselves():
   chain = Topology(tuple((j,) for j in range(9)))
-  assert chain.shuffled(np.random.default_rng(0)) == chain
+  assert chain.shuffled(np.random.default_rng(0), np.tri(9)) == chain
   pairs = Topology(((0,), *((j - 1, j) for j in range(1, 9))))
-  assert pairs.shuffled(np.random.default_rng(0)) == pairs
+  assert pairs.shuffled(np.random.default_rng(0), np.tri(9)) == pairs
 
 
 def test_distances_move_from_row_to_row():
@@ -25,7 +26,7 @@ def test_distances_move_from_row_to_row():
     near = np.arange(max(0, j - 9), j + 1)
     mask[j, rng.choice(near, min(3, len(near)), replace=False)] = 1
   before = from_mask(mask)
-  after = before.shuffled(rng)
+  after = before.shuffled(rng, np.tri(size))
   assert list(map(len, after.sources)) == list(map(len, before.sources))
 
   def patterns(topology):
@@ -37,9 +38,22 @@ def test_distances_move_from_row_to_row():
   assert len(missing) <= 12
 
 
+def test_shuffled_rows_stay_valid():
+  # Three stages, of whose sources a block may take those of its own alone.
+  valid = np.tri(9) * np.kron(np.eye(3), np.ones((3, 3)))
+  rng = np.random.default_rng(0)
+  for seed in range(20):
+    before = from_mask(
+      connectivity.fixed_random(jax.random.key(seed), valid > 0, 2)
+    )
+    after = before.shuffled(rng, valid)
+    after.check(valid)
+    assert list(map(len, after.sources)) == list(map(len, before.sources))
+
+
 def test_branches_are_shuffled_within_their_block():
   before = BranchTopology((((0, 1), (1, 2), (0, 2)), ((0, 1), (0, 1), (1, 2))))
-  after = before.shuffled(np.random.default_rng(3))
+  after = before.shuffled(np.random.default_rng(3), np.ones((2, 3, 3)))
   assert after != before
   assert [sorted(rows) for rows in after.sources] == [
     sorted(rows) for rows in before.sources
@@ -73,7 +87,7 @@ def test_a_run_with_the_topology_of_another(given):
   shuffled = experiment.build(
     given(topology.to_dict(), **{'connectivity.shuffled': True, 'seed': 2})
   )
-  expected = topology.shuffled(np.random.default_rng(2))
+  expected = topology.shuffled(np.random.default_rng(2), np.tri(3))
   assert shuffled.model.topology == expected
 
 
@@ -81,6 +95,11 @@ def test_a_run_with_the_topology_of_another(given):
   ('record', 'fields', 'message'),
   [
     (Topology(((0,), (1,))).to_dict(), {}, r'shape \(2, 2\); .* \(3, 3\)'),
+    (
+      Topology(((0,), (0, 1), (1,))).to_dict(),
+      {'connectivity.stem_source': False},
+      'json is not of resnet8: block 2 takes source 0',
+    ),
     ('{', {}, 'is no topology.json'),
     ('{}', {}, 'is no topology.json: schema None'),
     ({}, {'connectivity.topology': 'none.json'}, 'none.json is not there'),
@@ -91,3 +110,16 @@ def test_a_run_with_the_topology_of_another(given):
 def test_a_topology_that_cannot_be_given(given, record, fields, message):
   with pytest.raises(config_lib.InputError, match=message):
     experiment.build(given(record, **fields))
+
+
+def test_the_branches_identity_follows_the_given_fan_in(given, tmp_path):
+  own = {'model.name': 'resnext20_8x4d', 'connectivity.level': 'branch'}
+  learned = config_lib.default()
+  learned.update_from_flattened_dict(
+    {**own, 'eval_batch_size': 8, 'connectivity.fan_in': 2}
+  )
+  model = stack.freeze(experiment.build(learned).model)
+  fields = {**own, 'model.width': 0}
+  job = experiment.build(given(model.topology.to_dict(), **fields))
+  assert job.model.topology == model.topology
+  assert job.model.stack.identity == model.stack.identity == 1 / 2
