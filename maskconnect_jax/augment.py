@@ -55,10 +55,12 @@ def mixup(
 ) -> tuple[jax.Array, jax.Array]:
   """Mixes each example with its neighbour in the batch.
 
-  m x_i + (1 - m) x_(i-1), the same of the targets, with one m of
-  Beta(alpha, alpha) a batch; Zhang et al., 2018, arXiv 1710.09412. The order of
-  a batch is random, so the neighbour is any other example; it lies on the same
-  device or the next.
+  m x_i + (1 - m) x_(i-1), the same of the targets, with one m a batch;
+  Zhang et al., 2018, arXiv 1710.09412. m is of Beta(alpha, alpha), or 1 - m if
+  that is larger: as a batch mixes the same pairs either way, and an example
+  keeps the larger share of itself, its own label is what accuracy is measured
+  on. The order of a batch is random, so the neighbour is any other example; it
+  lies on the same device or the next.
 
   Args:
     key: decides m.
@@ -67,6 +69,7 @@ def mixup(
     alpha: above 0.
   """
   m = jax.random.beta(key, alpha, alpha)
+  m = jnp.maximum(m, 1 - m)
 
   def mix(x: jax.Array) -> jax.Array:
     return m * x + (1 - m) * jnp.roll(x, 1, axis=0)

@@ -77,11 +77,12 @@ class Streams:
     """Returns sum_k mask[c, k] * stream k, for each c."""
     return Streams(
       [
-        Term(mask @ term.paths, term.expand, term.narrow) for term in self.terms
+        Term(_exact('ck,kj->cj', mask, term.paths), term.expand, term.narrow)
+        for term in self.terms
       ],
       self.stem,
-      mask @ self.stem_share,
-      mask @ self.bias,
+      _exact('ck,k->c', mask, self.stem_share),
+      _exact('ck,kd->cd', mask, self.bias),
     )
 
   def adapted(self, height: int, width: int, features: int) -> Streams:
@@ -124,7 +125,7 @@ class Streams:
         'ck,kvd,cdw->kvcw', term.paths, term.expand, reduce
       ).reshape(-1, streams * width)
       total += _conv1x1(term.narrow, kernel, dtype)
-    bias = jnp.einsum('cd,cdw->cw', self.bias, reduce).reshape(-1)
+    bias = _exact('cd,cdw->cw', self.bias, reduce).reshape(-1)
     return total + bias.astype(dtype)
 
   def pooled(self, features: int) -> jax.Array:
@@ -136,13 +137,23 @@ class Streams:
     for term in self.terms:
       count, width, _ = term.expand.shape
       narrow = jnp.mean(layers.widened(term.narrow), (1, 2))
-      total += jnp.einsum(
+      total += _exact(
         'nkv,k,kvd->nd',
         narrow.reshape(-1, count, width),
         term.paths.sum(0),
         term.expand,
       )
     return total
+
+
+def _exact(equation: str, *operands: jax.Array) -> jax.Array:
+  """An einsum in float32 also where an accelerator's default is narrower.
+
+  For masks and statistics: a variance from a covariance in bfloat16 may come
+  out below 0. The large kernels of `Streams.read` are no more exact than the
+  convolutions that they are for.
+  """
+  return jnp.einsum(equation, *operands, precision=jax.lax.Precision.HIGHEST)
 
 
 def _conv1x1(x: jax.Array, kernel: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -237,10 +248,11 @@ class BranchBlock(nnx.Module):
     h = layers.widened(narrow).reshape(-1, branches, width)
     center = jnp.mean(h, 0)
     h -= center
-    covariance = jnp.einsum('nkv,nku->kvu', h, h) / h.shape[0]
+    covariance = _exact('nkv,nku->kvu', h, h) / h.shape[0]
     expand = self.expand[...]
-    mean = jnp.einsum('kv,kvd->kd', center, expand)
-    var = jnp.einsum('kvd,kvu,kud->kd', expand, covariance, expand)
+    mean = _exact('kv,kvd->kd', center, expand)
+    var = _exact('kvd,kvu,kud->kd', expand, covariance, expand)
+    var = jnp.maximum(var, 0)  # rounding may leave less of a small one
     self.mean[...] = MOMENTUM * self.mean[...] + (1 - MOMENTUM) * mean
     self.var[...] = MOMENTUM * self.var[...] + (1 - MOMENTUM) * var
     return mean, var

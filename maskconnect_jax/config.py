@@ -175,6 +175,12 @@ def check(config: ml_collections.ConfigDict) -> None:
   ):
     if given[path] < 1:
       raise InputError(f'config.{path}={given[path]} must be at least 1')
+  if given['batch_size'] % given['connectivity.gradient_every']:
+    raise InputError(
+      'config.connectivity.gradient_every='
+      f'{given["connectivity.gradient_every"]} must divide'
+      f' config.batch_size={given["batch_size"]}'
+    )
   for path in (
     'connectivity.initial_spread',
     'connectivity.batchnorm_batches',

@@ -74,11 +74,17 @@ def weights_transform(
     momentum: 0 keeps no velocity.
     nesterov: Nesterov's form of momentum.
     weight_decay: coefficient of w in the gradient.
-    decay_all: whether vectors, i.e. BatchNorm's and biases, decay too.
+    decay_all: whether vectors, and whatever is named scale or bias, decay too.
+      Of several branches these are matrices.
   """
 
   def decays(weights: Any) -> Any:
-    return jax.tree.map(lambda w: decay_all or w.ndim > 1, weights)
+    return jax.tree.map_with_path(
+      lambda path, w: (
+        decay_all or (w.ndim > 1 and path[-1].key not in ('scale', 'bias'))
+      ),
+      weights,
+    )
 
   return optax.chain(
     optax.add_decayed_weights(weight_decay, decays),

@@ -84,6 +84,7 @@ def changed(path, value):
     ('model.dtype', 'float16', 'not one of float32, bfloat16'),
     ('connectivity.fan_in', 0, 'fan_in=0 must be at least 1'),
     ('batch_size', -8, 'batch_size=-8 must be at least 1'),
+    ('connectivity.gradient_every', 3, 'must divide config.batch_size=128'),
     ('keep_checkpoints', 0, 'must be at least 1'),
     ('optimizer.learning_rate', -0.1, 'learning_rate=-0.1 must be 0 or'),
     ('optimizer.learning_rate', float('nan'), 'learning_rate=nan must be 0'),

@@ -76,7 +76,9 @@ def test_weights_move_as_numpys_sgd(momentum, nesterov, decay_all):
   weights = {
     'kernel': rng.normal(size=(3, 3, 2, 4)),
     'matrix': rng.normal(size=(4, 5)),
-    'scale': rng.normal(size=4),
+    'offset': rng.normal(size=4),
+    'scale': rng.normal(size=(2, 4)),  # of two branches
+    'bias': rng.normal(size=(2, 4)),
   }
   rates = [0.1, 0.1, 0.03, 0.0, 0.2, 0.1]
   decay = 0.05
@@ -100,7 +102,7 @@ def test_weights_move_as_numpys_sgd(momentum, nesterov, decay_all):
     actual = optax.apply_updates(actual, updates)
     for name in weights:
       gradient = gradients[name]
-      if decay_all or name != 'scale':
+      if decay_all or name in ('kernel', 'matrix'):
         gradient = gradient + decay * weights[name]
       velocity[name] = momentum * velocity[name] + gradient
       move = velocity[name]

@@ -240,9 +240,10 @@ def test_mixup_mixes_images_and_targets_alike():
       targets, share * t + (1 - share) * t[[4, 0, 1, 2, 3]], atol=1e-6
     )
     shares.append(share)
-  # Beta(a, a) has mean 1/2 and variance 1 / (4 (2a + 1)).
-  assert np.mean(shares) == pytest.approx(0.5, abs=0.1)
-  assert np.var(shares) == pytest.approx(1 / (4 * 1.8), rel=0.2)
+  # Beta(a, a) has mean 1/2 and variance 1 / (4 (2a + 1)), also when folded.
+  assert min(shares) >= 0.5
+  spread = np.mean((np.array(shares) - 0.5) ** 2)
+  assert spread == pytest.approx(1 / (4 * 1.8), rel=0.2)
 
 
 def test_a_step_with_mixup_is_that_of_the_mixed_batch(learned):
@@ -254,6 +255,7 @@ def test_a_step_with_mixup_is_that_of_the_mixed_batch(learned):
     jax.random.fold_in(jax.random.fold_in(root, stream), 0) for stream in (5, 3)
   )
   m = float(jax.random.beta(key, 0.3, 0.3))
+  m = max(m, 1 - m)
   before = np.roll(np.arange(BATCH), 1)
   x = m * normalized(np.arange(BATCH)) + (1 - m) * normalized(before)
   model = nnx.merge(recipe.network, *state.variables(), copy=True)
