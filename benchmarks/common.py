@@ -107,7 +107,7 @@ def parsed(own: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
   )
   for form in forms(given):
     config_lib.check(config_of(form, given))
-    distributed.check_batch_size('batch_size', form.batch)
+    distributed.check_batch_size(form.batch)
   return given
 
 

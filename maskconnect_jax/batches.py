@@ -168,32 +168,46 @@ def evaluation_batches(
   *,
   threads: int,
 ) -> Iterator[Any]:
-  """Yields every example once; the last batch is filled up.
+  """Yields what `evaluation_shares` does, sharded over all devices."""
+  sharding = distributed.sharded(mesh)
+  for share in evaluation_shares(
+    split, batch_size, *distributed.process(), threads=threads
+  ):
+    yield distributed.from_shares(share, sharding)
+
+
+def evaluation_shares(
+  split: Split | Stream,
+  batch_size: int,
+  process: int = 0,
+  num_processes: int = 1,
+  *,
+  threads: int,
+) -> Iterator[Any]:
+  """Yields every example once, a process its own; the last batch is filled up.
 
   Yields:
-    uint8 [batch, H, W, C], int32 [batch] and bool [batch], whether an example
-    counts: filling does not, nor does a damaged record. Sharded.
+    uint8 [share, H, W, C], int32 [share] and bool [share], whether an example
+    counts: filling does not, nor does a damaged record.
   """
-  sharding = distributed.sharded(mesh)
   if isinstance(split, Stream):
-    process, num_processes = distributed.process()
-    examples = evaluation_examples(split, batch_size)
-    shares = share_of_batches(
-      examples, batch_size, 0, process, num_processes
+    yield from share_of_batches(
+      evaluation_examples(split, batch_size),
+      batch_size,
+      0,
+      process,
+      num_processes,
     ).to_iter_dataset(_read_options(threads))
-    for share in shares:
-      yield distributed.from_shares(share, sharding)
     return
+  share = batch_size // num_processes
   for start in range(0, len(split), batch_size):
-    images = split.images[start : start + batch_size]
-    missing = batch_size - len(images)
-    yield distributed.to_global(
-      (
-        np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0))),
-        np.pad(split.labels[start : start + batch_size], (0, missing)),
-        np.arange(batch_size) < batch_size - missing,
-      ),
-      sharding,
+    first = start + process * share
+    images = split.images[first : first + share]
+    missing = share - len(images)
+    yield (
+      np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0))),
+      np.pad(split.labels[first : first + share], (0, missing)),
+      np.arange(share) < share - missing,
     )
 
 

@@ -63,7 +63,7 @@ def default() -> ml_collections.ConfigDict:
   config.seeds = ()  # (): the seed above
   config.variants = ()  # (): one row, without overrides
   config.batch_size = 128
-  config.eval_batch_size = 500
+  config.eval_batch_size = 500  # at most; rounded up to all devices
   config.duration = '300 epochs'  # connectivity phase and fine-tuning together
   config.evaluate_every = '10 epochs'  # on validation, or test without one
   config.checkpoint_every = '10 epochs'

@@ -83,13 +83,13 @@ def from_shares(tree: Any, sharding: NamedSharding) -> Any:
   )
 
 
-def check_batch_size(name: str, batch_size: int) -> None:
+def check_batch_size(batch_size: int) -> None:
   """Raises InputError unless the batch splits evenly over the devices."""
   devices = jax.device_count()
   if batch_size % devices:
     nearest = max(devices, round(batch_size / devices) * devices)
     raise InputError(
-      f'config.{name}={batch_size} does not divide over'
+      f'config.batch_size={batch_size} does not divide over'
       f' {devices} devices; {nearest} does'
     )
 

@@ -155,8 +155,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     InputError: the config or its data cannot be used.
   """
   config_lib.check(config)
-  for name in ('batch_size', 'eval_batch_size'):
-    distributed.check_batch_size(name, config[name])
+  distributed.check_batch_size(config.batch_size)
   dataset = datasets.load(config.data)
   plan = make_plan(config, len(dataset.train))
   own = config.connectivity

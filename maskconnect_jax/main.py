@@ -94,8 +94,10 @@ def main(arguments: Sequence[str]) -> None:
   if len(arguments) > 1:
     raise InputError(f'{arguments[1]!r} is no flag; write --flag=value')
   if MULTIHOST.value:
-    if MODE.value == 'sweep':
-      raise InputError('--mode=sweep is for one machine; omit --multihost')
+    if MODE.value not in ('train', 'describe'):
+      raise InputError(
+        f'--mode={MODE.value} is for one machine; omit --multihost'
+      )
     distributed.initialize()
   {
     'train': run_train,
@@ -120,14 +122,12 @@ def run_train() -> None:
 
 
 def run_evaluate() -> None:
-  """Prints the accuracy of a finished model on its test images, as JSON."""
+  """Prints what a finished model scores on its test images, as JSON."""
   workdir = the_workdir()
   config = CONFIG.value or config_lib.stored(workdir)
   config_lib.check(config)
-  accuracy, count = evaluation.of_model(
-    inference.load(workdir / 'model'), config
-  )
-  print(json.dumps({'test_accuracy': accuracy, 'num_test_examples': count}))
+  scores = evaluation.of_model(inference.load(workdir / 'model'), config)
+  print(json.dumps(scores.named('test') | {'num_test_examples': scores.count}))
 
 
 def run_describe() -> None:

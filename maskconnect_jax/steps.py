@@ -258,7 +258,7 @@ def eval_step(
     mask_step: of the training step that would draw it, for its temperature.
 
   Returns:
-    {'correct': int32 [], 'loss': float32 [], 'count': int32 []}.
+    See `scores`.
   """
   model = nnx.merge(recipe.network, *variables)
   mask = None
@@ -266,10 +266,30 @@ def eval_step(
     mask = model.draw(mask_key, recipe.temperature(mask_step))
   with recipe.on_mesh():
     logits = model(augment.normalize(images, recipe.mean, recipe.std), mask)
+  return scores(logits, labels, counted)
+
+
+def scores(
+  logits: jax.Array, labels: jax.Array, counted: jax.Array
+) -> dict[str, jax.Array]:
+  """Returns sums over the examples that count.
+
+  Args:
+    logits: float32 [batch, num_classes].
+    labels: int32 [batch].
+    counted: bool [batch].
+
+  Returns:
+    {'correct', 'correct_of_5', 'count': int32 [], 'loss': float32 []}; a label
+    is among the 5 if fewer than 5 classes have a larger logit.
+  """
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-  right = (jnp.argmax(logits, -1) == labels) & counted
+  own = jnp.take_along_axis(logits, labels[:, None], -1)
+  larger = jnp.sum(logits > own, -1)
+  right = jnp.argmax(logits, -1) == labels
   return {
-    'correct': jnp.sum(right, dtype=jnp.int32),
+    'correct': jnp.sum(right & counted, dtype=jnp.int32),
+    'correct_of_5': jnp.sum((larger < 5) & counted, dtype=jnp.int32),
     'loss': jnp.sum(jnp.where(counted, losses, 0.0)),
     'count': jnp.sum(counted, dtype=jnp.int32),
   }

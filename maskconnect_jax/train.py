@@ -39,8 +39,18 @@ from maskconnect_jax import (
 )
 from maskconnect_jax.config import InputError
 
-# What says how a machine is used, and does not change the result.
-MACHINE = ('data.threads', 'data.workers')
+# What says where a run goes on and what it writes down meanwhile: it may be
+# another at every start, as the weights do not depend on it.
+FREE = (
+  'checkpoint_every',
+  'data.dir',
+  'data.threads',
+  'data.workers',
+  'eval_batch_size',
+  'evaluate_every',
+  'keep_checkpoints',
+  'log_every',
+)
 
 
 @dataclasses.dataclass
@@ -154,8 +164,9 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Result:
       pending = []
       accuracy = None
       if evaluating:
-        accuracy, _ = evaluate(recipe.network, state.variables(), split)
-        record[f'{watched}_accuracy'] = accuracy
+        scores = evaluate(recipe.network, state.variables(), split)
+        record |= scores.named(watched)
+        accuracy = scores.accuracy
       if phase == 'connectivity':
         history.add(done, state.masks)
       writer.write(done, phase, record)
@@ -187,21 +198,21 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Result:
   pruned = stack.prune(frozen)
   network, *variables = steps.split(pruned)
   test = job.dataset.test
-  accuracy, num_tested = evaluate(recipe.network, state.variables(), test)
+  tested = evaluate(recipe.network, state.variables(), test)
   accuracies = {
     f'{watched}_accuracy_drawn': progress.get(f'{watched}_accuracy_drawn'),
     f'{watched}_accuracy_at_freeze': progress.get(
       f'{watched}_accuracy_at_freeze'
     ),
-    'test_accuracy': accuracy,
-    'test_accuracy_pruned': evaluate(network, tuple(variables), test)[0],
-    'num_test_examples': num_tested,
+    **tested.named('test'),
+    'test_accuracy_pruned': evaluate(network, tuple(variables), test).accuracy,
+    'num_test_examples': tested.count,
   }
   if job.dataset.validation:
-    accuracies['validation_accuracy'], _ = evaluate(
+    accuracies |= evaluate(
       recipe.network, state.variables(), job.dataset.validation
-    )
-  skipped = job.dataset.skipped + len(damaged) + len(test) - num_tested
+    ).named('validation')
+  skipped = job.dataset.skipped + len(damaged) + len(test) - tested.count
   summary = report.summarize(job, frozen, pruned, accuracies, skipped, clock)
   report.write(workdir, job, frozen, pruned, summary, history)
   return Result(summary, state, pruned)
@@ -216,7 +227,7 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
   differing = [
     f'{name} ({theirs[name]!r} there, {ours[name]!r} now)'
     for name in sorted(ours)
-    if theirs[name] != ours[name] and name not in MACHINE
+    if theirs[name] != ours[name] and name not in FREE
   ]
   if differing:
     raise InputError(
@@ -259,16 +270,16 @@ def freeze(
   two accuracies go into `progress`, and so into every later checkpoint.
   """
   watched, split = experiment.held_out(job)
-  progress[f'{watched}_accuracy_drawn'], _ = evaluate(
+  progress[f'{watched}_accuracy_drawn'] = evaluate(
     job.recipe.network, state.variables(), split, draw_at=int(state.step)
-  )
+  ).accuracy
   recipe = frozen_recipe(job.recipe, state)
   count = job.config.connectivity.batchnorm_batches
   if count:
     state = measured_anew(recipe, state, batches, count)
-  progress[f'{watched}_accuracy_at_freeze'], _ = evaluate(
+  progress[f'{watched}_accuracy_at_freeze'] = evaluate(
     recipe.network, state.variables(), split
-  )
+  ).accuracy
   return recipe, state
 
 

@@ -298,6 +298,20 @@ def test_averages_are_those_of_the_weights_and_statistics(path):
 # Evaluation.
 
 
+def test_scores_are_numpys():
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(40, 9)).astype(np.float32)
+  labels, counted = rng.integers(0, 9, 40), rng.uniform(size=40) < 0.8
+  best = np.argsort(-logits, -1)
+  among = best == labels[:, None]
+  losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(40), labels]
+  found = steps.scores(logits, labels, counted)
+  assert found['correct'] == among[counted, 0].sum()
+  assert found['correct_of_5'] == among[counted, :5].sum()
+  assert found['count'] == counted.sum()
+  assert found['loss'] == pytest.approx(losses[counted].sum(), rel=1e-5)
+
+
 @pytest.mark.parametrize('key', [None, 11])
 def test_evaluation_counts_the_examples_and_not_the_padding(learned, path, key):
   recipe, _ = learned

@@ -110,9 +110,11 @@ def test_metrics_lines(finished):
     # A mean over the 2 x 64 images since the line before.
     assert (record['accuracy'] * 2 * BATCH) % 1 == pytest.approx(0, abs=1e-4)
     assert record['images_per_second'] > 0
-    assert ('test_accuracy' in record) == (step % 8 == 0)
+    for name in ('test_accuracy', 'test_top5_accuracy', 'test_loss'):
+      assert (name in record) == (step % 8 == 0)
   assert records[0]['loss'] > records[-1]['loss'] + 0.3  # it learns
-  assert records[-1]['test_accuracy'] == finished.summary['test_accuracy']
+  for name in ('test_accuracy', 'test_top5_accuracy', 'test_loss'):
+    assert records[-1][name] == finished.summary[name]
 
 
 def test_tensorboard_says_the_same(finished):
@@ -230,6 +232,12 @@ def test_model_predicts_the_pruned_accuracy(finished):
   np.testing.assert_allclose(probabilities.sum(-1), 1, atol=1e-5)
   accuracy = (probabilities.argmax(-1) == labels).mean()
   assert accuracy == pytest.approx(finished.summary['test_accuracy_pruned'])
+  loss = -np.log(probabilities[np.arange(360), labels]).mean()
+  assert loss == pytest.approx(finished.summary['test_loss'], rel=1e-4)
+  five = np.argsort(-probabilities, -1)[:, :5] == labels[:, None]
+  assert five.any(-1).mean() == pytest.approx(
+    finished.summary['test_top5_accuracy']
+  )
 
 
 def test_model_json(finished):
@@ -341,11 +349,12 @@ def test_every_example_is_counted_once(tiny_config):
   job.model.head.bias[...] = jnp.array([1e6] + [0] * 9)
   network, *variables = steps.split(job.model)
   _, (_, labels) = digits()
-  for size in (200, 48):  # neither divides 360
+  for size in (200, 45):  # neither divides 360, nor 45 over the devices
     evaluate = evaluation.Evaluator(job.recipe, size, job.mesh, threads=1)
-    accuracy, count = evaluate(network, tuple(variables), job.dataset.test)
-    assert count == 360
-    assert accuracy == pytest.approx((labels == 0).mean())
+    scores = evaluate(network, tuple(variables), job.dataset.test)
+    assert scores.count == 360
+    assert scores.accuracy == pytest.approx((labels == 0).mean())
+    assert scores.loss == pytest.approx(1e6 * (labels != 0).mean(), rel=1e-5)
 
 
 # A loss that is not finite.
