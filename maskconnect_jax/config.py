@@ -45,6 +45,18 @@ ONLY_WITH = {
   'data.randaugment': ('data.crop', 'resized'),
 }
 
+# What neither a run's weights nor its data depend on, but for how they are
+# recorded: it may be another each time a run goes on.
+INCIDENTAL = (
+  'checkpoint_every',
+  'data.threads',
+  'data.workers',
+  'eval_batch_size',
+  'evaluate_every',
+  'keep_checkpoints',
+  'log_every',
+)
+
 
 class InputError(ValueError):
   """What the user gave cannot be used.

@@ -84,9 +84,7 @@ def describe(config: ml_collections.ConfigDict) -> str:
       f'data         {len(dataset.train):,} training,'
       f' {len(dataset.validation) if dataset.validation else 0:,} validation,'
       f' {len(dataset.test):,} test images',
-      f'run          {plan.total / plan.per_epoch:,.4g} epochs, {plan.total:,}'
-      f' steps of {config.batch_size} images, {plan.per_epoch:,} per epoch;'
-      f' masks move for the first {plan.freeze:,}',
+      f'run          {experiment.duration_in_words(job)}',
       f'an image     {cost["flops"] / share / 1e6:,.1f} MFLOP to train on,'
       f' {memory.temp_size_in_bytes / share / 1e6:,.2f} MB of activations',
       f'a step       {cost["flops"] / 1e6:,.1f} MFLOP,'

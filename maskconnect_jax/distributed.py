@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from types import FrameType
@@ -95,37 +96,48 @@ def check_batch_size(batch_size: int) -> None:
 
 
 class Preemption:
-  """Notices that the machine wants its devices back (SIGTERM).
+  """Notices that a run is to stop: SIGTERM of a machine, or Ctrl-C.
 
   Used as a context manager around the loop; `requested(step)` then tells, on
-  all processes at the same step, that it is time to save and stop.
+  all processes at the same step, that it is time to save and stop. A second
+  Ctrl-C stops at once.
   """
 
   def __init__(self) -> None:
-    self._signalled = False
+    self._signalled = 0
+    self._previous: dict[int, Any] = {}
 
   def __enter__(self) -> Preemption:
     # With jax.distributed its own service owns the signal and agrees on a step.
     self._coordinated = jax.process_count() > 1
-    if not self._coordinated:
-      try:
-        self._previous = signal.signal(signal.SIGTERM, self._on_signal)
-      except ValueError:  # not the main thread, as under some notebooks
-        self._previous = None
+    if self._coordinated:
+      return self
+    for number in (signal.SIGTERM, signal.SIGINT):
+      # A shell lets what it runs in the background ignore SIGINT.
+      if signal.getsignal(number) == signal.SIG_IGN:
+        continue
+      with contextlib.suppress(ValueError):  # in a thread, as some notebooks
+        self._previous[number] = signal.signal(number, self._on_signal)
     return self
 
   def __exit__(self, *exception: object) -> None:
-    if not self._coordinated and self._previous is not None:
-      signal.signal(signal.SIGTERM, self._previous)
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
 
   def _on_signal(self, number: int, frame: FrameType | None) -> None:
-    del number, frame
-    self._signalled = True
+    del frame
+    if number == signal.SIGINT and self._signalled:
+      raise KeyboardInterrupt
+    self._signalled = number
+    logging.warning(
+      '%s: saving after the step under way, then stopping%s',
+      signal.Signals(number).name,
+      '; once more stops at once' * (number == signal.SIGINT),
+    )
 
-  def requested(self, step: int) -> bool:
-    """Whether to save and stop after `step`."""
+  def requested(self, step: int) -> int:
+    """Returns the signal for which to save and stop after `step`, else 0."""
     if self._coordinated:
-      return bool(multihost_utils.reached_preemption_sync_point(step))
-    if self._signalled:
-      logging.warning('SIGTERM: saving after step %d, then stopping', step)
+      reached = multihost_utils.reached_preemption_sync_point(step)
+      return signal.SIGTERM if reached else 0
     return self._signalled

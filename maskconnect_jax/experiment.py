@@ -28,6 +28,8 @@ from maskconnect_jax import (
 )
 from maskconnect_jax.config import InputError
 
+FEW_STEPS = 50  # of the masks: of those of the digits' demo, 82, they need most
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
@@ -282,6 +284,24 @@ def training_batches(job: Experiment) -> batches.Resident | batches.Streamed:
     threads=data.threads,
     workers=data.workers,
   )
+
+
+def duration_in_words(job: Experiment) -> str:
+  """Returns how many steps a run takes, in which phases."""
+  plan = job.plan
+  text = (
+    f'{plan.total / plan.per_epoch:,.4g} epochs, {plan.total:,} steps of'
+    f' {job.config.batch_size} images, {plan.per_epoch:,} per epoch'
+  )
+  if not plan.freeze:
+    return text
+  text += f'; masks move for the first {plan.freeze:,}'
+  if plan.freeze < FEW_STEPS:
+    text += (
+      ', which is little to learn a wiring from: a smaller config.batch_size or'
+      ' a longer config.duration gives them more'
+    )
+  return text
 
 
 def note_on_fan_in(job: Experiment) -> str:

@@ -39,6 +39,9 @@ IMAGE_SUFFIXES = frozenset({
     '.tiff', '.webp',
 })  # fmt: skip
 
+# What Windows leaves in folders of images.
+_LITTER = frozenset({'thumbs.db', 'desktop.ini'})
+
 _MODES = {1: 'L', 3: 'RGB'}
 _CHUNK = 64  # images a task reads: far more work than handing the task out
 _SLOW = 5e-4  # seconds an image takes from which on threads pay
@@ -184,7 +187,8 @@ def find_images(
 
   Args:
     path: a file, returned whatever its suffix, or a folder, searched with its
-      subfolders. Hidden files and folders are left out.
+      subfolders. Hidden files and folders, and what Windows leaves in them,
+      are left out.
     suffixes: lower-case suffixes to take from a folder; None takes all files.
 
   Raises:
@@ -200,7 +204,11 @@ def find_images(
   found = []
   for folder, subfolders, files in os.walk(root):
     subfolders[:] = [name for name in subfolders if name[0] != '.']
-    found += [pathlib.Path(folder, name) for name in files if name[0] != '.']
+    found += [
+      pathlib.Path(folder, name)
+      for name in files
+      if name[0] != '.' and name.lower() not in _LITTER
+    ]
   if suffixes is not None:
     found = [file for file in found if file.suffix.lower() in suffixes]
   if not found:

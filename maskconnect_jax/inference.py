@@ -8,7 +8,8 @@ else is needed to predict.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from PIL import Image
 
 from maskconnect_jax import (
   checkpoint,
@@ -83,20 +85,24 @@ def save(
 
 
 def load(folder: str | Path) -> Classifier:
-  """Reads a model folder.
+  """Reads a model.
 
   Args:
-    folder: such as 'runs/digits/model'.
+    folder: the workdir of a finished run, such as 'runs/digits', or the model
+      folder in it, which may lie anywhere.
 
   Raises:
     InputError: there is no whole model in it.
   """
   folder = Path(folder)
+  if (folder / 'model' / 'model.json').is_file():  # a workdir
+    folder /= 'model'
   path = folder / 'model.json'
   if not path.is_file():
     raise InputError(
-      f'{folder} holds no model.json; give the model folder of a'
-      ' finished run, such as runs/digits/model'
+      f'{folder} holds no model.json; give the workdir of a finished run, such'
+      ' as runs/digits, or its model folder (--mode=train goes on with a run'
+      ' that was interrupted)'
     )
   try:
     record = json.loads(path.read_text(encoding='utf-8'))
@@ -139,6 +145,14 @@ def _named_arrays(model: Any) -> dict[str, Any]:
   }
 
 
+def _is_one(given: Any) -> bool:
+  """Whether it is an image, rather than several."""
+  if isinstance(given, (str, os.PathLike, Image.Image)):
+    return True
+  shape: tuple[int, ...] = getattr(given, 'shape', ())
+  return len(shape) == 2 or (len(shape) == 3 and shape[-1] <= 4)
+
+
 class Classifier:
   """A trained, frozen and pruned network, ready to predict.
 
@@ -173,24 +187,35 @@ class Classifier:
 
     Args:
       images_or_paths: uint8 [N, H, W, C] or [N, H, W], or a sequence of paths,
-        Pillow images and uint8 arrays. Any size; they are resized and
+        Pillow images and uint8 arrays; or one of these, [H, W, C] with C up to
+        4 or [H, W], as if alone in a sequence. Any size; they are resized and
         converted as in training.
 
     Raises:
       InputError: an image cannot be read, or an array is not an image.
     """
+    given = images_or_paths
+    if _is_one(given):
+      given = [given]
     batches = [
-      self.probabilities(batch) for batch in self._batches(images_or_paths)
+      self.probabilities(
+        np.stack([*map(self.prepare, given[start : start + BATCH])])
+      )
+      for start in range(0, len(given), BATCH)
     ]
     if not batches:
       return np.zeros((0, len(self.classes)), np.float32)
     return np.concatenate(batches)
 
-  def _batches(self, given: Any) -> Iterator[np.ndarray]:
-    for start in range(0, len(given), BATCH):
-      yield np.stack([*map(self._prepare, given[start : start + BATCH])])
+  def prepare(self, item: Any) -> np.ndarray:
+    """Returns one image as the network takes it, uint8 `image_shape`.
 
-  def _prepare(self, item: Any) -> np.ndarray:
+    Args:
+      item: a path, Pillow image or uint8 array.
+
+    Raises:
+      InputError: it cannot be read, or is not an image.
+    """
     height, width, channels = self.image_shape
     return images.read(
       item,

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import jax
 import ml_collections
+import numpy as np
 import platformdirs
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -112,12 +113,10 @@ def main(arguments: Sequence[str]) -> None:
 def run_train() -> None:
   """Trains and prints the result; a workdir brings its own config."""
   workdir = the_workdir()
-  if CONFIG.value is None and (workdir / 'config.json').exists():
-    config = config_lib.stored(workdir)
-  else:
-    config = the_config()
-  result = train.train(config, workdir)
-  if not result.interrupted and jax.process_index() == 0:
+  result = train.train(the_config_or_stored(), workdir)
+  if result.interrupted:
+    sys.exit(128 + result.interrupted)
+  if jax.process_index() == 0:
     print(report.table(result.summary, workdir))
 
 
@@ -126,24 +125,37 @@ def run_evaluate() -> None:
   workdir = the_workdir()
   config = CONFIG.value or config_lib.stored(workdir)
   config_lib.check(config)
-  scores = evaluation.of_model(inference.load(workdir / 'model'), config)
+  scores = evaluation.of_model(inference.load(workdir), config)
   print(json.dumps(scores.named('test') | {'num_test_examples': scores.count}))
 
 
 def run_describe() -> None:
   """Prints the network and what a step costs."""
-  print(describe.describe(the_config()))
+  print(describe.describe(the_config_or_stored()))
 
 
 def run_predict() -> None:
-  """Prints path, class and probability of each image, one line each."""
+  """Prints path, class and probability of each image, one line each.
+
+  An image that cannot be read is named on stderr, and does not stop the rest.
+  """
   if not IMAGES.value:
     raise InputError('--mode=predict needs --images, a file or a folder')
   paths = [path for given in IMAGES.value for path in images.find_images(given)]
-  model = inference.load(the_workdir() / 'model')
+  model = inference.load(the_workdir())
+  unread = 0
   for start in range(0, len(paths), inference.BATCH):
-    part = paths[start : start + inference.BATCH]
-    for path, row in zip(part, model.predict(part), strict=True):
+    part = []
+    for path in paths[start : start + inference.BATCH]:
+      try:
+        part.append((path, model.prepare(path)))
+      except InputError as error:
+        print(f'error: {error}', file=sys.stderr)
+        unread += 1
+    if not part:
+      continue
+    rows = model.probabilities(np.stack([image for _, image in part]))
+    for (path, _), row in zip(part, rows, strict=True):
       best = int(row.argmax())
       if JSON.value:
         print(
@@ -160,6 +172,8 @@ def run_predict() -> None:
         )
       else:
         print(f'{path}\t{model.classes[best]}\t{row[best]:.4f}')
+  if unread:
+    sys.exit(2)
 
 
 def run_sweep() -> None:
@@ -188,6 +202,16 @@ def the_config() -> ml_collections.ConfigDict:
       f'--mode={MODE.value} needs --config, such as --config=configs/digits.py'
     )
   return CONFIG.value
+
+
+def the_config_or_stored() -> ml_collections.ConfigDict:
+  """Returns --config, or without it the one that --workdir was written with."""
+  if CONFIG.value is not None or not WORKDIR.value:
+    return the_config()
+  workdir = Path(WORKDIR.value)
+  if (workdir / 'config.json').exists():
+    return config_lib.stored(workdir)
+  return the_config()
 
 
 def the_workdir() -> Path:
@@ -285,8 +309,20 @@ def run() -> None:
   except InputError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    print(
+      f'error: {str(error).splitlines()[0]} Lower config.batch_size,'
+      ' config.eval_batch_size or config.data.image_size, or set'
+      " config.model.remat='block'",
+      file=sys.stderr,
+    )
+    sys.exit(2)
   except KeyboardInterrupt:
-    print('interrupted; the same command goes on', file=sys.stderr)
+    print(
+      'interrupted; a run goes on from its newest checkpoint', file=sys.stderr
+    )
     sys.exit(128 + signal.SIGINT)
 
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from maskconnect_jax import plots
 
 ROW, PANEL, LETTER = 19, 330, 5.1  # in points; of a letter about
+LONGEST = 64  # letters of a name; the middle of a longer one is left out
 
 
 @style.context(plots.STYLE)
@@ -39,6 +40,12 @@ def figure(
     raise ValueError(f'{len(names)} names for {len(accuracies)} rows')
   if not names:
     raise ValueError('no rows')
+  names = [
+    name
+    if len(name) <= LONGEST
+    else f'{name[: LONGEST // 2 - 1]} … {name[1 - LONGEST // 2 :]}'
+    for name in names
+  ]
   left = 34 + LETTER * max(map(len, names))
   height = 112 + ROW * len(names)
   result, page = plots.new_page(

@@ -39,19 +39,6 @@ from maskconnect_jax import (
 )
 from maskconnect_jax.config import InputError
 
-# What says where a run goes on and what it writes down meanwhile: it may be
-# another at every start, as the weights do not depend on it.
-FREE = (
-  'checkpoint_every',
-  'data.dir',
-  'data.threads',
-  'data.workers',
-  'eval_batch_size',
-  'evaluate_every',
-  'keep_checkpoints',
-  'log_every',
-)
-
 
 @dataclasses.dataclass
 class Result:
@@ -61,16 +48,17 @@ class Result:
     summary: the content of summary.json; empty if the run was interrupted.
     state: after the last step.
     model: frozen, fine-tuned and pruned; None if the run was interrupted.
-    interrupted: the machine wanted its devices back; the same call goes on.
+    interrupted: the signal that stopped the run, which the same call goes on
+      with, such as SIGTERM; else 0.
   """
 
   summary: dict[str, Any]
   state: steps.TrainState
   model: Any
-  interrupted: bool = False
+  interrupted: int = 0
 
 
-def train(config: ml_collections.ConfigDict, workdir: Path) -> Result:
+def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
   """Trains, freezes, fine-tunes, prunes and evaluates; goes on if it was cut.
 
   Args:
@@ -81,10 +69,17 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Result:
     InputError: something given cannot be used, raised before anything is
       written; or the loss stopped being finite.
   """
+  workdir = Path(workdir)
   config_lib.check(config)
   config_lib.check_is_one_run(config)
   check_workdir(config, workdir)
   job = experiment.build(config)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise InputError(
+      f'{workdir} cannot be made ({error.strerror}); give another --workdir'
+    ) from error
   plan, recipe = job.plan, job.recipe
   primary = jax.process_index() == 0
   everywhere = distributed.replicated(job.mesh)
@@ -103,6 +98,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Result:
   writer = metrics.MetricsWriter(workdir, start, enabled=primary)
   history = metrics.MaskHistory(workdir, start)
   bar = metrics.Progress(plan.total, start, enabled=primary)
+  bar.say(experiment.duration_in_words(job))
   if note := experiment.note_on_fan_in(job):
     bar.say(note)
   if loaded:
@@ -117,7 +113,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Result:
   rates = experiment.make_schedules(config, plan)
   clock = metrics.Throughput(progress['images'], progress['train_seconds'])
   pending: list[dict[str, jax.Array]] = []
-  interrupted = False
+  interrupted = 0
   if plan.freeze and start > plan.freeze:
     recipe = frozen_recipe(recipe, state)
   train_step: Any = None
@@ -146,7 +142,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Result:
 
       done, phase = step + 1, plan.phase(step)
       interrupted = preemption.requested(done)
-      at_end = done == plan.total or interrupted
+      at_end = done == plan.total or interrupted != 0
       saving = at_end or done % plan.checkpoint_every == 0
       evaluating = done == plan.total or done % plan.evaluate_every == 0
       logging = done % plan.log_every == 0 or done == plan.freeze
@@ -190,7 +186,7 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Result:
       f'stopped after step {int(state.step)} of {plan.total}; the same'
       ' command goes on from there'
     )
-    return Result({}, state, None, interrupted=True)
+    return Result({}, state, None, interrupted)
   if plan.freeze == plan.total:
     recipe, state = freeze(job, state, batches, evaluate, progress)
 
@@ -219,7 +215,10 @@ def train(config: ml_collections.ConfigDict, workdir: Path) -> Result:
 
 
 def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
-  """Raises InputError if another config wrote this workdir."""
+  """Raises InputError if another config wrote what is in this workdir.
+
+  Where no step was saved there is nothing to lose, and the new config stands.
+  """
   if not (workdir / 'config.json').exists():
     return
   theirs = config_lib.plain(config_lib.stored(workdir))
@@ -227,9 +226,13 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
   differing = [
     f'{name} ({theirs[name]!r} there, {ours[name]!r} now)'
     for name in sorted(ours)
-    if theirs[name] != ours[name] and name not in FREE
+    if theirs[name] != ours[name]
+    and name not in (*config_lib.INCIDENTAL, 'data.dir')
   ]
-  if differing:
+  saved = (workdir / 'summary.json').exists() or any(
+    path.name.isdigit() for path in (workdir / 'checkpoints').glob('*')
+  )
+  if differing and saved:
     raise InputError(
       f'{workdir} was written by another config: {", ".join(differing)};'
       ' give another --workdir'

@@ -53,6 +53,22 @@ def test_nothing_to_predict(model):
   assert model.predict([]).shape == (0, 10)
 
 
+def test_one_image_need_not_be_in_a_list(model, tmp_path):
+  path = tmp_path / 'digit.png'
+  image = Image.fromarray(DIGITS[3])
+  image.save(path)
+  expected = model.predict([DIGITS[3]])
+  for one in (DIGITS[3], DIGITS[3, :, :, None], image, path, str(path)):
+    np.testing.assert_array_equal(model.predict(one), expected)
+  colours = np.asarray(image.convert('RGB'))  # not as many rows of grey
+  assert model.predict(colours).shape == (1, 10)
+
+
+def test_a_workdir_stands_for_its_model(model, finished):
+  found = maskconnect_jax.load(finished.workdir).predict(DIGITS[:5])
+  np.testing.assert_array_equal(found, model.predict(DIGITS[:5]))
+
+
 def test_arrays_images_and_paths_are_one(model, tmp_path):
   path = tmp_path / 'digit.png'
   image = Image.fromarray(DIGITS[3])

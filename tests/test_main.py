@@ -15,7 +15,7 @@ import sklearn.datasets
 from PIL import Image
 
 import maskconnect_jax
-from maskconnect_jax import main
+from maskconnect_jax import experiment, main
 
 DIGITS = np.rint(sklearn.datasets.load_digits().images * 255 / 16).astype(
   np.uint8
@@ -269,6 +269,37 @@ def test_predict(cli, finished, photos):
     assert record['probability'] == pytest.approx(row.max())
     assert list(record['probabilities']) == list('0123456789')
     assert sum(record['probabilities'].values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_predict_names_what_it_cannot_read_and_goes_on(cli, finished, photos):
+  (photos / 'b_cut.png').write_bytes((photos / 'b_large.png').read_bytes()[:80])
+  (photos / 'Thumbs.db').write_bytes(b'')
+  ran = cli(
+    '--mode=predict', f'--workdir={finished.workdir}', f'--images={photos}'
+  )
+  assert ran.code == 2
+  assert [line.split('\t')[0] for line in ran.out.splitlines()] == [
+    str(photos / f'{name}.png')
+    for name in ('a_grey', 'b_large', 'c_alpha', 'd_16')
+  ]
+  (said,) = ran.err.splitlines()
+  assert said.startswith(f'error: {photos / "b_cut.png"} is damaged or cut')
+
+
+def test_out_of_memory_is_one_line(refused, monkeypatch):
+  def step(*arguments):
+    raise jax.errors.JaxRuntimeError(
+      'RESOURCE_EXHAUSTED: Out of memory allocating 25560132096 bytes.\nMore.'
+    )
+
+  monkeypatch.setattr(experiment, 'build', step)
+  refused(says=['Out of memory allocating 25560132096 bytes. Lower', 'remat'])
+
+
+def test_describe_takes_the_config_of_a_workdir(cli, finished):
+  ran = cli('--mode=describe', f'--workdir={finished.workdir}')
+  assert ran.code == 0
+  assert 'resnet8, 3 blocks' in ran.out
 
 
 def test_predict_what_cannot_be(refused, finished, photos, tmp_path):

@@ -45,6 +45,14 @@ ACCURACIES = (
 )
 
 
+@pytest.fixture
+def ctrl_c():
+  """What a shell runs in the background ignores SIGINT: not so here."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
 def start(tiny, workdir, moment='', at=0):
   return subprocess.run(
     [
@@ -247,26 +255,29 @@ def test_same_command_same_bits(tiny_config, tmp_path, assert_same_end):
   assert_same_end(tmp_path / 'run')
 
 
-def test_sigterm_saves_and_stops(
-  tiny, tmp_path, cli, assert_same_end, monkeypatch, capsys
+@pytest.mark.usefixtures('ctrl_c')
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(
+  number, tiny, tmp_path, cli, assert_same_end, caplog
 ):
   workdir = tmp_path / 'run'
   real = train.report.at_freeze
 
   def at_freeze(*arguments):
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), number)
     return real(*arguments)
 
-  before = signal.getsignal(signal.SIGTERM)
+  before = signal.getsignal(number)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(train.report, 'at_freeze', at_freeze)
     ran = cli(f'--config={tiny}', f'--workdir={workdir}')
-  assert ran.code == 0
+  assert ran.code == 128 + number
   assert ran.out == ''
+  assert f'{number.name}: saving after the step under way' in caplog.text
   assert 'stopped after step 13 of 24; the same command goes on' in ran.err
   assert steps(workdir)[-1] == 13  # the step under way, not one of every 4
   assert not (workdir / 'summary.json').exists()
-  assert signal.getsignal(signal.SIGTERM) == before
+  assert signal.getsignal(number) == before
   ran = cli(f'--config={tiny}', f'--workdir={workdir}')
   assert ran.code == 0
   assert 'going on from step 13 of 24' in ran.err
@@ -365,26 +376,46 @@ def test_another_config_is_refused(tiny, tmp_path, finished, cli):
   assert after == before
 
 
+def test_a_workdir_in_which_nothing_was_saved_takes_another_config(
+  tiny, tmp_path, cli
+):
+  workdir = tmp_path / 'run'
+  arguments = f'--config={tiny}', f'--workdir={workdir}'
+  ran = cli(*arguments, '--config.optimizer.learning_rate=1e38')
+  assert ran.code == 2
+  assert 'there is no checkpoint yet' in ran.err
+  assert cli(*arguments, '--config.duration=4 steps').code == 0
+  stored = json.loads((workdir / 'config.json').read_text())
+  assert stored['optimizer']['learning_rate'] == 0.1
+  ran = cli(*arguments, '--config.duration=8 steps')
+  assert "duration ('4 steps' there, '8 steps' now)" in ran.err
+
+
+def test_a_workdir_that_cannot_be_made(tiny, tmp_path, cli):
+  (tmp_path / 'file').write_text('')
+  ran = cli(f'--config={tiny}', f'--workdir={tmp_path / "file/run"}')
+  assert ran.code == 2
+  assert 'file/run cannot be made (Not a directory); give another' in ran.err
+
+
 def test_a_damaged_config_is_refused(tiny_config, tmp_path):
   (tmp_path / 'config.json').write_text('{')
   with pytest.raises(config.InputError, match='config.json is damaged'):
     train.train(tiny_config, tmp_path)
 
 
-def test_interrupted_from_the_keyboard(tiny, tmp_path, cli, monkeypatch):
-  """Ctrl-C: no traceback, the status that shells expect."""
+@pytest.mark.usefixtures('ctrl_c')
+def test_ctrl_c_twice_stops_at_once(tiny, tmp_path, cli, monkeypatch, caplog):
+  """No traceback, the status that shells expect."""
 
   def write(*arguments):
     os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
 
   monkeypatch.setattr(metrics.MetricsWriter, 'write', write)
-  # What a shell runs in the background ignores SIGINT.
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  try:
-    ran = cli(f'--config={tiny}', f'--workdir={tmp_path}')
-  finally:
-    signal.signal(signal.SIGINT, before)
+  ran = cli(f'--config={tiny}', f'--workdir={tmp_path}')
   assert ran.code == 130
-  assert 'interrupted; the same command goes on' in ran.err
+  assert 'SIGINT: saving after the step under way' in caplog.text
+  assert 'interrupted; a run goes on from its newest checkpoint' in ran.err
   assert 'Traceback' not in ran.err
   assert steps(tmp_path) == []
