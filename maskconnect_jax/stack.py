@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -228,12 +229,12 @@ class MaskedStack(Wiring):
       return self._run_frozen(x, self.topology, options)
     if mask is None:
       mask = connectivity.top_k(self.real_mask[...], self.valid, self.fan_in)
-    weights = self._weights(mask)
+    # Not by indices: the gradient of each would be a scatter.
+    rows = jax.lax.split(self._weights(mask), (1,) * len(self.blocks))
     sources = _Sources(x, self.adapter)
     run = self._runner(options)
-    for target, block in enumerate(self.blocks):
-      valid = [i for i, ok in enumerate(self.valid[target]) if ok]
-      total = sources.masked_sum(valid, weights[target], self.gradient_every)
+    for block, row, valid in zip(self.blocks, rows, self.valid, strict=True):
+      total = sources.masked_sum(valid, row[0], self.gradient_every)
       sources.outputs.append(run(block, total))
     return sources.outputs[-1]
 
@@ -357,23 +358,32 @@ class _Sources:
     )
 
   def masked_sum(
-    self, picked: Sequence[int], weights: jax.Array, every: int
+    self, valid: Sequence[bool], weights: jax.Array, every: int
   ) -> jax.Array:
     """Returns the sum that a block reads, of the newest output's shape.
 
     Args:
-      picked: the sources that it may take.
-      weights: float32 [L], of sources 0..L-1.
+      valid: which of the sources 0..L-1 it may take.
+      weights: float32 [L], theirs.
       every: see `aggregate.masked_sum`.
     """
     newest = self.outputs[-1]
-    by_width: dict[int, list[int]] = {}
-    for i in picked:
-      by_width.setdefault(self._take(i).shape[-1], []).append(i)
+    taken = [self._take(i) if ok else None for i, ok in enumerate(valid)]
+    runs = [
+      (width, list(run))
+      for width, run in itertools.groupby(
+        taken, lambda y: 0 if y is None else y.shape[-1]
+      )
+    ]
+    parts = jax.lax.split(weights, [len(run) for _, run in runs])
     sums = []
-    for _, same in sorted(by_width.items()):
-      taken = tuple(self._take(i) for i in same)
-      total = masked_sum(weights[jnp.array(same)], taken, every)
+    for width in sorted({width for width, _ in runs if width}):
+      same = [i for i, (other, _) in enumerate(runs) if other == width]
+      total = masked_sum(
+        jnp.concatenate([parts[i] for i in same]),
+        tuple(y for i in same for y in runs[i][1]),
+        every,
+      )
       sums.append(layers.zero_pad_channels(total, newest.shape[-1]))
     return sum(sums[1:], start=sums[0]).astype(newest.dtype)
 
