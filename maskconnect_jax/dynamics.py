@@ -400,25 +400,14 @@ def _at_the_start(
   config: ml_collections.ConfigDict,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns the valid sources, bool, and r before training, of r's shape."""
-  own = config.connectivity
-  # Neither hangs on the data; so this is the run's own network in both.
-  options: dict[str, Any] = {
-    'num_classes': 1,
-    'width': config.model.width or None,
-    'fan_in': own.fan_in,
-    'initial': own.initial,
-    'initial_spread': own.initial_spread,
-    'seed': config.seed,
-    'level': own.level,
-  }
-  if own.level == 'block':
-    options |= {'stem_source': own.stem_source, 'adapter': own.adapter}
+  # Neither hangs on the data, nor on how many classes and channels it has.
+  architecture = experiment.architecture_of(config, 1, 3)
   valid = []
 
   # Under jit only r is computed: the weights, which nothing asks for, are not.
   @jax.jit
   def start() -> jax.Array:
-    stack = models.create_model(config.model.name, **options).stack
+    stack = models.create_model(**architecture).stack
     valid.append(np.array(stack.valid))
     return stack.real_mask[...]
 

@@ -160,33 +160,11 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   distributed.check_batch_size(config.batch_size)
   dataset = datasets.load(config.data)
   plan = make_plan(config, len(dataset.train))
-  own = config.connectivity
-  architecture = {
-    'name': config.model.name,
-    'num_classes': len(dataset.classes),
-    'in_channels': dataset.image_shape[-1],
-    'width': config.model.width or None,
-    'dtype': config.model.dtype,
-    'fan_in': own.fan_in,
-    'rule': 'fixed_prev' if own.rule == 'fixed_given' else own.rule,
-    'gradient': own.gradient,
-    'initial': own.initial,
-    'initial_spread': own.initial_spread,
-    'seed': config.seed,
-    'level': own.level,
-  }
-  if own.level == 'branch':
-    architecture['identity'] = own.branch_identity
-  else:
-    architecture |= {
-      'stem_source': own.stem_source,
-      'adapter': own.adapter,
-      'scale': own.scale,
-      'gradient_every': own.gradient_every,
-      'remat': config.model.remat,
-    }
+  architecture = architecture_of(
+    config, len(dataset.classes), dataset.image_shape[-1]
+  )
   model: models.Network = models.create_model(**architecture)
-  if own.rule == 'fixed_given':
+  if config.connectivity.rule == 'fixed_given':
     model = with_given_topology(config, model)
   mean, std = tuple(config.data.mean), tuple(config.data.std)
   if not (mean and std):
@@ -218,7 +196,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     ),
     seed=config.seed,
     temperature=optax.exponential_decay(
-      1.0, max(1, plan.freeze), own.temperature
+      1.0, max(1, plan.freeze), config.connectivity.temperature
     ),
     pad=config.data.pad if config.data.crop == 'pad' else 0,
     flip=config.data.flip,
@@ -230,6 +208,38 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     batch_sharding=distributed.sharded(mesh),
   )
   return Experiment(config, dataset, plan, architecture, model, mesh, recipe)
+
+
+def architecture_of(
+  config: ml_collections.ConfigDict, num_classes: int, in_channels: int
+) -> dict[str, Any]:
+  """Returns the arguments of `create_model` that a config stands for."""
+  own = config.connectivity
+  architecture = {
+    'name': config.model.name,
+    'num_classes': num_classes,
+    'in_channels': in_channels,
+    'width': config.model.width or None,
+    'dtype': config.model.dtype,
+    'fan_in': own.fan_in,
+    'rule': 'fixed_prev' if own.rule == 'fixed_given' else own.rule,
+    'gradient': own.gradient,
+    'initial': own.initial,
+    'initial_spread': own.initial_spread,
+    'seed': config.seed,
+    'level': own.level,
+  }
+  if own.level == 'branch':
+    architecture['identity'] = own.branch_identity
+  else:
+    architecture |= {
+      'stem_source': own.stem_source,
+      'adapter': own.adapter,
+      'scale': own.scale,
+      'gradient_every': own.gradient_every,
+      'remat': config.model.remat,
+    }
+  return architecture
 
 
 def held_out(job: Experiment) -> tuple[str, datasets.Split | datasets.Stream]:
