@@ -29,11 +29,13 @@ def masked_sum(
   """Returns the sum of the sources, each times its weight.
 
   Args:
-    weights: float32 [n], a row of the mask times the scale of its terms.
+    weights: float32 [n, batch], those of each image. The mask's are the same in
+      all images of a step: the caller broadcasts them, and autodiff then sums
+      their gradients over the images, for all blocks at once.
     sources: n arrays of one shape and dtype, [batch, ...].
     every: the gradient of the weights is taken over every so many images, and
-      multiplied by that: unbiased over batches in random order, and that much
-      cheaper.
+      stands for the others between: unbiased over batches in random order, and
+      that much cheaper.
 
   Returns:
     An array of a source's shape, in float32 or better, for other sums to be
@@ -45,7 +47,7 @@ def masked_sum(
   """
   exact = _exact(sources[0].dtype)
   terms = [
-    weight.astype(exact) * source.astype(exact)
+    _beside(source, weight).astype(exact) * source.astype(exact)
     for weight, source in zip(weights, sources, strict=True)
   ]
   return sum(terms[1:], start=terms[0])
@@ -68,7 +70,7 @@ def _sum_backward(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   weights, sources = residuals
   for_sources = tuple(
-    (weight.astype(gradient.dtype) * gradient).astype(source.dtype)
+    (_beside(gradient, weight) * gradient).astype(source.dtype)
     for weight, source in zip(weights, sources, strict=True)
   )
   products = jax.lax.platform_dependent(
@@ -78,10 +80,16 @@ def _sum_backward(
     tpu=products_one_by_one,
     default=products_at_once,
   )
-  return (every * products).astype(weights.dtype), for_sources
+  products = jnp.repeat(products, every, axis=1)
+  return products.astype(weights.dtype), for_sources
 
 
 masked_sum.defvjp(_sum_forward, _sum_backward)
+
+
+def _beside(x: jax.Array, weight: jax.Array) -> jax.Array:
+  """Returns a weight for each image, [batch], to multiply x [batch, ...] by."""
+  return weight.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def _every(x: jax.Array, every: int) -> jax.Array:
@@ -97,7 +105,7 @@ def _every(x: jax.Array, every: int) -> jax.Array:
 def products_one_by_one(
   gradient: jax.Array, sources: Sequence[jax.Array]
 ) -> jax.Array:
-  """Returns <g, y_i> of n sources, [n], in the dtype of g.
+  """Returns <g, y_i> of n sources in each image, [n, batch], as g's dtype.
 
   On a CPU each is a call of a library, before which XLA must write down g once
   instead of computing it again for every reader; a TPU's compiler expects this
@@ -107,7 +115,6 @@ def products_one_by_one(
     gradient: g, [batch, ...], float32 or better.
     sources: the y_i, of the same shape, perhaps of a narrower dtype.
   """
-  # A number for each image first, lest float32 add up millions in a row.
   axes = tuple(range(1, gradient.ndim))
   of_images = [
     jax.lax.dot_general(
@@ -118,7 +125,7 @@ def products_one_by_one(
     )
     for source in sources
   ]
-  return jnp.stack(of_images).sum(1)
+  return jnp.stack(of_images)
 
 
 def products_at_once(
@@ -140,7 +147,7 @@ def products_at_once(
     ]
     zeros = [jnp.zeros((), gradient.dtype)] * len(terms)
     of_images += jax.lax.reduce(terms, zeros, _add_each, axes)
-  return jnp.stack(of_images).sum(1)
+  return jnp.stack(of_images)
 
 
 def _add_each(

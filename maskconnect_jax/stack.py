@@ -229,8 +229,11 @@ class MaskedStack(Wiring):
       return self._run_frozen(x, self.topology, options)
     if mask is None:
       mask = connectivity.top_k(self.real_mask[...], self.valid, self.fan_in)
-    # Not by indices: the gradient of each would be a scatter.
-    rows = jax.lax.split(self._weights(mask), (1,) * len(self.blocks))
+    weights = self._weights(mask)
+    # For each image, so that the gradient is summed over them once, not by each
+    # block; and not by indices, of which each gradient would be a scatter.
+    weights = jnp.broadcast_to(weights[..., None], (*weights.shape, len(x)))
+    rows = jax.lax.split(weights, (1,) * len(self.blocks))
     sources = _Sources(x, self.adapter)
     run = self._runner(options)
     for block, row, valid in zip(self.blocks, rows, self.valid, strict=True):
@@ -364,7 +367,7 @@ class _Sources:
 
     Args:
       valid: which of the sources 0..L-1 it may take.
-      weights: float32 [L], theirs.
+      weights: float32 [L, batch], theirs.
       every: see `aggregate.masked_sum`.
     """
     newest = self.outputs[-1]

@@ -32,9 +32,13 @@ def chain(add, weights, first, factors):
   return sources
 
 
+def in_each_image(weights, batch):
+  return jnp.broadcast_to(weights[:, None], (len(weights), batch))
+
+
 def masked_loss(weights, first, factors, direction):
   def add(t, row, ys):
-    return masked_sum(row, tuple(ys))
+    return masked_sum(in_each_image(row, len(first)), tuple(ys))
 
   return jnp.sum(direction * chain(add, weights, first, factors)[-1])
 
@@ -77,13 +81,15 @@ def test_a_gradient_from_every_third_image():
   rng = np.random.default_rng(0)
   sources, gradient = rng.normal(size=(2, 9, 4)), rng.normal(size=(9, 4))
   ys = tuple(jnp.asarray(sources))
-  value, backward = jax.vjp(lambda w: masked_sum(w, ys, 3), jnp.ones(2))
+  value, backward = jax.vjp(
+    lambda w: masked_sum(in_each_image(w, 9), ys, 3), jnp.ones(2)
+  )
   expected = 3 * np.einsum('bc,nbc->n', gradient[::3], sources[:, ::3])
   (actual,) = backward(jnp.asarray(gradient))
   np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-10)
   np.testing.assert_allclose(value, sources.sum(0), rtol=0, atol=1e-10)
   with pytest.raises(InputError, match='gradient_every=4 .* batch of 9'):
-    jax.grad(lambda w: masked_sum(w, ys, 4).sum())(jnp.ones(2))
+    jax.grad(lambda w: masked_sum(w, ys, 4).sum())(jnp.ones((2, 9)))
 
 
 @pytest.mark.usefixtures('x64')
@@ -100,7 +106,9 @@ def test_products_are_numpys(products, shape):
   rng = np.random.default_rng(0)
   gradient, sources = rng.normal(size=shape), rng.normal(size=(5, *shape))
   actual = products(jnp.asarray(gradient), tuple(jnp.asarray(sources)))
-  expected = sources.reshape(5, -1) @ gradient.ravel()
+  expected = np.einsum(
+    'nbi,bi->nb', sources.reshape(5, 3, -1), gradient.reshape(3, -1)
+  )
   np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)
 
 
@@ -108,15 +116,15 @@ def test_products_are_numpys(products, shape):
 def test_products_of_bfloat16_sources_are_float32(products):
   # bfloat16 counts to 256; and (1 + 2^-7)^2 - (1 + 2^-6) is 0 in it, not 2^-14.
   ones = jnp.ones((1, 10_001), jnp.bfloat16)
-  (count,) = products(ones.astype(jnp.float32), (ones,))
+  ((count,),) = products(ones.astype(jnp.float32), (ones,))
   pair = jnp.array([[1 + 2**-7, -(1 + 2**-6)]], jnp.bfloat16)
-  (left,) = products(jnp.array([[1 + 2**-7, 1]], jnp.float32), (pair,))
+  ((left,),) = products(jnp.array([[1 + 2**-7, 1]], jnp.float32), (pair,))
   assert (float(count), float(left)) == (10_001, 2**-14)
 
 
 @pytest.mark.parametrize(
   ('platform', 'products', 'reductions'),
-  [('cpu', 3, 1), ('tpu', 3, 1), ('cuda', 0, 2), ('rocm', 0, 2)],
+  [('cpu', 3, 0), ('tpu', 3, 0), ('cuda', 0, 1), ('rocm', 0, 1)],
 )
 def test_a_gpu_reads_the_gradient_once(platform, products, reductions):
   sources = (jnp.ones((2, 3)),) * 3
@@ -124,10 +132,9 @@ def test_a_gpu_reads_the_gradient_once(platform, products, reductions):
   def total(weights):
     return masked_sum(weights, sources).sum()
 
-  traced = jax.jit(jax.grad(total)).trace(jnp.ones(3))
+  traced = jax.jit(jax.grad(total)).trace(jnp.ones((3, 2)))
   program = traced.lower(lowering_platforms=(platform,)).as_text()
   assert program.count('stablehlo.dot_general') == products
-  # One of them adds up the images.
   assert program.count('stablehlo.reduce(') == reductions
 
 
@@ -135,14 +142,14 @@ def test_a_gpu_reads_the_gradient_once(platform, products, reductions):
 @pytest.mark.parametrize('count', [1, 3])
 def test_one_sum_and_its_gradients_are_numpys(count):
   rng = np.random.default_rng(count)
-  weights, shape = rng.normal(size=count), (3, *SHAPE)
+  weights, shape = rng.normal(size=(count, 3)), (3, *SHAPE)
   sources, gradient = rng.normal(size=(count, *shape)), rng.normal(size=shape)
   value, backward = jax.vjp(masked_sum, jnp.asarray(weights), tuple(sources))
   for_weights, for_sources = backward(jnp.asarray(gradient))
   for actual, expected in (
-    (value, np.einsum('n,nbhwc->bhwc', weights, sources)),
-    (for_weights, np.einsum('bhwc,nbhwc->n', gradient, sources)),
-    (for_sources, np.einsum('n,bhwc->nbhwc', weights, gradient)),
+    (value, np.einsum('nb,nbhwc->bhwc', weights, sources)),
+    (for_weights, np.einsum('bhwc,nbhwc->nb', gradient, sources)),
+    (for_sources, np.einsum('nb,bhwc->nbhwc', weights, gradient)),
   ):
     np.testing.assert_allclose(np.array(actual), expected, rtol=0, atol=1e-10)
 
@@ -150,7 +157,7 @@ def test_one_sum_and_its_gradients_are_numpys(count):
 def test_the_bfloat16_sum_is_accumulated_in_float32():
   # In bfloat16, 256 + 1 is 256.
   sources = tuple(jnp.full((2, 3), v, jnp.bfloat16) for v in (256, 1, 1))
-  total = masked_sum(jnp.ones(3), sources)
+  total = masked_sum(jnp.ones((3, 2)), sources)
   assert total.dtype == jnp.float32
   np.testing.assert_array_equal(total, 258)
   total = static_sum(sources, 1.0)
@@ -170,12 +177,12 @@ def test_the_bfloat16_weights_gradient_is_accumulated_in_float32():
     (long, long, 10_001),
   ):
     value, backward = jax.vjp(
-      masked_sum, jnp.ones(1), (jnp.asarray(y, jnp.bfloat16),)
+      masked_sum, jnp.ones((1, 1)), (jnp.asarray(y[None], jnp.bfloat16),)
     )
-    for_weights, (for_source,) = backward(jnp.asarray(g, value.dtype))
+    for_weights, (for_source,) = backward(jnp.asarray(g[None], value.dtype))
     assert for_weights.dtype == jnp.float32
     assert for_source.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(for_weights, [expected])
+    np.testing.assert_array_equal(for_weights, [[expected]])
 
 
 @pytest.mark.parametrize(('count', 'scale'), [(1, 0.5), (3, 1), (3, 1 / 3)])
