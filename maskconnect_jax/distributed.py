@@ -129,11 +129,12 @@ class Preemption:
     if number == signal.SIGINT and self._signalled:
       raise KeyboardInterrupt
     self._signalled = number
-    logging.warning(
-      '%s: saving after the step under way, then stopping%s',
-      signal.Signals(number).name,
-      '; once more stops at once' * (number == signal.SIGINT),
-    )
+    with contextlib.suppress(RuntimeError):  # amid another line to stderr
+      logging.warning(
+        '%s: saving after the step under way, then stopping%s',
+        signal.Signals(number).name,
+        '; once more stops at once' * (number == signal.SIGINT),
+      )
 
   def requested(self, step: int) -> int:
     """Returns the signal for which to save and stop after `step`, else 0."""
