@@ -9,6 +9,7 @@ fill a batch is left out. Evaluation sees every example once.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -116,7 +117,8 @@ class Streamed:
     ).to_iter_dataset(_read_options(self._threads))
     if self._workers:
       batches = batches.mp_prefetch(
-        grain.MultiprocessingOptions(num_workers=self._workers)
+        grain.MultiprocessingOptions(num_workers=self._workers),
+        worker_init_fn=_ignore_ctrl_c,
       )
     for images, labels, damaged in batches:
       self.damaged.update(damaged[damaged >= 0].tolist())
@@ -222,6 +224,12 @@ def evaluation_examples(
 
   size = -(-len(stream) // batch_size) * batch_size
   return grain.MapDataset.range(size).map(example)
+
+
+def _ignore_ctrl_c(worker: int, num_workers: int) -> None:
+  """Leaves Ctrl-C, which a terminal sends to workers too, to the run."""
+  del worker, num_workers
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _read_options(threads: int) -> grain.ReadOptions:

@@ -324,9 +324,13 @@ def stored(workdir: Path) -> ml_collections.ConfigDict:
   return config
 
 
-def plain(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns `flat` as JSON keeps it: lists for tuples."""
-  return flat(ml_collections.ConfigDict(json.loads(config.to_json())))
+def essential(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Returns what makes a run another run: `flat` without INCIDENTAL fields.
+
+  As JSON keeps it: lists for tuples.
+  """
+  plain = flat(ml_collections.ConfigDict(json.loads(config.to_json())))
+  return {path: v for path, v in plain.items() if path not in INCIDENTAL}
 
 
 def unknown_field(path: str) -> str:

@@ -100,7 +100,7 @@ class Preemption:
 
   Used as a context manager around the loop; `requested(step)` then tells, on
   all processes at the same step, that it is time to save and stop. A second
-  Ctrl-C stops at once.
+  Ctrl-C stops at once; of several processes already the first one does.
   """
 
   def __init__(self) -> None:
@@ -122,7 +122,8 @@ class Preemption:
 
   def __exit__(self, *exception: object) -> None:
     for number, handler in self._previous.items():
-      signal.signal(number, handler)
+      # One that was not Python's is not known, and cannot be put back.
+      signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
   def _on_signal(self, number: int, frame: FrameType | None) -> None:
     del frame

@@ -221,7 +221,7 @@ def read(workdir: Path) -> Run:
       ' than it takes, so nothing was learned; leave the run out'
     )
   chosen = np.array([np.isin(np.arange(sources), row) for row in rows])
-  fields = config_lib.plain(config)
+  fields = config_lib.essential(config)
   return Run(
     workdir,
     fields.pop('seed'),

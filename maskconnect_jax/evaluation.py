@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
-import numpy as np
 
 from maskconnect_jax import batches, datasets, inference, steps
 from maskconnect_jax.config import InputError
@@ -110,9 +110,9 @@ def of_model(
   for images, labels, counted in batches.evaluation_shares(
     test, min(size, len(test)), threads=config.data.threads
   ):
-    # Softmax once more leaves the loss and the order of probabilities alone.
-    logits = np.log(np.maximum(model.probabilities(images), 1e-38))
-    sums.append(jax.device_get(steps.scores(logits, labels, counted)))
+    logits = jnp.asarray(model.logits(images))
+    found = steps.scores(logits, labels, counted)
+    sums.append(jax.device_get(found))
   return _means(sums)
 
 

@@ -175,10 +175,10 @@ class Classifier:
     self._state = state
 
     @jax.jit
-    def forward(state: Any, batch: jax.Array) -> jax.Array:
+    def forward(state: Any, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
       model = nnx.merge(network, state)
       logits = model((batch.astype(jnp.float32) - mean) / std)
-      return jax.nn.softmax(logits)
+      return logits, jax.nn.softmax(logits)
 
     self._forward = forward
 
@@ -233,7 +233,15 @@ class Classifier:
     Returns:
       float32 [N, len(classes)].
     """
+    return self._run(batch)[1]
+
+  def logits(self, batch: np.ndarray) -> np.ndarray:
+    """Returns what the softmax of is `probabilities`, float32 of that shape."""
+    return self._run(batch)[0]
+
+  def _run(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # Powers of two: few shapes to compile for, whatever number is asked for.
     padded = 1 << (len(batch) - 1).bit_length()
     filled = np.pad(batch, ((0, padded - len(batch)), (0, 0), (0, 0), (0, 0)))
-    return np.asarray(self._forward(self._state, filled))[: len(batch)]
+    logits, probabilities = jax.device_get(self._forward(self._state, filled))
+    return logits[: len(batch)], probabilities[: len(batch)]

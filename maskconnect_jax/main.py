@@ -314,8 +314,8 @@ def run() -> None:
       raise
     print(
       f'error: {str(error).splitlines()[0]} Lower config.batch_size,'
-      ' config.eval_batch_size or config.data.image_size, or set'
-      " config.model.remat='block'",
+      ' config.eval_batch_size or config.data.image_size; a block-level run'
+      ' takes less with config.model.remat=block',
       file=sys.stderr,
     )
     sys.exit(2)

@@ -79,12 +79,13 @@ def weights_transform(
   """
 
   def decays(weights: Any) -> Any:
-    return jax.tree.map_with_path(
-      lambda path, w: (
-        decay_all or (w.ndim > 1 and path[-1].key not in ('scale', 'bias'))
-      ),
-      weights,
-    )
+    def of(path: tuple[Any, ...], weight: jax.Array) -> bool:
+      # A Flax variable has a key of its own below its name.
+      names = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
+      named = bool(names) and names[-1] in ('scale', 'bias')
+      return decay_all or (weight.ndim > 1 and not named)
+
+    return jax.tree.map_with_path(of, weights)
 
   return optax.chain(
     optax.add_decayed_weights(weight_decay, decays),

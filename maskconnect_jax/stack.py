@@ -220,7 +220,7 @@ class MaskedStack(Wiring):
     """Returns y_L.
 
     Args:
-      x: y_0, [batch, ...].
+      x: y_0, [batch, ...]; all outputs have the same first axis.
       mask: b, [L, L], from `draw`; None takes the topology, or without one
         the top-K of r.
       **options: passed on to every block, such as train=True.

@@ -285,7 +285,7 @@ def scores(
   """
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
   own = jnp.take_along_axis(logits, labels[:, None], -1)
-  larger = jnp.sum(logits > own, -1)
+  larger = jnp.sum(~(logits <= own), -1)  # all of them where one is not finite
   right = jnp.argmax(logits, -1) == labels
   return {
     'correct': jnp.sum(right & counted, dtype=jnp.int32),

@@ -243,8 +243,7 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 def read(workdir: Path) -> Run:
   """Reads a finished run. Raises InputError if its files are damaged."""
-  fields = config_lib.plain(config_lib.stored(workdir))
-  fields = {k: v for k, v in fields.items() if k not in config_lib.INCIDENTAL}
+  fields = config_lib.essential(config_lib.stored(workdir))
   seed = fields.pop('seed')
   path = workdir / 'summary.json'
   try:

@@ -43,7 +43,7 @@ def figure(
   names = [
     name
     if len(name) <= LONGEST
-    else f'{name[: LONGEST // 2 - 1]} … {name[1 - LONGEST // 2 :]}'
+    else f'{name[: LONGEST // 2 - 2]} … {name[1 - LONGEST // 2 :]}'
     for name in names
   ]
   left = 34 + LETTER * max(map(len, names))

@@ -123,7 +123,8 @@ def members(config: ml_collections.ConfigDict, workdir: Path) -> list[Member]:
     row.update_from_flattened_dict({'seeds': (), 'variants': (), **overrides})
     name = folder_name(overrides)
     for other, (twin, theirs) in rows.items():
-      if other == name or theirs == row:
+      same = config_lib.essential(theirs) == config_lib.essential(row)
+      if other == name or same:
         raise InputError(
           f'config.variants: {twin!r} and {variant!r} are the same row, or'
           f' would share the folder {name}; leave one of them out'
@@ -302,9 +303,7 @@ def start(
   checkpoint; and it outlives a sweep that is killed. Its log is therefore
   locked for as long as it runs.
   """
-  path = member.workdir / 'config.json'
-  if not path.exists():
-    files.write_text(path, member.config.to_json(indent=2) + '\n')
+  member.workdir.mkdir(parents=True, exist_ok=True)
   with (member.workdir / 'log.txt').open('ab') as log:
     try:
       fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -313,6 +312,9 @@ def start(
         f'{member.workdir} is being trained by another process already; wait'
         ' for it, or end it'
       ) from error
+    files.write_text(
+      member.workdir / 'config.json', member.config.to_json(indent=2) + '\n'
+    )
     return subprocess.Popen(
       [
         sys.executable,

@@ -221,13 +221,12 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
   """
   if not (workdir / 'config.json').exists():
     return
-  theirs = config_lib.plain(config_lib.stored(workdir))
-  ours = config_lib.plain(config)
+  theirs = config_lib.essential(config_lib.stored(workdir))
+  ours = config_lib.essential(config)
   differing = [
     f'{name} ({theirs[name]!r} there, {ours[name]!r} now)'
     for name in sorted(ours)
     if theirs[name] != ours[name]
-    and name not in (*config_lib.INCIDENTAL, 'data.dir')
   ]
   saved = (workdir / 'summary.json').exists() or any(
     path.name.isdigit() for path in (workdir / 'checkpoints').glob('*')

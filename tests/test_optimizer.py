@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from maskconnect_jax import optimizer
 
@@ -112,6 +113,25 @@ def test_weights_move_as_numpys_sgd(momentum, nesterov, decay_all):
       np.testing.assert_allclose(
         actual[name], weights[name], rtol=1e-5, atol=1e-5
       )
+
+
+def test_flax_variables_and_lists_decay_by_their_names_too():
+  layer = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+  layer.bias = nnx.Param(jnp.ones((2, 3)))
+  transform = optimizer.weights_transform(
+    lambda _: 1.0, momentum=0, nesterov=False, weight_decay=0.5, decay_all=False
+  )
+  for weights, expected in (
+    (nnx.state(layer, nnx.Param), [0, -0.5]),  # bias, kernel
+    ([jnp.ones((2, 2)), jnp.ones(2)], [-0.5, 0]),
+  ):
+    updates, _ = transform.update(
+      jax.tree.map(jnp.zeros_like, weights), transform.init(weights), weights
+    )
+    for update, weight, factor in zip(
+      *map(jax.tree.leaves, (updates, weights)), expected, strict=True
+    ):
+      np.testing.assert_allclose(update, factor * weight)
 
 
 # Masks.

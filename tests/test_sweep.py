@@ -1,6 +1,7 @@
 """Sweeps: what they train, in which order, and what cuts and crashes leave."""
 
 import csv
+import json
 import os
 import shutil
 import signal
@@ -130,6 +131,10 @@ def start(cli, tiny, tmp_path):
       ['config.variants=', 'config.variants=connectivity.rule=lerned'],
       'learned, fixed_prev',
     ),
+    (
+      ['config.variants=', 'config.variants=data.workers=4'],
+      'are the same row',
+    ),
     (['config.batch_size=0'], 'at least 1'),
     (['parallel=0'], '--parallel=0'),
     (['multihost'], 'omit --multihost'),
@@ -165,7 +170,13 @@ def test_a_crash_leaves_the_others_alone(start, tmp_path, finished):
   )
   shutil.copytree(finished.workdir, workdir / 'base/seed5')
   (workdir / 'base/seed5/summary.json').unlink()
+  # It failed before with another batch, and saved nothing.
+  stale = workdir / 'batch_size=1440/seed5/config.json'
+  stale.parent.mkdir(parents=True)
+  text = (finished.workdir / 'config.json').read_text()
+  stale.write_text(text.replace('"batch_size": 64', '"batch_size": 32'))
   ran = start(*arguments)
+  assert json.loads(stale.read_text())['batch_size'] == 1440
   assert ran.code == 1
   log = workdir / 'batch_size=1440/seed5/log.txt'
   failure = ran.err.splitlines()[-1]

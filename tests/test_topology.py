@@ -51,6 +51,12 @@ def test_shuffled_rows_stay_valid():
     assert list(map(len, after.sources)) == list(map(len, before.sources))
 
 
+def test_every_block_has_as_many_branches():
+  for sources in ((), (((0,), (1,)), ((0,),))):
+    with pytest.raises(ValueError, match='as many branches'):
+      BranchTopology(sources)
+
+
 def test_branches_are_shuffled_within_their_block():
   before = BranchTopology((((0, 1), (1, 2), (0, 2)), ((0, 1), (0, 1), (1, 2))))
   after = before.shuffled(np.random.default_rng(3), np.ones((2, 3, 3)))
