@@ -130,7 +130,9 @@ class BranchTopology:
 
   def __post_init__(self) -> None:
     if len({len(rows) for rows in self.sources}) != 1:
-      raise ValueError('every block must have as many branches, at least two')
+      raise ValueError(
+        'there must be two blocks or more, all with as many branches'
+      )
     for junction, rows in enumerate(self.sources):
       for branch, row in enumerate(rows):
         if not row or list(row) != sorted(set(row)) or row[0] < 0:
