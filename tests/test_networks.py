@@ -54,6 +54,17 @@ def counted_by_hand(own, classes, *, width=None, channels=3, level='block'):
   return total + classes * wide + classes
 
 
+@pytest.fixture(autouse=True)
+def forget_network():
+  """Lets go of a test's programs, each of a network that no other test has.
+
+  All of them are more memory maps than Linux grants a process (65,530), and
+  XLA crashes where it gets no more.
+  """
+  yield
+  jax.clear_caches()
+
+
 def abstract(name, **options):
   return nnx.eval_shape(
     lambda: maskconnect_jax.create_model(name, rule='fixed_prev', **options)
