@@ -74,6 +74,9 @@ def parser(doc: str | None, **defaults: str) -> argparse.ArgumentParser:
     default='',
     help="config fields of all forms, 'connectivity.gradient=drawn ...'",
   )
+  own.add_argument(
+    '--seed', type=int, default=0, help='of all forms, default 0'
+  )
   own.add_argument('--json', type=pathlib.Path, help='a file for the table')
   return own
 
@@ -130,6 +133,7 @@ def config_of(
   """Returns the config of a form, on images of 32x32, or 224x224 if large."""
   large = models.architecture_of(form.network).large_images
   config = config_lib.default()
+  config.seed = given.seed
   config.duration = '1000 epochs'
   config.batch_size = form.batch
   config.eval_batch_size = jax.device_count()
@@ -168,6 +172,12 @@ def build(
     num_batches * form.batch, 1000 if large else 10, config.data.image_size
   ) as config.data.dir:
     return experiment.build(config)
+
+
+def live_blocks(job: experiment.Experiment) -> int:
+  """Returns how many blocks the program runs: all, or those that are read."""
+  topology = job.model.topology
+  return len(job.model.stack.blocks) if topology is None else sum(topology.live)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@ python benchmarks/memory.py [--quick] [--batches=32]
 Compiles and runs nothing: it prints the same every time. "a block" is the
 temporary memory over the mean size of a block's output: it does not depend on
 the depth where memory grows as O(L). "O(L) MB" is what the rule's first network
-predicts of the others so.
+predicts of the others so. "blocks" are those that the program runs: what
+nothing reads is left out.
 
 --target=h100 or a TPU slice such as --target=v5e:2x2 compiles for one device of
 that kind, which need not be there (targets.py says what must be installed).
@@ -40,6 +41,7 @@ def measure(form: Form, given: Any) -> dict[str, Any]:
   cycles = targets.cycles(program)
   return dataclasses.asdict(form) | {
     'L': len(job.model.stack.blocks),
+    'blocks': common.live_blocks(job),
     'temporary MB': memory.temp_size_in_bytes / 1e6,
     'a block': memory.temp_size_in_bytes / output_bytes(job),
     'arguments MB': memory.argument_size_in_bytes / 1e6,

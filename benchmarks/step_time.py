@@ -7,9 +7,10 @@ python benchmarks/step_time.py [--quick] [--models=resnet38,resnet110]
 The step is that of a run, on noise that stays on the device. All forms of one
 network and batch take turns, --steps of each in every one of --rounds; "ms" are
 medians over the rounds, "÷" medians of the ratios within a round, "±" the
-quartiles' distance. "dispatch" is the time from the call of the compiled step
-to its return: Python's and the runtime's, hidden behind the device's work while
-it is far below 100 %. On CPU both share the cores.
+quartiles' distance. "blocks" are those that the program runs: what nothing
+reads is left out, of Fixed-Random's most. "dispatch" is the time from the call
+of the compiled step to its return: Python's and the runtime's, hidden behind
+the device's work while it is far below 100 %. On CPU both share the cores.
 
 --inference times the forward pass of a frozen, pruned network of drawn real
 masks, beside the ordinary network of as many blocks in each stage; "bytes ÷" is
@@ -41,9 +42,12 @@ def training(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     common.forms(given), lambda form: (form.network, form.batch)
   ):
     group, calls = list(compared), {}
+    blocks = {}
     for form in group:
       common.say(f'compiling {form}')
-      calls[form] = common.TrainingStep(common.build(form, given))
+      job = common.build(form, given)
+      blocks[form] = common.live_blocks(job)
+      calls[form] = common.TrainingStep(job)
     times = common.in_turns(calls, given.rounds, given.steps)
     for form in group:
       ratios = {
@@ -57,6 +61,7 @@ def training(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
       }
       yield (
         dataclasses.asdict(form)
+        | {'blocks': blocks[form]}
         | columns(form.batch, *times[form])
         | ratios
         | {'compile s': calls[form].compile_seconds}

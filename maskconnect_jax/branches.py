@@ -219,9 +219,9 @@ class BranchBlock(nnx.Module):
     """Returns y_c = F_c(x_c) + identity * A(x_c) of every branch."""
     running = not train
     narrow = x.read(self.reduce[...], self.dtype)
-    narrow = nnx.relu(self.norm1(narrow, use_running_average=running))
+    narrow = layers.relu(self.norm1(narrow, use_running_average=running))
     narrow = self.conv2(narrow)
-    narrow = nnx.relu(self.norm2(narrow, use_running_average=running))
+    narrow = layers.relu(self.norm2(narrow, use_running_average=running))
 
     branches, _, features = self.expand.shape
     mean, var = self._statistics(narrow, train)

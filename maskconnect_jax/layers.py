@@ -21,6 +21,26 @@ def widened(x: jax.Array) -> jax.Array:
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+@jax.custom_jvp
+def relu(x: jax.Array) -> jax.Array:
+  """Returns max(x, 0); its derivative at 0 is 0.
+
+  As x + max(-x, 0), equal to the bit for any x but -inf: XLA's CPU compiler
+  computes an operation on one array again for each reader, and what goes into
+  it, block after block; of two arrays, it keeps the result. Elsewhere the
+  programs read and write the same (docs/performance.md).
+  """
+  return x + jnp.maximum(-x, 0)
+
+
+@relu.defjvp
+def _relu_jvp(
+  primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+  (x,), (dx,) = primals, tangents
+  return relu(x), jnp.where(x > 0, dx, 0)
+
+
 def conv(
   in_features: int,
   out_features: int,
@@ -196,6 +216,23 @@ def zero_pad_channels(x: jax.Array, features: int) -> jax.Array:
   if missing == 0:
     return x
   return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+
+
+def append_zero_channels(x: jax.Array, features: int) -> jax.Array:
+  """Returns the same of a sum that other sums are added to, for finite x.
+
+  On a CPU by a product with the identity: it leaves alone the loops before and
+  after it, which XLA would fuse around a padding, with a question for each
+  element and no vector instructions (docs/performance.md).
+  """
+  if x.shape[-1] == features:
+    return x
+  identity = jnp.eye(x.shape[-1], features, dtype=x.dtype)
+  return jax.lax.platform_dependent(
+    x,
+    cpu=lambda x: jnp.matmul(x, identity, precision=jax.lax.Precision.HIGHEST),
+    default=lambda x: zero_pad_channels(x, features),
+  )
 
 
 def average_pool_to(x: jax.Array, height: int, width: int) -> jax.Array:

@@ -128,7 +128,7 @@ class Stem(nnx.Module):
   def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
     """Maps [N, H, W, C] to [N, H, W, features], or to a quarter of H and W."""
     x = self.norm(self.conv(images), use_running_average=not train)
-    x = nnx.relu(x)
+    x = layers.relu(x)
     if self.large:
       x = nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     return x

@@ -387,7 +387,7 @@ class _Sources:
         tuple(y for i in same for y in runs[i][1]),
         every,
       )
-      sums.append(layers.zero_pad_channels(total, newest.shape[-1]))
+      sums.append(layers.append_zero_channels(total, newest.shape[-1]))
     return sum(sums[1:], start=sums[0]).astype(newest.dtype)
 
   def _take(self, i: int) -> jax.Array:

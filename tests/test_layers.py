@@ -31,6 +31,24 @@ def pooled(x, height, width):
   return result
 
 
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_relu_is_the_maximum_to_the_bit(dtype):
+  x = np.array(
+    [-3e38, -1.5, -1e-30, -0.0, 0.0, 1e-30, 0.1, 3e38, np.inf, np.nan],
+    jnp.dtype(dtype),
+  )
+  y = layers.relu(jnp.asarray(x))
+  assert y.dtype == x.dtype
+  y, x = (np.asarray(array, np.float64) for array in (y, x))
+  np.testing.assert_array_equal(y, np.maximum(x, 0))
+
+
+def test_relu_passes_on_the_gradient_of_what_is_above_zero():
+  x = jnp.array([-2.0, -0.0, 0.0, 1e-30, 5.0])
+  _, pull = jax.vjp(jax.jit(layers.relu), x)
+  np.testing.assert_array_equal(pull(jnp.arange(1.0, 6.0))[0], [0, 0, 0, 4, 5])
+
+
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('kernel_size', [1, 3])
 @pytest.mark.parametrize('size', [(8, 8), (7, 5)])
@@ -100,13 +118,29 @@ def test_batch_norm_is_numpys_and_keeps_float32_averages(dtype):
   np.testing.assert_allclose(module.mean[...], mean, rtol=1e-4)
 
 
-def test_channels_are_padded_with_zeros_behind():
+@pytest.mark.parametrize(
+  'widen', [layers.zero_pad_channels, layers.append_zero_channels]
+)
+def test_channels_are_padded_with_zeros_behind(widen):
   x = RNG.normal(size=(2, 3, 4, 5)).astype(np.float32)
-  padded = np.asarray(layers.zero_pad_channels(jnp.asarray(x), 8))
+  padded, pull = jax.vjp(lambda x: widen(x, 8), jnp.asarray(x))
   np.testing.assert_array_equal(padded[..., :5], x)
   np.testing.assert_array_equal(padded[..., 5:], np.zeros((2, 3, 4, 3)))
+  gradient = RNG.normal(size=(2, 3, 4, 8)).astype(np.float32)
+  np.testing.assert_array_equal(pull(gradient)[0], gradient[..., :5])
   same = jnp.asarray(x)
-  assert layers.zero_pad_channels(same, 5) is same
+  assert widen(same, 5) is same
+
+
+@pytest.mark.parametrize(
+  ('platform', 'products'), [('cpu', 1), ('cuda', 0), ('tpu', 0)]
+)
+def test_only_a_cpu_appends_zero_channels_by_a_product(platform, products):
+  function = jax.jit(lambda x: layers.append_zero_channels(x, 8))
+  program = function.trace(jnp.zeros((2, 3, 4, 5)))
+  text = program.lower(lowering_platforms=(platform,)).as_text()
+  assert text.count('dot_general') == products
+  assert text.count('stablehlo.pad') == 1 - products
 
 
 @pytest.mark.parametrize(
