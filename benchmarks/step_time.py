@@ -42,12 +42,9 @@ def training(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     common.forms(given), lambda form: (form.network, form.batch)
   ):
     group, calls = list(compared), {}
-    blocks = {}
     for form in group:
       common.say(f'compiling {form}')
-      job = common.build(form, given)
-      blocks[form] = common.live_blocks(job)
-      calls[form] = common.TrainingStep(job)
+      calls[form] = common.TrainingStep(common.build(form, given))
     times = common.in_turns(calls, given.rounds, given.steps)
     for form in group:
       ratios = {
@@ -61,7 +58,7 @@ def training(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
       }
       yield (
         dataclasses.asdict(form)
-        | {'blocks': blocks[form]}
+        | {'blocks': common.live_blocks(calls[form].job)}
         | columns(form.batch, *times[form])
         | ratios
         | {'compile s': calls[form].compile_seconds}

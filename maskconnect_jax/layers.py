@@ -219,7 +219,7 @@ def zero_pad_channels(x: jax.Array, features: int) -> jax.Array:
 
 
 def append_zero_channels(x: jax.Array, features: int) -> jax.Array:
-  """Returns the same of a sum that other sums are added to, for finite x.
+  """Returns what `zero_pad_channels` does, of a finite x that is added to.
 
   On a CPU by a product with the identity: it leaves alone the loops before and
   after it, which XLA would fuse around a padding, with a question for each
