@@ -34,7 +34,7 @@ import common
 import jax
 from flax import nnx
 
-from maskconnect_jax import augment, experiment, models, stack, steps
+from maskconnect_jax import augment, experiment, models, steps, wiring
 
 
 def training(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -105,7 +105,7 @@ def inference(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
       continue
     common.say(f'compiling {form}')
     job = common.build(form, given)
-    pruned = stack.prune(stack.freeze(job.model))
+    pruned = wiring.prune(wiring.freeze(job.model))
     ordinary = as_many_blocks(job, pruned)
     calls = {
       'pruned': Forward(job, pruned),

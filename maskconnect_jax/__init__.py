@@ -2,7 +2,8 @@
 
 from maskconnect_jax.inference import load
 from maskconnect_jax.models import create_model, list_models
-from maskconnect_jax.stack import MaskedStack, freeze, prune
+from maskconnect_jax.stack import MaskedStack
+from maskconnect_jax.wiring import freeze, prune
 
 __all__ = [
   'MaskedStack',

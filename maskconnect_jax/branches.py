@@ -42,7 +42,7 @@ from jax.typing import DTypeLike
 
 from maskconnect_jax import connectivity, layers
 from maskconnect_jax.config import check_choice
-from maskconnect_jax.stack import Wiring
+from maskconnect_jax.wiring import Wiring
 
 EPSILON = 1e-5  # BatchNorm's, as in layers.batch_norm
 MOMENTUM = 0.9
@@ -296,7 +296,7 @@ class BranchStack(Wiring):
     fan_in: int,
     rule: str = 'learned',
     identity: str = '1/K',
-    gradient: str = 'all',
+    gradient: str = 'normalized',
     initial: float = 0.5,
     initial_spread: float = 0.0,
     rngs: nnx.Rngs,

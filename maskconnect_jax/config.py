@@ -113,9 +113,7 @@ def default() -> ml_collections.ConfigDict:
   config.masks.schedule = 'constant'
   config.masks.momentum = 0.0
   config.masks.start = '0%'  # of the phase; before it they stand still
-  config.masks.relative = (
-    0.0  # decay of the gradients' scale, that divides; 0: off
-  )
+  config.masks.relative = 0.0  # decay of the scale they are divided by; 0: off
 
   config.optimizer = ml_collections.ConfigDict()  # how the weights are trained
   config.optimizer.learning_rate = 0.1

@@ -19,9 +19,9 @@ from maskconnect_jax import (
   distributed,
   models,
   optimizer,
-  stack,
   steps,
   topology,
+  wiring,
 )
 from maskconnect_jax import (
   config as config_lib,
@@ -279,7 +279,7 @@ def with_given_topology(
     ) from error
   if config.connectivity.shuffled:
     given = given.shuffled(np.random.default_rng(config.seed), valid)
-  return stack.freeze(model, given)
+  return wiring.freeze(model, given)
 
 
 def training_batches(job: Experiment) -> batches.Resident | batches.Streamed:

@@ -24,8 +24,8 @@ from maskconnect_jax import (
   files,
   images,
   models,
-  stack,
   topology,
+  wiring,
 )
 from maskconnect_jax.config import InputError
 
@@ -50,7 +50,7 @@ def save(
 
   Args:
     folder: such as workdir/model.
-    model: from `stack.prune`.
+    model: from `wiring.prune`.
     architecture: the arguments of `create_model`.
     classes: name of each output.
     image_shape: (height, width, channels) that images are brought to.
@@ -108,11 +108,11 @@ def load(folder: str | Path) -> Classifier:
     record = json.loads(path.read_text(encoding='utf-8'))
     if record['schema'] != MODEL_SCHEMA:
       raise ValueError(f'schema {record["schema"]!r} is not {MODEL_SCHEMA!r}')
-    wiring = topology.from_dict(record['topology'])
+    frozen = topology.from_dict(record['topology'])
     architecture = record['architecture'] | {'rule': 'fixed_prev'}
     abstract = nnx.eval_shape(
-      lambda: stack.prune(
-        stack.freeze(models.create_model(**architecture), wiring)
+      lambda: wiring.prune(
+        wiring.freeze(models.create_model(**architecture), frozen)
       )
     )
   except (KeyError, TypeError, ValueError) as error:

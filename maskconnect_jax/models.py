@@ -1,6 +1,6 @@
 """The networks and their registry.
 
-`create_model` -> train -> `stack.freeze` -> fine-tune -> `stack.prune`.
+`create_model` -> train -> `wiring.freeze` -> fine-tune -> `wiring.prune`.
 """
 
 from __future__ import annotations

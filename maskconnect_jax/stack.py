@@ -1,8 +1,4 @@
-"""The wiring of any list of blocks: learned, frozen, pruned.
-
-`MaskedStack` feeds each block the masked sum of earlier outputs; `freeze` and
-`prune` turn a model that has one into a smaller, static one.
-"""
+"""Any list of blocks, each fed by the masked sum of earlier outputs."""
 
 from __future__ import annotations
 
@@ -17,14 +13,10 @@ import numpy as np
 from flax import nnx
 
 from maskconnect_jax import connectivity, layers
-from maskconnect_jax import topology as topology_lib
 from maskconnect_jax.aggregate import masked_sum, static_sum
-from maskconnect_jax.config import RULES, InputError, check_choice
-from maskconnect_jax.topology import BranchTopology, Topology
-
-
-class RealMask(nnx.Variable[jax.Array]):
-  """The real-valued mask r, trained by an optimizer group of its own."""
+from maskconnect_jax.config import check_choice
+from maskconnect_jax.topology import Topology
+from maskconnect_jax.wiring import Wiring
 
 
 class Pruned(nnx.Module):
@@ -49,94 +41,6 @@ class Pruned(nnx.Module):
       self.tree, [jnp.zeros(shape, dtype) for shape, dtype in self.leaves]
     )
     return nnx.merge(self.graphdef, state)(x, **options)
-
-
-class Wiring(nnx.Module):
-  """What the stacks of both levels share: the real mask and the topology.
-
-  Attributes:
-    valid: which sources each row may take, bool, of the shape of r.
-    fan_in: K.
-    topology: the frozen mask, or None while the connectivity is learned.
-    real_mask: r, float32; only there when it is learned.
-  """
-
-  def __init__(
-    self,
-    *,
-    valid: Any,
-    fan_in: int,
-    rule: str,
-    gradient: str,
-    initial: float,
-    initial_spread: float,
-    rngs: nnx.Rngs,
-  ) -> None:
-    """Makes r, or the topology of a fixed rule."""
-    if fan_in < 1:
-      raise InputError(f'fan_in={fan_in} must be at least 1')
-    if rule not in RULES:
-      raise InputError(f'rule={rule!r} is not one of {", ".join(RULES)}')
-    check_choice('connectivity.gradient', gradient, 'gradient')
-    self.valid = nnx.static(valid)
-    self.fan_in = fan_in
-    self.gradient = gradient
-    self.topology: Any = None
-    if rule == 'learned':
-      self.real_mask = RealMask(
-        connectivity.initial(
-          rngs.connectivity(), valid, center=initial, spread=initial_spread
-        )
-      )
-    else:
-      # Python must see the mask, also where only shapes are asked for.
-      with jax.ensure_compile_time_eval():
-        if rule == 'fixed_random':
-          mask = connectivity.fixed_random(rngs.connectivity(), valid, fan_in)
-        elif rule == 'fixed_all':
-          mask = connectivity.fixed_all(valid)
-        else:
-          mask = connectivity.fixed_prev(valid)
-        self.freeze(topology_lib.from_mask(mask))
-
-  def draw(
-    self, key: jax.Array, temperature: jax.Array | float = 1.0
-  ) -> jax.Array | None:
-    """Returns a step's mask b, straight-through to r; None if frozen."""
-    if self.topology is not None:
-      return None
-    return connectivity.draw_through(
-      key,
-      self.real_mask[...],
-      self.valid,
-      self.fan_in,
-      self.gradient,
-      temperature,
-    )
-
-  def freeze(self, topology: Topology | BranchTopology | None = None) -> None:
-    """Makes the wiring static: as given, or else the top K of r.
-
-    Raises:
-      InputError: see `Topology.check`.
-    """
-    if topology is None:
-      topology = topology_lib.from_mask(
-        connectivity.freeze(self.real_mask[...], self.valid, self.fan_in)
-      )
-    topology.check(self.valid)
-    self.topology = nnx.static(topology)
-
-  def prune(self) -> None:
-    """Drops what the output does not depend on, and the real mask.
-
-    Raises:
-      ValueError: the wiring is not frozen.
-    """
-    if self.topology is None:
-      raise ValueError('freeze the model before pruning it')
-    if hasattr(self, 'real_mask'):
-      del self.real_mask
 
 
 class MaskedStack(Wiring):
@@ -165,7 +69,7 @@ class MaskedStack(Wiring):
     adapter: Callable[[jax.Array, tuple[int, ...], int], jax.Array]
     | None = None,
     scale: str = 'mean',
-    gradient: str = 'all',
+    gradient: str = 'normalized',
     gradient_every: int = 1,
     initial: float = 0.5,
     initial_spread: float = 0.0,
@@ -408,47 +312,3 @@ class _Sources:
       # one: it may leave out what rounds the mean and widens it again.
       self._adapted[i, shape] = jax.lax.optimization_barrier(y)
     return self._adapted[i, shape]
-
-
-def wirings_of(model: nnx.Module) -> list[Wiring]:
-  """Returns every stack in a model, the model itself included."""
-  return [
-    module
-    for _, module in nnx.iter_modules(model)
-    if isinstance(module, Wiring)
-  ]
-
-
-def freeze(
-  model: Any, topology: Topology | BranchTopology | None = None
-) -> Any:
-  """Returns a copy whose wiring is static.
-
-  Args:
-    model: any module with a `MaskedStack` in it, or one itself.
-    topology: what to freeze to; default the top-K of each real mask, or the
-      topology a stack already has.
-
-  Raises:
-    InputError: the topology cannot be this model's; see `Topology.check`.
-  """
-  model = nnx.clone(model)
-  for wiring in wirings_of(model):
-    if topology is not None or wiring.topology is None:
-      wiring.freeze(topology)
-  return model
-
-
-def prune(model: Any) -> Any:
-  """Returns a copy of a frozen model without what the output ignores.
-
-  The output does not change. What only training needs, the real mask, goes
-  too.
-
-  Raises:
-    ValueError: the model is not frozen.
-  """
-  model = nnx.clone(model)
-  for wiring in wirings_of(model):
-    wiring.prune()
-  return model

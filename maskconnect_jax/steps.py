@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 
 from maskconnect_jax import augment
-from maskconnect_jax.stack import RealMask
+from maskconnect_jax.wiring import RealMask
 
 # The streams of random numbers: fold_in(fold_in(key(seed), stream), step).
 ORDER, CROP, FLIP, MASK, EVALUATION_MASK, MIXUP = range(6)

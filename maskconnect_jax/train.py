@@ -31,8 +31,8 @@ from maskconnect_jax import (
   files,
   metrics,
   report,
-  stack,
   steps,
+  wiring,
 )
 from maskconnect_jax import (
   config as config_lib,
@@ -191,7 +191,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
     recipe, state = freeze(job, state, batches, evaluate, progress)
 
   frozen = nnx.merge(recipe.network, *state.variables())
-  pruned = stack.prune(frozen)
+  pruned = wiring.prune(frozen)
   network, *variables = steps.split(pruned)
   test = job.dataset.test
   tested = evaluate(recipe.network, state.variables(), test)
@@ -255,7 +255,7 @@ def frozen_recipe(
 ) -> steps.Recipe:
   """Returns the recipe with the wiring fixed to the top-K of the real mask."""
   model = nnx.merge(recipe.network, *state.variables())
-  network, *_ = steps.split(stack.freeze(model))
+  network, *_ = steps.split(wiring.freeze(model))
   return dataclasses.replace(recipe, network=network)
 
 

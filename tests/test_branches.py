@@ -17,7 +17,7 @@ import pytest
 from flax import nnx
 
 import maskconnect_jax
-from maskconnect_jax import connectivity, inference, models, stack
+from maskconnect_jax import connectivity, inference, models, wiring
 from maskconnect_jax import topology as topology_lib
 
 # Four blocks of eight branches, the stages as in resnext20_8x4d.
@@ -244,8 +244,8 @@ def test_full_fan_in_is_the_ordinary_network_but_for_relu_and_norm():
 @pytest.mark.parametrize('rule', ['learned', 'fixed_random', 'fixed_prev'])
 def test_freeze_and_prune_leave_the_logits(rule):
   model = shaken(make(1, rule=rule))
-  frozen = stack.freeze(model)
-  pruned = stack.prune(frozen)
+  frozen = wiring.freeze(model)
+  pruned = wiring.prune(frozen)
   masks = np.zeros((3, 8, 8), np.float32)
   for i, rows in enumerate(frozen.topology.sources):
     for c, row in enumerate(rows):
@@ -260,8 +260,8 @@ def test_freeze_and_prune_leave_the_logits(rule):
 
 
 def test_pruned_branches_are_gone_from_arrays_and_program():
-  frozen = stack.freeze(shaken(make(1)))
-  pruned = stack.prune(frozen)
+  frozen = wiring.freeze(shaken(make(1)))
+  pruned = wiring.prune(frozen)
   # A branch lives if a path of ones leads from it to the last block.
   paths = np.eye(8)
   alive = [8]
@@ -303,10 +303,10 @@ def test_a_saved_model_predicts_the_same(tmp_path):
     'initial_spread': 0.5,
     'fan_in': 3,
   }
-  frozen = stack.freeze(shaken(models.create_model(**architecture)))
+  frozen = wiring.freeze(shaken(models.create_model(**architecture)))
   inference.save(
     tmp_path / 'model',
-    stack.prune(frozen),
+    wiring.prune(frozen),
     architecture=architecture,
     classes=[str(c) for c in range(CLASSES)],
     image_shape=(16, 16, 3),
@@ -322,7 +322,7 @@ def test_a_saved_model_predicts_the_same(tmp_path):
 
 
 def test_topology_round_trip_and_errors():
-  topology = stack.freeze(make(2)).topology
+  topology = wiring.freeze(make(2)).topology
   record = json.loads(json.dumps(topology.to_dict()))
   assert topology_lib.from_dict(record) == topology
   assert record['form'] == 'branch'

@@ -18,6 +18,7 @@ from maskconnect_jax import (
   metrics,
   models,
   topology,
+  trajectories,
 )
 
 BLOCKS, BRANCHES, PER_EPOCH, FREEZE = 6, 8, 10, 20
@@ -279,13 +280,13 @@ def test_the_start_is_the_networks_own(write):
     'resnet8', num_classes=10, adapter='projection', initial=START,
     initial_spread=0.3, seed=4,
   )  # fmt: skip
-  start = dynamics.read(workdir).masks[0]
+  start = trajectories.read(workdir).masks[0]
   np.testing.assert_array_equal(start, network.stack.real_mask[...][1:])
   assert len(np.unique(start)) == 6  # 2 + 3 valid entries and the 0 of others
 
 
 def test_sources_that_are_not_valid_do_not_count(write):
-  run = dynamics.read(
+  run = trajectories.read(
     write(
       'run',
       random_masks(0),
@@ -304,8 +305,8 @@ def test_sources_that_are_not_valid_do_not_count(write):
 
 def test_picture(write, tmp_path):
   runs = [
-    dynamics.read(write('a', random_masks(1), random_sources(1))),
-    dynamics.read(
+    trajectories.read(write('a', random_masks(1), random_sources(1))),
+    trajectories.read(
       write(
         'b',
         random_masks(2, level='branch'),

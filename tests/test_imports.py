@@ -21,7 +21,7 @@ FILES = sorted(ROOT.rglob('*.py'))
 # Module -> the modules of this package that it may import. `config` is at the
 # bottom: everything but connectivity, which imports jax alone, may import it.
 ARROWS: dict[str, set[str]] = {
-  '__init__': {'inference', 'models', 'stack'},
+  '__init__': {'inference', 'models', 'stack', 'wiring'},
   'main': {
     'describe', 'distributed', 'evaluation', 'files', 'images', 'inference',
     'report', 'summarize', 'sweep', 'train',
@@ -31,17 +31,17 @@ ARROWS: dict[str, set[str]] = {
   'summary_plots': {'plots'},
   'train': {
     'batches', 'checkpoint', 'distributed', 'evaluation', 'experiment',
-    'files', 'metrics', 'report', 'stack', 'steps',
+    'files', 'metrics', 'report', 'steps', 'wiring',
   },
   'report': {
     'branch_plots', 'topology', 'experiment', 'files', 'inference',
     'metrics', 'models', 'plots',
   },
-  'dynamics': {
-    'connectivity', 'dynamics_plots', 'experiment', 'metrics', 'models',
-    'plots', 'summarize', 'topology',
-  },
+  'dynamics': {'dynamics_plots', 'plots', 'summarize', 'trajectories'},
   'dynamics_plots': {'plots'},
+  'trajectories': {
+    'connectivity', 'experiment', 'metrics', 'models', 'topology',
+  },
   'describe': {
     'connectivity', 'distributed', 'experiment', 'models', 'steps',
   },
@@ -49,16 +49,17 @@ ARROWS: dict[str, set[str]] = {
     'batches', 'datasets', 'distributed', 'inference', 'steps',
   },
   'experiment': {
-    'batches', 'datasets', 'distributed', 'models', 'optimizer', 'stack',
-    'steps', 'topology',
+    'batches', 'datasets', 'distributed', 'models', 'optimizer', 'steps',
+    'topology', 'wiring',
   },
-  'steps': {'augment', 'stack'},
+  'steps': {'augment', 'wiring'},
   'inference': {
-    'checkpoint', 'files', 'images', 'models', 'stack', 'topology',
+    'checkpoint', 'files', 'images', 'models', 'topology', 'wiring',
   },
   'models': {'blocks', 'branches', 'connectivity', 'layers', 'stack'},
-  'branches': {'connectivity', 'layers', 'stack'},
-  'stack': {'aggregate', 'connectivity', 'layers', 'topology'},
+  'branches': {'connectivity', 'layers', 'wiring'},
+  'stack': {'aggregate', 'connectivity', 'layers', 'topology', 'wiring'},
+  'wiring': {'connectivity', 'topology'},
   'topology': set(),
   'blocks': {'layers'},
   'batches': {'datasets', 'distributed', 'steps'},

@@ -1,6 +1,7 @@
 """The networks against a plain ResNet, NumPy loops and finite differences."""
 
 import collections
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import optax
 import pytest
 from flax import nnx
 
-from maskconnect_jax import connectivity, models, stack
+from maskconnect_jax import config, connectivity, models, wiring
+from maskconnect_jax.branches import BranchStack
 from maskconnect_jax.config import InputError
 from maskconnect_jax.models import create_model
 from maskconnect_jax.stack import MaskedStack
@@ -282,7 +284,7 @@ def test_masks_gradient_is_the_finite_difference(scale, gradient, train):
     model = shake(
       small((2, 1, 1), dtype='float64', scale=scale, gradient=gradient)
     )
-    network, masks, rest = nnx.split(model, stack.RealMask, ...)
+    network, masks, rest = nnx.split(model, wiring.RealMask, ...)
     real = RNG.uniform(0.2, 0.8, size=(4, 4)) * np.tri(4)
     masks = jax.tree.map(lambda _: jnp.asarray(real), masks)
     rest = jax.tree.map(lambda w: w.astype(jnp.float64), rest)
@@ -399,8 +401,8 @@ def test_pruning_keeps_the_logits_and_drops_the_parameters(adapter):
   for seed in range(4):
     topology = random_topology(model, seed)
     expected = by_hand(model, topology, x)
-    frozen = stack.freeze(model, topology)
-    pruned = stack.prune(frozen)
+    frozen = wiring.freeze(model, topology)
+    pruned = wiring.prune(frozen)
     assert np.std(expected) > 0.1
     np.testing.assert_allclose(frozen(x), expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(pruned(x), expected, rtol=1e-4, atol=1e-4)
@@ -419,9 +421,9 @@ def test_pruning_keeps_the_logits_and_drops_the_parameters(adapter):
       topology, adapter == 'projection'
     )
     assert models.count_parameters(pruned) < whole
-    assert not jax.tree.leaves(nnx.state(pruned, stack.RealMask))
+    assert not jax.tree.leaves(nnx.state(pruned, wiring.RealMask))
     assert pruned.topology == topology
-    again = stack.prune(pruned)
+    again = wiring.prune(pruned)
     np.testing.assert_array_equal(again(x), pruned(x))
   assert models.count_parameters(model) == whole
   assert model.topology is None
@@ -430,12 +432,12 @@ def test_pruning_keeps_the_logits_and_drops_the_parameters(adapter):
 def test_a_pruned_network_runs_jitted_and_is_split_and_merged():
   model = shake(small(adapter='projection'))
   topology = random_topology(model, 0)
-  pruned = stack.prune(stack.freeze(model, topology))
+  pruned = wiring.prune(wiring.freeze(model, topology))
   network, state = nnx.split(pruned)
   x = images(height=9, width=11)
   run = jax.jit(lambda state, x: nnx.merge(network, state)(x))
   np.testing.assert_allclose(
-    run(state, x), stack.freeze(model, topology)(x), rtol=1e-4, atol=1e-5
+    run(state, x), wiring.freeze(model, topology)(x), rtol=1e-4, atol=1e-5
   )
 
 
@@ -454,7 +456,7 @@ def test_dead_blocks_are_not_in_the_program():
   model = small()
   for seed in range(4):
     topology = random_topology(model, seed)
-    frozen = stack.freeze(model, topology)
+    frozen = wiring.freeze(model, topology)
     program = jax.make_jaxpr(lambda x, frozen=frozen: frozen(x))(images())
     dead = topology.live.count(False)
     assert number_of('conv_general_dilated', program) == 1 + 2 * (6 - dead)
@@ -464,18 +466,18 @@ def test_freeze_takes_the_largest_entries_and_leaves_the_model():
   model = small()
   real = RNG.uniform(size=(6, 6)).astype(np.float32)
   model.stack.real_mask[...] = jnp.asarray(real)
-  frozen = stack.freeze(model)
+  frozen = wiring.freeze(model)
   assert model.topology is None
   assert frozen.topology.sources == tuple(
     tuple(sorted(np.argsort(row[: j + 1])[-2:].tolist()))
     for j, row in enumerate(real)
   )
-  assert stack.freeze(frozen).topology == frozen.topology
+  assert wiring.freeze(frozen).topology == frozen.topology
 
 
 def test_pruning_asks_for_a_frozen_model():
   with pytest.raises(ValueError, match='freeze'):
-    stack.prune(small((1, 1, 1)))
+    wiring.prune(small((1, 1, 1)))
 
 
 # Sizes, counts, names, dtypes.
@@ -508,10 +510,23 @@ def test_parameter_counts_are_the_published(depth, num_classes, millions):
   assert len(model.stack.blocks) == (depth - 2) // 2
 
 
+@pytest.mark.parametrize('stack', [MaskedStack, BranchStack])
+def test_a_stack_by_hand_has_the_configs_defaults(stack):
+  fields = config.default().connectivity
+  own = {
+    name: given.default
+    for name, given in inspect.signature(stack.__init__).parameters.items()
+    if name in fields and given.default is not inspect.Parameter.empty
+  }
+  assert own.pop('adapter', None) is None  # a callable, not a name
+  assert own.keys() >= {'rule', 'gradient', 'initial', 'initial_spread'}
+  assert own == {name: fields[name] for name in own}
+
+
 def test_real_masks_are_not_counted_as_parameters():
   model = nnx.eval_shape(lambda: small((1, 1, 1), width=8, in_channels=1))
   assert models.count_parameters(model) == parameters(8, 5, 8, 1)
-  (mask,) = jax.tree.leaves(nnx.state(model, stack.RealMask))
+  (mask,) = jax.tree.leaves(nnx.state(model, wiring.RealMask))
   assert mask.shape == (3, 3)
   assert mask.dtype == jnp.float32
 
@@ -523,7 +538,7 @@ def test_blocks_computed_again_change_nothing_but_the_memory(rule):
   def outcome(remat):
     model = small(rule=rule, remat=remat)
     graph, variables, statistics = nnx.split(
-      model, (nnx.Param, stack.RealMask), ...
+      model, (nnx.Param, wiring.RealMask), ...
     )
 
     def loss(variables):

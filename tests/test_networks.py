@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import maskconnect_jax
-from maskconnect_jax import describe, models, optimizer, stack
+from maskconnect_jax import describe, models, optimizer, wiring
 
 # At fixed_prev: method tables for CIFAR (100 classes), torchvision's model
 # tables for ImageNet (1000).
@@ -106,7 +106,7 @@ CASES = [
 def one_step(model, x, y):
   """Takes a training step; returns the loss and the model after it."""
   graph, weights, masks, statistics = nnx.split(
-    model, nnx.Param, stack.RealMask, nnx.BatchStat
+    model, nnx.Param, wiring.RealMask, nnx.BatchStat
   )
   transform = optimizer.partitioned(
     optax.sgd(0.1),
@@ -149,8 +149,8 @@ def test_trains_freezes_and_prunes(reduced, name, level, rule):
   for _ in range(2):
     loss, model = one_step(model, x, jnp.arange(4))
     assert np.isfinite(loss)
-  frozen = stack.freeze(model)
-  pruned = stack.prune(frozen)
+  frozen = wiring.freeze(model)
+  pruned = wiring.prune(frozen)
   run = nnx.jit(lambda model: model(x))
   logits = run(frozen)
   assert logits.shape == (4, 7)

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from maskconnect_jax import augment, models, optimizer, stack, steps
+from maskconnect_jax import augment, models, optimizer, steps, wiring
 from maskconnect_jax.topology import Topology
 
 RNG = np.random.default_rng(0)
@@ -354,7 +354,7 @@ def test_batch_statistics_are_of_the_batch_and_a_dead_block_keeps_its_own(
   recipe, _ = learned
   state = path[0][-1]
   model = nnx.merge(recipe.network, *state.variables(), copy=True)
-  model = stack.freeze(model, Topology(((0,), (0,), (0, 2))))
+  model = wiring.freeze(model, Topology(((0,), (0,), (0, 2))))
   recipe = dataclasses.replace(recipe, network=steps.split(model)[0])
   measure = jax.jit(steps.batch_statistics, static_argnums=0)
   kernel = np.asarray(model.stem.conv.kernel[...], np.float64)

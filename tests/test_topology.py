@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from maskconnect_jax import config as config_lib
-from maskconnect_jax import connectivity, experiment, stack
+from maskconnect_jax import connectivity, experiment, wiring
 from maskconnect_jax.topology import BranchTopology, Topology, from_mask
 
 
@@ -124,7 +124,7 @@ def test_the_branches_identity_follows_the_given_fan_in(given, tmp_path):
   learned.update_from_flattened_dict(
     {**own, 'eval_batch_size': 8, 'connectivity.fan_in': 2}
   )
-  model = stack.freeze(experiment.build(learned).model)
+  model = wiring.freeze(experiment.build(learned).model)
   fields = {**own, 'model.width': 0}
   job = experiment.build(given(model.topology.to_dict(), **fields))
   assert job.model.topology == model.topology
