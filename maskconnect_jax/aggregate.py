@@ -52,8 +52,10 @@ def masked_sum(
   """
   exact = _exact(sources[0].dtype)
   terms = [
-    _beside(source, weight).astype(exact) * source.astype(exact)
-    for weight, source in zip(weights, sources, strict=True)
+    weight * source.astype(exact)
+    for weight, source in zip(
+      _beside(weights.astype(exact), sources[0]), sources, strict=True
+    )
   ]
   return sum(terms[1:], start=terms[0])
 
@@ -76,8 +78,8 @@ def _sum_backward(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   weights, sources = residuals
   for_sources = tuple(
-    (_beside(gradient, weight) * gradient).astype(source.dtype)
-    for weight, source in zip(weights, sources, strict=True)
+    (weight * gradient).astype(source.dtype)
+    for weight, source in zip(_beside(weights, gradient), sources, strict=True)
   )
   products = jax.lax.platform_dependent(
     _every(gradient, every),
@@ -93,9 +95,9 @@ def _sum_backward(
 masked_sum.defvjp(_sum_forward, _sum_backward)
 
 
-def _beside(x: jax.Array, weight: jax.Array) -> jax.Array:
-  """Returns a weight for each image, [batch], to multiply x [batch, ...] by."""
-  return weight.reshape(-1, *[1] * (x.ndim - 1))
+def _beside(weights: jax.Array, x: jax.Array) -> jax.Array:
+  """Returns weights [n, batch] such that each multiplies x, [batch, ...]."""
+  return weights.reshape(*weights.shape, *[1] * (x.ndim - 1))
 
 
 def _every(x: jax.Array, every: int) -> jax.Array:
