@@ -245,6 +245,10 @@ def parse_flags(arguments: Sequence[str]) -> list[str]:
           f'{_one_line(error)}; give {config_lib.kind(known[field])}, such as'
           f' {known[field]!r}'
         ) from error
+    if config and f'--config={config}:' in str(error):
+      # Errors of get_config() come with a traceback, whose last line says why.
+      why = str(error).rstrip().splitlines()[-1]
+      raise InputError(_no_config_file(config, why)) from error
     raise InputError(f'{_one_line(error)}; --help says what is') from error
   except flags.Error as error:
     raise InputError(f'{_one_line(error)}; --help lists the flags') from error

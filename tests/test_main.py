@@ -109,6 +109,12 @@ def test_bad_command_lines(refused, tmp_path):
   other = tmp_path / 'other.py'
   other.write_text('{"not": Python')
   refused(config=other, says=['other.py is no config file', 'get_config'])
+  other.write_text('def get_config():\n  return 1 + ""')
+  says = ['other.py is no config file', 'unsupported operand', 'get_config']
+  refused(config=other, says=says)
+  other.write_text('def get_config():\n  return 1')
+  says = ['other.py:small is no config file', 'get_config() takes 0']
+  refused(config=f'{other}:small', says=says)
 
 
 def test_no_traceback_in_a_process_of_its_own(tiny, tmp_path):
