@@ -21,11 +21,14 @@ from jax.typing import DTypeLike
 
 from maskconnect_jax.config import InputError
 
+# So many sources go into a call of a function that is traced and lowered once
+# for calls that are alike; whole sums are not, as each has one source more.
+SOURCES_AT_ONCE = 9
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+
 def masked_sum(
   weights: jax.Array,
-  sources: tuple[jax.Array, ...],
+  sources: Sequence[jax.Array],
   every: int = 1,
   shared: bool = False,
 ) -> jax.Array:
@@ -50,6 +53,23 @@ def masked_sum(
     InputError: where a gradient is taken, of a batch that is not a multiple
       of `every`.
   """
+  parts = [
+    tuple(sources[i : i + SOURCES_AT_ONCE])
+    for i in range(0, len(sources), SOURCES_AT_ONCE)
+  ]
+  rows = jax.lax.split(weights, [len(part) for part in parts])
+  sums = [
+    _traced_once(row, part, every, shared)
+    for row, part in zip(rows, parts, strict=True)
+  ]
+  return sum(sums[1:], start=sums[0])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _sum(
+  weights: jax.Array, sources: tuple[jax.Array, ...], every: int, shared: bool
+) -> jax.Array:
+  del every, shared
   exact = _exact(sources[0].dtype)
   terms = [
     weight * source.astype(exact)
@@ -67,7 +87,7 @@ def _sum_forward(
     raise InputError(
       f'gradient_every={every} must divide the batch of {sources[0].shape[0]}'
     )
-  return masked_sum(weights, sources, every, shared), (weights, sources)
+  return _sum(weights, sources, every, shared), (weights, sources)
 
 
 def _sum_backward(
@@ -92,7 +112,8 @@ def _sum_backward(
   return products.astype(weights.dtype), for_sources
 
 
-masked_sum.defvjp(_sum_forward, _sum_backward)
+_sum.defvjp(_sum_forward, _sum_backward)
+_traced_once = jax.jit(_sum, static_argnums=(2, 3))
 
 
 def _beside(weights: jax.Array, x: jax.Array) -> jax.Array:
@@ -159,25 +180,18 @@ def products_side_by_side(
 
 
 def products_at_once(
-  gradient: jax.Array, sources: Sequence[jax.Array], most: int = 32
+  gradient: jax.Array, sources: Sequence[jax.Array]
 ) -> jax.Array:
   """Returns the same, but reads g once for all sources, for GPUs.
 
   Args:
     gradient: see `products_one_by_one`.
-    sources: see there.
-    most: so many at once; XLA fuses what has up to 96 operands and results.
+    sources: see there; XLA fuses what has up to 96 operands and results.
   """
+  terms = [gradient * source.astype(gradient.dtype) for source in sources]
+  zeros = [jnp.zeros((), gradient.dtype)] * len(terms)
   axes = tuple(range(1, gradient.ndim))
-  of_images: list[jax.Array] = []
-  for start in range(0, len(sources), most):
-    terms = [
-      gradient * source.astype(gradient.dtype)
-      for source in sources[start : start + most]
-    ]
-    zeros = [jnp.zeros((), gradient.dtype)] * len(terms)
-    of_images += jax.lax.reduce(terms, zeros, _add_each, axes)
-  return jnp.stack(of_images)
+  return jnp.stack(jax.lax.reduce(terms, zeros, _add_each, axes))
 
 
 def _add_each(

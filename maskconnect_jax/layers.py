@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -227,6 +228,11 @@ def append_zero_channels(x: jax.Array, features: int) -> jax.Array:
   """
   if x.shape[-1] == features:
     return x
+  return _append_zero_channels(x, features)
+
+
+@functools.partial(jax.jit, static_argnums=1)  # once for all blocks, to trace
+def _append_zero_channels(x: jax.Array, features: int) -> jax.Array:
   identity = jnp.eye(x.shape[-1], features, dtype=x.dtype)
   return jax.lax.platform_dependent(
     x,
@@ -244,6 +250,11 @@ def average_pool_to(x: jax.Array, height: int, width: int) -> jax.Array:
   window = (math.ceil(x.shape[1] / height), math.ceil(x.shape[2] / width))
   if window == (1, 1):
     return x
+  return _average_pool(x, window)
+
+
+@functools.partial(jax.jit, static_argnums=1)  # once for all sources, to trace
+def _average_pool(x: jax.Array, window: tuple[int, int]) -> jax.Array:
   # Flax's mean over what is there is float32 whatever x is.
   return nnx.avg_pool(
     x, window, strides=window, padding='SAME', count_include_pad=False

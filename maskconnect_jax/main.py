@@ -18,6 +18,7 @@ Any config field is overridden by --config.FIELD=VALUE, such as
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -308,6 +309,9 @@ def run() -> None:
   logging.set_verbosity(logging.WARNING)
   logging.use_absl_handler()
   use_compilation_cache()
+  # What imports have made stays: looking through it again and again is a fifth
+  # of the time that a step takes to trace.
+  gc.freeze()
   try:
     app.run(main, flags_parser=parse_flags)
   except InputError as error:

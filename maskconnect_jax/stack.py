@@ -275,7 +275,9 @@ class _Sources:
       every: see `aggregate.masked_sum`.
     """
     newest = self.outputs[-1]
-    taken = [self._take(i) if ok else None for i, ok in enumerate(valid)]
+    taken: list[Any] = [
+      self._take(i) if ok else None for i, ok in enumerate(valid)
+    ]
     runs = [
       (width, list(run))
       for width, run in itertools.groupby(

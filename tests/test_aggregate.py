@@ -96,13 +96,7 @@ def test_a_gradient_from_every_third_image():
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('shape', [(3,), (3, *SHAPE)])
 @pytest.mark.parametrize(
-  'products',
-  [
-    products_one_by_one,
-    products_side_by_side,
-    products_at_once,
-    functools.partial(products_at_once, most=2),
-  ],
+  'products', [products_one_by_one, products_side_by_side, products_at_once]
 )
 def test_products_are_numpys(products, shape):
   rng = np.random.default_rng(0)
@@ -150,9 +144,16 @@ def test_products_follow_the_platform(platform, shared, products, reductions):
   assert program.count('stablehlo.reduce(') == reductions
 
 
+def test_sums_that_are_alike_are_lowered_once():
+  # 1 + 2 + ... + 18 products, but of 1 to 9 sources at once, twice.
+  traced = jax.jit(jax.grad(masked_loss, (0, 1))).trace(*numbers(18, 2))
+  program = traced.lower(lowering_platforms=('cpu',)).as_text()
+  assert program.count('stablehlo.dot_general') == sum(range(10))
+
+
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('shared', [False, True])
-@pytest.mark.parametrize('count', [1, 3])
+@pytest.mark.parametrize('count', [1, 3, 19])
 def test_one_sum_and_its_gradients_are_numpys(count, shared):
   rng = np.random.default_rng(count)
   weights, shape = rng.normal(size=(count, 3)), (3, *SHAPE)
