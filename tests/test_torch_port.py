@@ -60,6 +60,7 @@ def test_loss_and_gradients_are_equal_in_float64(rule: str) -> None:
       dtype='float64',
       rule=rule,
       fan_in=2,
+      gradient='all',  # as the port
       initial_spread=0.5,
     )
     network, weights, masks, statistics = jax.tree.map(
