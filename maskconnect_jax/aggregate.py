@@ -24,6 +24,9 @@ from maskconnect_jax.config import InputError
 # So many sources go into a call of a function that is traced and lowered once
 # for calls that are alike; whole sums are not, as each has one source more.
 SOURCES_AT_ONCE = 9
+# Where all blocks of a stage sum the same ones, any number is alike; but XLA
+# fuses a GPU's products into one pass only up to 96 operands and results.
+SHARED_SOURCES_AT_ONCE = 32
 
 
 def masked_sum(
@@ -53,9 +56,9 @@ def masked_sum(
     InputError: where a gradient is taken, of a batch that is not a multiple
       of `every`.
   """
+  at_once = SHARED_SOURCES_AT_ONCE if shared else SOURCES_AT_ONCE
   parts = [
-    tuple(sources[i : i + SOURCES_AT_ONCE])
-    for i in range(0, len(sources), SOURCES_AT_ONCE)
+    tuple(sources[i : i + at_once]) for i in range(0, len(sources), at_once)
   ]
   rows = jax.lax.split(weights, [len(part) for part in parts])
   sums = [
@@ -186,7 +189,7 @@ def products_at_once(
 
   Args:
     gradient: see `products_one_by_one`.
-    sources: see there; XLA fuses what has up to 96 operands and results.
+    sources: see there.
   """
   terms = [gradient * source.astype(gradient.dtype) for source in sources]
   zeros = [jnp.zeros((), gradient.dtype)] * len(terms)
