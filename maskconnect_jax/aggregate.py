@@ -5,9 +5,9 @@
   dloss/dw[j, i] = <g_j, y_i>, for drawn and undrawn i alike
 
 Autodiff would compute the last entry by entry, each reading a g and a y. Here
-all of a block are made when the backward pass comes to it, on a GPU in one pass
-over its g and y_i. They are accumulated in float32 also when the activations
-are bfloat16, whose 8 bits would lose nearly all of it.
+all of a block are made when the backward pass comes to it, on a GPU in a pass
+over its g for every few y_i. They are accumulated in float32 also when the
+activations are bfloat16, whose 8 bits would lose nearly all of it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def masked_sum(
       stands for the others between: unbiased over batches in random order, and
       that much cheaper.
     shared: whether other sums are over the very same sources, which a CPU can
-      then lay side by side once for all. The values do not depend on it.
+      then lay side by side once for all. Values depend on it by rounding alone.
 
   Returns:
     An array of a source's shape, in float32 or better, for other sums to be

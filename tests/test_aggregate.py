@@ -153,7 +153,7 @@ def test_sums_that_are_alike_are_lowered_once():
 
 @pytest.mark.usefixtures('x64')
 @pytest.mark.parametrize('shared', [False, True])
-@pytest.mark.parametrize('count', [1, 3, 19])
+@pytest.mark.parametrize('count', [1, 3, 35])
 def test_one_sum_and_its_gradients_are_numpys(count, shared):
   rng = np.random.default_rng(count)
   weights, shape = rng.normal(size=(count, 3)), (3, *SHAPE)
