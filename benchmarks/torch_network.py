@@ -122,15 +122,15 @@ class MaskedStack(nn.Module):
       weights = StraightThrough.apply(self.real_mask, mask) * self.scale
     # Sums over sources, and over a whole batch for the gradient of a weight.
     exact = torch.promote_types(x.dtype, torch.float32)
-    outputs, shape, here = [x], x.shape, {}
+    outputs, shape, here, before = [x], x.shape, {}, {}
     for target, block in enumerate(self.blocks):
       if outputs[-1].shape != shape:
-        shape, here = outputs[-1].shape, {}
+        shape, here, before = outputs[-1].shape, {}, here
       learned = self.topology is None
       picked = range(target + 1) if learned else self.topology[target]
       for i in picked:
         if i not in here:
-          here[i] = adapted(outputs[i], shape)
+          here[i] = adapted(before.get(i, outputs[i]), shape)
       sources = [here[i] for i in picked]
       if learned:
         terms = zip(weights[target].unbind(), sources, strict=False)

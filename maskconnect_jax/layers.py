@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -265,11 +266,27 @@ class PoolAdapter(nnx.Module):
   """A without parameters: average pool; the stack appends zero channels."""
 
   def __call__(
-    self, x: jax.Array, shape: tuple[int, ...], source: int
+    self,
+    x: jax.Array,
+    shape: tuple[int, ...],
+    source: int,
+    before: Sequence[jax.Array] = (),
   ) -> jax.Array:
-    """Returns source `source`, x [N, H, W, C], as [N, h, w, C]."""
+    """Returns source `source`, x [N, H, W, C], as [N, h, w, C].
+
+    Of what it was brought to before, the smallest is pooled on whose pixels'
+    means make the same means: fewer to read, and in the backward pass to write.
+    """
     del source
+    for smaller in before:
+      if _tiled(x, smaller.shape) and _tiled(smaller, shape):
+        x = smaller
     return average_pool_to(x, *shape[1:3])
+
+
+def _tiled(x: jax.Array, shape: tuple[int, ...]) -> bool:
+  """Returns whether windows of one size cover x, as many as `shape` says."""
+  return x.shape[1] % shape[1] == 0 and x.shape[2] % shape[2] == 0
 
 
 class ProjectionAdapter(nnx.Module):
@@ -292,9 +309,14 @@ class ProjectionAdapter(nnx.Module):
     )
 
   def __call__(
-    self, x: jax.Array, shape: tuple[int, ...], source: int
+    self,
+    x: jax.Array,
+    shape: tuple[int, ...],
+    source: int,
+    before: Sequence[jax.Array] = (),
   ) -> jax.Array:
     """Returns source `source`, x [N, H, W, C], in the shape [N, h, w, c]."""
+    del before  # their channels are mixed already
     if x.shape == shape:
       return x
     return self.projections[f'source{source}_to{shape[-1]}'](

@@ -66,8 +66,7 @@ class MaskedStack(Wiring):
     fan_in: int,
     rule: str = 'learned',
     valid: tuple[tuple[bool, ...], ...] | None = None,
-    adapter: Callable[[jax.Array, tuple[int, ...], int], jax.Array]
-    | None = None,
+    adapter: Callable[..., jax.Array] | None = None,
     scale: str = 'mean',
     gradient: str = 'normalized',
     gradient_every: int = 1,
@@ -83,7 +82,8 @@ class MaskedStack(Wiring):
       fan_in: K, sources per block; a block with fewer takes all of them.
       rule: 'learned', 'fixed_prev', 'fixed_random' or 'fixed_all'.
       valid: [L, L], the sources each block may take; default all earlier ones.
-      adapter: A(x, shape, source), default `layers.PoolAdapter()`.
+      adapter: A(x, shape, source, before), default `layers.PoolAdapter()`;
+        `before` is what it has made of the source for shapes before this one.
       scale: c, 'mean' (1/k_j) or 'sum' (1).
       gradient: what the entries of r get; see `connectivity.draw_through`.
       gradient_every: its products are taken over every so many images of a
@@ -304,7 +304,8 @@ class _Sources:
     if self.outputs[i].shape == shape:
       return self.outputs[i]
     if (i, shape) not in self._adapted:
-      y = self._adapter(self.outputs[i], shape, i)
+      before = [y for (other, _), y in self._adapted.items() if other == i]
+      y = self._adapter(self.outputs[i], shape, i, before)
       if y.shape[:-1] != shape[:-1] or y.shape[-1] > shape[-1]:
         raise ValueError(
           f'the adapter has brought source {i} to the shape {y.shape}, but'
