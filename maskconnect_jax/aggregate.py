@@ -100,6 +100,9 @@ def _sum_backward(
   gradient: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   weights, sources = residuals
+  # It is rounded already, as the sum was; but a TPU's compiler, which may keep
+  # more precision than asked for, would write down what it was before, float32.
+  gradient = gradient.astype(sources[0].dtype).astype(gradient.dtype)
   for_sources = tuple(
     (weight * gradient).astype(source.dtype)
     for weight, source in zip(_beside(weights, gradient), sources, strict=True)
