@@ -32,9 +32,9 @@ class BasicBlock(nnx.Module):
     self.conv1 = layers.conv(
       in_features, features, 3, stride=stride, dtype=dtype, rngs=rngs
     )
-    self.norm1 = layers.batch_norm(features, dtype=dtype, rngs=rngs)
+    self.norm1 = layers.BatchNorm(features, dtype=dtype)
     self.conv2 = layers.conv(features, features, 3, dtype=dtype, rngs=rngs)
-    self.norm2 = layers.batch_norm(features, dtype=dtype, rngs=rngs)
+    self.norm2 = layers.BatchNorm(features, dtype=dtype)
 
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
     """Maps [N, H, W, in_features] to [N, ceil(H/s), ceil(W/s), features]."""
@@ -82,7 +82,7 @@ class Bottleneck(nnx.Module):
       rngs: its 'params' stream draws the kernels.
     """
     self.conv1 = layers.conv(in_features, inner, 1, dtype=dtype, rngs=rngs)
-    self.norm1 = layers.batch_norm(inner, dtype=dtype, rngs=rngs)
+    self.norm1 = layers.BatchNorm(inner, dtype=dtype)
     if groups == 1:
       self.conv2: nnx.Module = layers.conv(
         inner, inner, 3, stride=stride, dtype=dtype, rngs=rngs
@@ -91,17 +91,15 @@ class Bottleneck(nnx.Module):
       self.conv2 = layers.GroupedConv(
         inner, groups=groups, stride=stride, dtype=dtype, rngs=rngs
       )
-    self.norm2 = layers.batch_norm(inner, dtype=dtype, rngs=rngs)
+    self.norm2 = layers.BatchNorm(inner, dtype=dtype)
     self.conv3 = layers.conv(inner, features, 1, dtype=dtype, rngs=rngs)
-    self.norm3 = layers.batch_norm(
-      features, zero_init=zero_init, dtype=dtype, rngs=rngs
-    )
+    self.norm3 = layers.BatchNorm(features, zero_init=zero_init, dtype=dtype)
     self.projected = stride != 1 or in_features != features
     if self.projected:
       self.shortcut_conv = layers.conv(
         in_features, features, 1, stride=stride, dtype=dtype, rngs=rngs
       )
-      self.shortcut_norm = layers.batch_norm(features, dtype=dtype, rngs=rngs)
+      self.shortcut_norm = layers.BatchNorm(features, dtype=dtype)
 
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
     """Maps [N, H, W, in_features] to [N, ceil(H/s), ceil(W/s), features]."""

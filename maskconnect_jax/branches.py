@@ -42,10 +42,8 @@ from jax.typing import DTypeLike
 
 from maskconnect_jax import connectivity, layers
 from maskconnect_jax.config import check_choice
+from maskconnect_jax.layers import EPSILON, MOMENTUM
 from maskconnect_jax.wiring import Wiring
-
-EPSILON = 1e-5  # BatchNorm's, as in layers.batch_norm
-MOMENTUM = 0.9
 
 
 @dataclasses.dataclass
@@ -199,11 +197,11 @@ class BranchBlock(nnx.Module):
     self.reduce = nnx.Param(
       reduce.reshape(in_features, branches, branch_width).transpose(1, 0, 2)
     )
-    self.norm1 = layers.batch_norm(inner, dtype=dtype, rngs=rngs)
+    self.norm1 = layers.BatchNorm(inner, dtype=dtype)
     self.conv2 = layers.GroupedConv(
       inner, groups=branches, stride=stride, dtype=dtype, rngs=rngs
     )
-    self.norm2 = layers.batch_norm(inner, dtype=dtype, rngs=rngs)
+    self.norm2 = layers.BatchNorm(inner, dtype=dtype)
     self.expand = nnx.Param(expand.reshape(branches, branch_width, features))
     # C scales and biases move the sum of the branches C times as fast as the
     # one of the ordinary block: sqrt(1/C), on value and gradient, undoes it.
@@ -275,7 +273,6 @@ class BranchBlock(nnx.Module):
       parts: Any = (norm.scale, norm.bias, norm.mean, norm.var)
       for variable in parts:
         variable.set_value(variable[...][channels])
-      norm.num_features = len(live) * width
     kernel = self.conv2.kernel
     kernel.set_value(kernel[...][..., channels])
     self.conv2.groups = self.branches = len(live)

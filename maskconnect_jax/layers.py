@@ -18,6 +18,11 @@ he_normal_by_fan_out = nnx.initializers.variance_scaling(
 )
 
 
+# BatchNorm's.
+MOMENTUM = 0.9
+EPSILON = 1e-5
+
+
 def widened(x: jax.Array) -> jax.Array:
   """Returns x in float32, or in its own dtype if that is wider."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -72,31 +77,60 @@ def conv(
   )
 
 
-def batch_norm(
-  features: int,
-  *,
-  zero_init: bool = False,
-  dtype: DTypeLike,
-  rngs: nnx.Rngs,
-) -> nnx.BatchNorm:
-  """BatchNorm over batch and space; its statistics are float32.
+class BatchNorm(nnx.Module):
+  """BatchNorm over batch and space, in float32.
+
+    y = a x + (bias - a mean),   a = scale / sqrt(var + epsilon)
+
+  Ioffe and Szegedy, "Batch Normalization", 2015. So written, its gradient takes
+  two sums over the batch, of dy and of x dy. That of Flax's (x - mean) a + bias
+  takes three, and Flax rounds all but x to bfloat16 if x is: compiled for a GPU
+  or a TPU, networks read and write less with this one (docs/performance.md).
 
   Under jit with a sharded batch XLA takes the statistics over the whole batch,
   on all devices.
+
+  Attributes:
+    scale, bias: float32 [features].
+    mean, var: the running averages, float32 [features].
   """
-  return nnx.BatchNorm(
-    features,
-    momentum=0.9,
-    epsilon=1e-5,
-    dtype=dtype,
-    param_dtype=jnp.float32,
-    scale_init=(
-      nnx.initializers.zeros_init()
-      if zero_init
-      else nnx.initializers.ones_init()
-    ),
-    rngs=rngs,
-  )
+
+  def __init__(
+    self, features: int, *, zero_init: bool = False, dtype: DTypeLike
+  ) -> None:
+    """Builds the layer.
+
+    Args:
+      features: channels.
+      zero_init: whether the scale starts at 0, not at 1.
+      dtype: of what it returns.
+    """
+    self.dtype = jnp.dtype(dtype)
+    self.scale = nnx.Param(jnp.full(features, 1.0 - zero_init, jnp.float32))
+    self.bias = nnx.Param(jnp.zeros(features, jnp.float32))
+    self.mean = nnx.BatchStat(jnp.zeros(features, jnp.float32))
+    self.var = nnx.BatchStat(jnp.ones(features, jnp.float32))
+
+  def __call__(self, x: jax.Array, *, use_running_average: bool) -> jax.Array:
+    """Maps [..., features] to the same shape.
+
+    Args:
+      x: what to normalize, of any floating dtype.
+      use_running_average: whether by the running averages, not by the mean and
+        the variance of x, which then go into them.
+    """
+    wide = widened(x)
+    if use_running_average:
+      mean, var = self.mean[...], self.var[...]
+    else:
+      axes = tuple(range(x.ndim - 1))
+      mean = wide.mean(axes)
+      # Rounding may leave less than 0 of a small one.
+      var = jnp.maximum(jnp.square(wide).mean(axes) - jnp.square(mean), 0)
+      for average, now in ((self.mean, mean), (self.var, var)):
+        average[...] = MOMENTUM * average[...] + (1 - MOMENTUM) * now
+    slope = self.scale[...] * jax.lax.rsqrt(var + EPSILON)
+    return (slope * wide + (self.bias[...] - slope * mean)).astype(self.dtype)
 
 
 class GroupedConv(nnx.Module):

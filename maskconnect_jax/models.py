@@ -123,7 +123,7 @@ class Stem(nnx.Module):
       dtype=dtype,
       rngs=rngs,
     )
-    self.norm = layers.batch_norm(features, dtype=dtype, rngs=rngs)
+    self.norm = layers.BatchNorm(features, dtype=dtype)
 
   def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
     """Maps [N, H, W, C] to [N, H, W, features], or to a quarter of H and W."""

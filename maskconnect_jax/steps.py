@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from maskconnect_jax import augment
+from maskconnect_jax import augment, layers
 from maskconnect_jax.wiring import RealMask
 
 # The streams of random numbers: fold_in(fold_in(key(seed), stream), step).
@@ -228,7 +228,7 @@ def batch_statistics(
   with recipe.on_mesh():
     model(inputs, train=True)
   measured = jax.tree.map(
-    lambda s: s / (1 - model.stem.norm.momentum),
+    lambda s: s / (1 - layers.MOMENTUM),
     nnx.as_pure(nnx.state(model, nnx.BatchStat)),
   )
   for block, live in enumerate(model.topology.live):

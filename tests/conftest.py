@@ -78,7 +78,7 @@ from maskconnect_jax import config as config_lib
 
 def get_config():
   config = config_lib.default()
-  config.seed = 5
+  config.seed = 6
   config.duration = '24 steps'
   config.batch_size = 64
   config.eval_batch_size = 200

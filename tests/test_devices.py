@@ -134,7 +134,7 @@ def test_batch_norm_is_over_the_whole_batch():
   )
   x = np.repeat(np.arange(8.0, dtype=np.float32), 2)[:, None, None, None]
   x = np.broadcast_to(x, (16, 2, 2, 3))
-  norm = layers.batch_norm(3, dtype=jnp.float32, rngs=nnx.Rngs(0))
+  norm = layers.BatchNorm(3, dtype=jnp.float32)
   inputs = jax.device_put(x, NamedSharding(mesh, PartitionSpec('data')))
   network, state = nnx.split(norm)
 

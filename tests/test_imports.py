@@ -52,7 +52,7 @@ ARROWS: dict[str, set[str]] = {
     'batches', 'datasets', 'distributed', 'models', 'optimizer', 'steps',
     'topology', 'wiring',
   },
-  'steps': {'augment', 'wiring'},
+  'steps': {'augment', 'layers', 'wiring'},
   'inference': {
     'checkpoint', 'files', 'images', 'models', 'topology', 'wiring',
   },

@@ -1,5 +1,7 @@
 """Convolution, BatchNorm and adapters against NumPy and SciPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,7 +93,7 @@ def test_kernels_start_he_normal_by_fan_out():
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_batch_norm_is_numpys_and_keeps_float32_averages(dtype):
-  module = layers.batch_norm(3, dtype=dtype, rngs=nnx.Rngs(0))
+  module = layers.BatchNorm(3, dtype=dtype)
   scale, bias = RNG.normal(size=(2, 3))
   module.scale[...] = jnp.asarray(scale, jnp.float32)
   module.bias[...] = jnp.asarray(bias, jnp.float32)
@@ -116,6 +118,57 @@ def test_batch_norm_is_numpys_and_keeps_float32_averages(dtype):
     np.testing.assert_allclose(statistic[...], expected, rtol=1e-4)
   check(module(inputs, use_running_average=True), mean, var)
   np.testing.assert_allclose(module.mean[...], mean, rtol=1e-4)
+
+
+def test_batch_norms_gradients_are_those_of_flax():
+  with jax.enable_x64(True):
+    x, weighting = RNG.normal(2, 3, size=(2, 4, 5, 6, 3))
+    scale, bias = RNG.normal(size=(2, 3))
+
+    def outcome(make, x, scale, bias):
+      module = make()
+      module.scale.set_value(scale)
+      module.bias.set_value(bias)
+      module.mean.set_value(jnp.zeros(3, jnp.float64))
+      module.var.set_value(jnp.ones(3, jnp.float64))
+      y = module(x, use_running_average=False)
+      return jnp.sum(y * weighting), (module.mean[...], module.var[...])
+
+    def ours():
+      return layers.BatchNorm(3, dtype=jnp.float64)
+
+    def flax():
+      return nnx.BatchNorm(3, momentum=0.9, epsilon=1e-5, rngs=nnx.Rngs(0))
+
+    actual, expected = (
+      jax.value_and_grad(
+        functools.partial(outcome, make), argnums=(0, 1, 2), has_aux=True
+      )(x, scale, bias)
+      for make in (ours, flax)
+    )
+    jax.tree.map(
+      functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9),
+      actual,
+      expected,
+    )
+
+
+def test_batch_norms_gradient_takes_two_sums():
+  """Of dy and of x dy; with the mean and the mean square they are four."""
+
+  def loss(x):
+    norm = layers.BatchNorm(3, dtype=jnp.bfloat16)
+    return jnp.sum(norm(x, use_running_average=False) ** 2)
+
+  program = jax.make_jaxpr(jax.grad(loss))(jnp.ones((4, 5, 6, 3), 'f'))
+  sums = [
+    equation
+    for equation in program.eqns
+    if equation.primitive.name == 'reduce_sum'
+    and equation.invars[0].aval.shape == (4, 5, 6, 3)
+    and equation.outvars[0].aval.shape == (3,)
+  ]
+  assert len(sums) == 4, program
 
 
 @pytest.mark.parametrize(
@@ -181,6 +234,25 @@ def test_pool_adapter_pools_and_leaves_the_channels():
   x = RNG.normal(size=(2, 9, 9, 3))
   actual = layers.PoolAdapter()(jnp.asarray(x, jnp.float32), (2, 5, 5, 6), 1)
   np.testing.assert_allclose(actual, pooled(x, 5, 5), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('height', 'between', 'to', 'chained'),
+  [(16, 8, 4, True), (12, 4, 2, True), (12, 6, 4, False), (7, 4, 2, False)],
+)
+def test_pool_adapter_pools_on_where_means_of_means_are_the_means(
+  height, between, to, chained
+):
+  adapt = layers.PoolAdapter()
+  x = RNG.normal(size=(2, height, 8, 3))
+  half = adapt(jnp.asarray(x, jnp.float32), (2, between, 4, 3), 1)
+  for shift in (0, 100):  # shows which of the two was read
+    actual = adapt(
+      jnp.asarray(x, jnp.float32), (2, to, 2, 6), 1, [half + shift]
+    )
+    np.testing.assert_allclose(
+      actual, pooled(x, to, 2) + shift * chained, rtol=1e-4, atol=1e-5
+    )
 
 
 # Sources 0..4 have these channels. Blocks 1..5 get inputs as wide as 0..4.

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from maskconnect_jax import config, connectivity, models, wiring
+from maskconnect_jax import config, connectivity, layers, models, wiring
 from maskconnect_jax.branches import BranchStack
 from maskconnect_jax.config import InputError
 from maskconnect_jax.models import create_model
@@ -36,7 +36,7 @@ def shake(model):
   """Moves every BatchNorm away from the identity, so that nothing hides."""
   rng = np.random.default_rng(1)
   for _, module in nnx.iter_graph(model):
-    if isinstance(module, nnx.BatchNorm):
+    if isinstance(module, layers.BatchNorm):
       for variable in (module.scale, module.var):
         variable[...] *= rng.uniform(0.7, 1.3, variable.shape).astype('f')
       for variable in (module.bias, module.mean):
@@ -65,7 +65,7 @@ class Plain(nnx.Module):
       )
 
     def norm(channels):
-      return nnx.BatchNorm(channels, momentum=0.9, epsilon=1e-5, rngs=rngs)
+      return layers.BatchNorm(channels, dtype=jnp.float32)
 
     self.strides = (1, 1, 2)
     channels = (4, 4, 4, 8)
@@ -628,11 +628,29 @@ def test_an_adapter_may_leave_channels_to_be_zero_but_no_other_shape(rule):
   first = np.tile(np.tanh(x[:, ::2]), 2)
   wide = np.concatenate([x[:, :4], np.zeros((2, 4, 3))], -1)
   expected = np.tile(np.tanh(((first + wide) / 2)[:, ::2]), 2)
-  actual = run(lambda x, shape, source: x[:, : shape[1]])
+  actual = run(lambda x, shape, *_: x[:, : shape[1]])
   np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
   for wrong in (lambda x, *_: x, lambda x, *_: jnp.tile(x[:, :4], 3)):
     with pytest.raises(ValueError, match='source 0 to the shape'):
       run(wrong)
+
+
+def test_an_adapter_is_given_what_it_has_made_of_a_source_before():
+  given = []
+
+  def adapter(x, shape, source, before):
+    given.append((source, x.shape[1], shape[1], [y.shape[1] for y in before]))
+    return x[:, : shape[1]]
+
+  model = MaskedStack(
+    [Halve(), Halve(), Halve()],
+    fan_in=3,
+    rule='fixed_all',
+    adapter=adapter,
+    rngs=nnx.Rngs(0),
+  )
+  model(jnp.ones((2, 8, 3)))
+  assert given == [(0, 8, 4, []), (0, 8, 2, [4]), (1, 4, 2, [])]
 
 
 @pytest.mark.parametrize('rule', ['learned', 'fixed_all'])

@@ -364,7 +364,7 @@ def test_another_config_is_refused(tiny, tmp_path, finished, cli):
   )
   assert ran.code == 2
   assert ran.err.count('\n') == 1
-  assert 'seed (5 there, 1 now)' in ran.err
+  assert 'seed (6 there, 1 now)' in ran.err
   assert "optimizer.steps_at (['50%', '75%'] there, ['10%'] now)" in ran.err
   assert 'batch_size' not in ran.err
   after = {

@@ -269,7 +269,7 @@ def test_a_real_run(finished):
   record = row.record()
   summary = finished.summary
   assert row.name == 'resnet8 learned'
-  assert record['seeds'] == '5'
+  assert record['seeds'] == '6'
   assert record['test_accuracy_mean'] == summary['test_accuracy_pruned']
   assert record['parameters_pruned_mean'] == summary['parameters_pruned']
   assert summary['parameters_pruned'] < record['parameters_mean']

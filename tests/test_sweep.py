@@ -154,11 +154,11 @@ def test_refusals(arguments, says, start, tmp_path):
 
 def test_a_member_of_another_config_is_refused_first(start, tmp_path, finished):
   workdir = tmp_path / 'sweep'
-  shutil.copytree(finished.workdir, workdir / 'base/seed6')
-  ran = start('--config.seeds=5,6')
+  shutil.copytree(finished.workdir, workdir / 'base/seed7')
+  ran = start('--config.seeds=6,7')
   assert ran.code == 2
-  assert 'base/seed6 was written by another config: seed (5 there' in ran.err
-  assert not (workdir / 'base/seed5').exists()
+  assert 'base/seed7 was written by another config: seed (6 there' in ran.err
+  assert not (workdir / 'base/seed6').exists()
 
 
 def test_a_crash_leaves_the_others_alone(start, tmp_path, finished):
@@ -168,26 +168,26 @@ def test_a_crash_leaves_the_others_alone(start, tmp_path, finished):
     '--config.variants=batch_size=1440',  # more than there are images
     '--config.variants=',
   )
-  shutil.copytree(finished.workdir, workdir / 'base/seed5')
-  (workdir / 'base/seed5/summary.json').unlink()
+  shutil.copytree(finished.workdir, workdir / 'base/seed6')
+  (workdir / 'base/seed6/summary.json').unlink()
   # It failed before with another batch, and saved nothing.
-  stale = workdir / 'batch_size=1440/seed5/config.json'
+  stale = workdir / 'batch_size=1440/seed6/config.json'
   stale.parent.mkdir(parents=True)
   text = (finished.workdir / 'config.json').read_text()
   stale.write_text(text.replace('"batch_size": 64', '"batch_size": 32'))
   ran = start(*arguments)
   assert json.loads(stale.read_text())['batch_size'] == 1440
   assert ran.code == 1
-  log = workdir / 'batch_size=1440/seed5/log.txt'
+  log = workdir / 'batch_size=1440/seed6/log.txt'
   failure = ran.err.splitlines()[-1]
-  assert failure.startswith('batch_size=1440/seed5 failed (exit status 2): ')
+  assert failure.startswith('batch_size=1440/seed6 failed (exit status 2): ')
   assert 'larger than the 1437' in failure
   assert failure.endswith(f'; {log}')
   assert 'going on from step 24' in (
-    (workdir / 'base/seed5/log.txt').read_text()
+    (workdir / 'base/seed6/log.txt').read_text()
   )
   accuracy = finished.summary['test_accuracy_pruned']
-  assert f'base/seed5 ends: test accuracy {accuracy:.2%}' in ran.err
+  assert f'base/seed6 ends: test accuracy {accuracy:.2%}' in ran.err
   assert f'{100 * accuracy:.2f} ± - %' in ran.out
   assert f'in no row: {log.parent}.' in ran.out
   assert (workdir / 'table.md').read_text() == ran.out
@@ -195,15 +195,15 @@ def test_a_crash_leaves_the_others_alone(start, tmp_path, finished):
     (row,) = csv.DictReader(file)
   assert float(row['test_accuracy_mean']) == accuracy
 
-  before = (workdir / 'base/seed5/summary.json').stat().st_mtime_ns
+  before = (workdir / 'base/seed6/summary.json').stat().st_mtime_ns
   ran = start(*arguments[1:])
   assert ran.code == 0
   assert ran.err == '1 of 1 members finished\n'
-  assert (workdir / 'base/seed5/summary.json').stat().st_mtime_ns == before
+  assert (workdir / 'base/seed6/summary.json').stat().st_mtime_ns == before
 
 
 def test_sigterm_saves_and_stops(start, tmp_path):
-  workdir = tmp_path / 'sweep/base/seed5'
+  workdir = tmp_path / 'sweep/base/seed6'
 
   def stop_it():
     while 'compiling' not in read(workdir / 'log.txt'):
@@ -213,14 +213,14 @@ def test_sigterm_saves_and_stops(start, tmp_path):
   before = signal.getsignal(signal.SIGTERM)
   thread = threading.Thread(target=stop_it)
   thread.start()
-  ran = start('--config.seeds=5,6')
+  ran = start('--config.seeds=6,7')
   thread.join()
   assert ran.code == 128 + signal.SIGTERM
   assert ran.out == ''
   assert ran.err.splitlines()[-1] == 'stopped; the same command goes on'
   assert 'the same command goes on from there' in read(workdir / 'log.txt')
   assert any((workdir / 'checkpoints').iterdir())
-  assert not workdir.with_name('seed6').exists()
+  assert not workdir.with_name('seed7').exists()
   assert signal.getsignal(signal.SIGTERM) == before
 
 
@@ -241,7 +241,7 @@ def test_killed_and_started_again(
   """Ends with the table of four runs that were never cut."""
   workdir = tmp_path / 'sweep'
   arguments = (
-    '--config.seeds=5,6',
+    '--config.seeds=6,7',
     '--config.variants=connectivity.rule=learned',
     '--config.variants=connectivity.rule=fixed_prev',
   )
@@ -255,13 +255,13 @@ def test_killed_and_started_again(
     text=True,
   )  # fmt: skip
   with process:
-    second = workdir / 'rule=learned/seed6'
+    second = workdir / 'rule=learned/seed7'
     until(
       lambda: (second / 'checkpoints/4/_CHECKPOINT_METADATA').exists(), process
     )
     process.kill()
     said = process.stderr.read()
-  pid = int(said.rpartition('seed6 begins as process ')[2].partition(';')[0])
+  pid = int(said.rpartition('seed7 begins as process ')[2].partition(';')[0])
   os.kill(pid, signal.SIGSTOP)
   try:
     assert os.getpgid(pid) == pid  # out of reach of Ctrl-C
@@ -275,12 +275,12 @@ def test_killed_and_started_again(
   ran = start(*arguments)
   assert ran.code == 0, ran.err
   assert ran.err.startswith('1 of 4 members finished\n')
-  assert 'seed6 begins' in ran.err
-  assert 'learned/seed5 begins' not in ran.err
+  assert 'seed7 begins' in ran.err
+  assert 'learned/seed6 begins' not in ran.err
   assert 'going on from step' in read(second / 'log.txt')
 
   for rule in ('learned', 'fixed_prev'):
-    for seed in (5, 6):
+    for seed in (6, 7):
       own = tiny_config.copy_and_resolve_references()
       own.connectivity.rule, own.seed = rule, seed
       train.train(own, tmp_path / f'uncut/{rule}{seed}')
