@@ -6,8 +6,8 @@
 Takes the set from TFDS, prepared once, without TensorFlow, as the README says;
 or from an image folder with --config.data.source=folder --config.data.dir=DIR.
 300 epochs of 50,000 images, not yet run to their end. On CIFAR-10 (JPEG) with
---config.duration='1 epochs', seed 0, and the plain settings (README): 58.97 %
-after pruning; 49 min on two CPU cores with three other programs on them.
+--config.duration='1 epochs', seed 0: 60.23 % after pruning, 7 min on two CPU
+cores.
 """
 
 import ml_collections
