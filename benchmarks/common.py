@@ -236,8 +236,9 @@ def counted(program: Any) -> dict[str, float]:
   """Returns XLA's count of FLOPs and bytes of a program, in HLO.
 
   As the compiled step's own cost_analysis(), which needs the device it is for.
+  A GPU's client cannot count (jax 0.11); the CPU's counts any program.
   """
-  return _jax.hlo_module_cost_analysis(jax.local_devices()[0].client, program)
+  return _jax.hlo_module_cost_analysis(jax.devices('cpu')[0].client, program)
 
 
 def library_bytes(program: str) -> int:
