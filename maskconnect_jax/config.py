@@ -17,6 +17,8 @@ from typing import Any
 
 import ml_collections
 
+from maskconnect_jax.errors import InputError as InputError
+
 RULES = ('learned', 'fixed_prev', 'fixed_random', 'fixed_all')
 CHOICES = {
   'connectivity.rule': (*RULES, 'fixed_given'),
@@ -56,14 +58,6 @@ INCIDENTAL = (
   'keep_checkpoints',
   'log_every',
 )
-
-
-class InputError(ValueError):
-  """What the user gave cannot be used.
-
-  The message is one line that names the thing and what would be right; the
-  command line prints it and exits with status 2, without a traceback.
-  """
 
 
 def default() -> ml_collections.ConfigDict:

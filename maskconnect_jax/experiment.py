@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -261,15 +260,11 @@ def with_given_topology(
     InputError: there is none, it is damaged, or is another network's.
   """
   path = Path(config.connectivity.topology)
-  try:
-    given = topology.from_dict(json.loads(path.read_text('utf-8')))
-  except FileNotFoundError as error:
-    raise InputError(
-      f'config.connectivity.topology={path} is not there; a finished run has'
-      ' one in its workdir'
-    ) from error
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise InputError(f'{path} is no topology.json: {error}') from error
+  given = topology.read(
+    path,
+    remedy='config.connectivity.topology takes the topology.json of a finished'
+    ' run',
+  )
   valid = model.stack.valid
   try:
     given.check(valid)

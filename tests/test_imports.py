@@ -18,8 +18,9 @@ PACKAGE = 'maskconnect_jax'
 ROOT = Path(__file__).parents[1] / PACKAGE
 FILES = sorted(ROOT.rglob('*.py'))
 
-# Module -> the modules of this package that it may import. `config` is at the
-# bottom: everything but connectivity, which imports jax alone, may import it.
+# Module -> the modules of this package that it may import. At the bottom are
+# `config` and `errors`: everything but connectivity, which imports jax alone,
+# may import them.
 ARROWS: dict[str, set[str]] = {
   '__init__': {'inference', 'models', 'stack', 'wiring'},
   'main': {
@@ -27,7 +28,7 @@ ARROWS: dict[str, set[str]] = {
     'report', 'summarize', 'sweep', 'train',
   },
   'sweep': {'files', 'summarize', 'train'},
-  'summarize': {'plots', 'summary_plots'},
+  'summarize': {'files', 'plots', 'summary_plots'},
   'summary_plots': {'plots'},
   'train': {
     'batches', 'checkpoint', 'distributed', 'evaluation', 'experiment',
@@ -60,7 +61,7 @@ ARROWS: dict[str, set[str]] = {
   'branches': {'connectivity', 'layers', 'wiring'},
   'stack': {'aggregate', 'connectivity', 'layers', 'topology', 'wiring'},
   'wiring': {'connectivity', 'topology'},
-  'topology': set(),
+  'topology': {'files', 'limits'},
   'blocks': {'layers'},
   'batches': {'datasets', 'distributed', 'steps'},
   'datasets': {'decoding', 'images', 'sources'},
@@ -76,13 +77,15 @@ ARROWS: dict[str, set[str]] = {
   'connectivity': set(),
   'decoding': {'images', 'randaugment'},
   'distributed': set(),
+  'errors': set(),
   'files': set(),
   'images': set(),
   'layers': set(),
+  'limits': set(),
   'optimizer': set(),
   'randaugment': set(),
 }  # fmt: skip
-BOTTOM = 'config'
+BOTTOM = {'config', 'errors'}
 NEEDS_ORBAX = {'checkpoint'}
 ON_JAX = {'clu', 'flax', 'jax', 'jaxlib', 'optax'}  # orbax: see NEEDS_ORBAX
 WITHOUT_JAX = {
@@ -127,7 +130,7 @@ def problems(module: str, source: str) -> list[str]:
       target = rest.partition('.')[0]
       if target not in ARROWS:
         target = '__init__'  # from maskconnect_jax import create_model
-      bottom = target == BOTTOM and module not in ONLY
+      bottom = target in BOTTOM and module not in ONLY
       wrong = not bottom and target not in ARROWS[module]
     else:
       wrong = (
