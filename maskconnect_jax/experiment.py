@@ -156,6 +156,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     InputError: the config or its data cannot be used.
   """
   config_lib.check(config)
+  models.architecture_of(config.model.name)  # before any image is read
   distributed.check_batch_size(config.batch_size)
   dataset = datasets.load(config.data)
   plan = make_plan(config, len(dataset.train))

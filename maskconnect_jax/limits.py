@@ -17,6 +17,7 @@ from maskconnect_jax.errors import InputError
 
 MAX_BLOCKS = 1_000  # of which a learned mask has a million entries
 MAX_WIDTH = 8_192  # channels of the first stage
+MAX_WEIGHTS = 10_000_000_000  # 40 GB
 MAX_CHANNELS = 1_024  # of an image
 MAX_CLASSES = 1_000_000
 MAX_SIDE = 8_192  # pixels of a side of what the network takes

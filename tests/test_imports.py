@@ -57,10 +57,14 @@ ARROWS: dict[str, set[str]] = {
   'inference': {
     'checkpoint', 'files', 'images', 'models', 'topology', 'wiring',
   },
-  'models': {'blocks', 'branches', 'connectivity', 'layers', 'stack'},
-  'branches': {'connectivity', 'layers', 'wiring'},
-  'stack': {'aggregate', 'connectivity', 'layers', 'topology', 'wiring'},
-  'wiring': {'connectivity', 'topology'},
+  'models': {
+    'blocks', 'branches', 'connectivity', 'layers', 'limits', 'stack',
+  },
+  'branches': {'connectivity', 'layers', 'limits', 'wiring'},
+  'stack': {
+    'aggregate', 'connectivity', 'layers', 'limits', 'topology', 'wiring',
+  },
+  'wiring': {'connectivity', 'limits', 'topology'},
   'topology': {'files', 'limits'},
   'blocks': {'layers'},
   'batches': {'datasets', 'distributed', 'steps'},
@@ -73,7 +77,7 @@ ARROWS: dict[str, set[str]] = {
   'aggregate': {'config'},
   'augment': set(),
   'checkpoint': set(),
-  'config': set(),
+  'config': {'limits'},
   'connectivity': set(),
   'decoding': {'images', 'randaugment'},
   'distributed': set(),
