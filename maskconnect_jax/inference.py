@@ -7,14 +7,14 @@ else is needed to predict.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from flax import nnx
 from PIL import Image
@@ -23,14 +23,42 @@ from maskconnect_jax import (
   checkpoint,
   files,
   images,
+  limits,
   models,
   topology,
   wiring,
 )
-from maskconnect_jax.config import InputError
+from maskconnect_jax.config import InputError, check_choice
 
 MODEL_SCHEMA = 'maskconnect_jax.model/1'
 BATCH = 256
+_REMEDY = 'write the model again with --mode=train'
+# Arrays are kept compressed: equal weights to a hundredth, others hardly at
+# all. What declares more than this of its files is not read.
+_MAX_RATIO = 1_000
+_SLACK = 2**26  # bytes
+
+
+class _Preprocessing(msgspec.Struct):
+  height: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_SIDE)]
+  width: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_SIDE)]
+  channels: Literal[1, 3]
+  mean: list[Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]]
+  std: list[Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]]
+  resize: Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_SIDE)] = 0
+
+
+class _Record(msgspec.Struct):
+  """The schema of model.json; its topology has one of its own."""
+
+  schema: Literal['maskconnect_jax.model/1']
+  architecture: dict[str, Any]  # `create_model` checks them
+  topology: dict[str, Any]
+  digest: Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
+  classes: Annotated[
+    list[str], msgspec.Meta(min_length=1, max_length=limits.MAX_CLASSES)
+  ]
+  preprocessing: _Preprocessing
 
 
 def save(
@@ -104,23 +132,46 @@ def load(folder: str | Path) -> Classifier:
       ' as runs/digits, or its model folder (--mode=train goes on with a run'
       ' that was interrupted)'
     )
+  record = files.read_json(path, dict[str, Any], remedy=_REMEDY)
+  arrays_folder = folder / 'arrays'
   try:
-    record = json.loads(path.read_text(encoding='utf-8'))
-    if record['schema'] != MODEL_SCHEMA:
-      raise ValueError(f'schema {record["schema"]!r} is not {MODEL_SCHEMA!r}')
-    frozen = topology.from_dict(record['topology'])
-    architecture = record['architecture'] | {'rule': 'fixed_prev'}
+    read = _checked(record)
+    frozen = topology.from_dict(read.topology)
+    shape = models.architecture_of(read.architecture.get('name')).mask_shape(
+      read.architecture.get('level', 'block')
+    )
+    if frozen.shape != shape:
+      raise InputError(
+        f'the topology is of a mask of shape {frozen.shape}; that of this'
+        f' network is {shape}'
+      )
+  except ValueError as error:
+    raise InputError(f'{path} is damaged: {error}; {_REMEDY}') from error
+  # A network of many blocks takes long to build: not of what is not there.
+  stored = checkpoint.stored_arrays(arrays_folder)
+  for index, live in enumerate(frozen.live):
+    if live and not any(n.startswith(f'stack/blocks/{index}/') for n in stored):
+      raise InputError(
+        f'{arrays_folder} has no arrays of block {index + 1}, which {path}'
+        f' names; {_REMEDY}'
+      )
+  # The rule and the seed decide what a network starts from, and no shape.
+  architecture = read.architecture | {'rule': 'fixed_prev', 'seed': 0}
+  try:
     abstract = nnx.eval_shape(
       lambda: wiring.prune(
         wiring.freeze(models.create_model(**architecture), frozen)
       )
     )
-  except (KeyError, TypeError, ValueError) as error:
-    raise InputError(f'{path} is damaged: {error}') from error
-  arrays = checkpoint.load_arrays(folder / 'arrays', _named_arrays(abstract))
-  if checkpoint.digest(arrays) != record.get('digest'):
+  except (TypeError, ValueError) as error:
+    why = str(error).splitlines()[0]
+    raise InputError(f'{path} is damaged: {why}; {_REMEDY}') from error
+  expected = _named_arrays(abstract)
+  check_arrays(arrays_folder, expected, stored)
+  arrays = checkpoint.load_arrays(arrays_folder, expected)
+  if checkpoint.digest(arrays) != read.digest:
     raise InputError(
-      f'{folder / "arrays"} is damaged: not the arrays that were saved; write'
+      f'{arrays_folder} is damaged: not the arrays that were saved; write'
       ' the model again with --mode=train'
     )
   network, state = nnx.split(abstract)
@@ -129,10 +180,70 @@ def load(folder: str | Path) -> Classifier:
     (path, leaf.replace(arrays['/'.join(map(str, path))]))
     for path, leaf in flat
   )
-  try:
-    return Classifier(network, loaded, record)
-  except (KeyError, TypeError) as error:
-    raise InputError(f'{folder / "model.json"} is damaged: {error}') from error
+  return Classifier(network, loaded, record)
+
+
+def _checked(record: dict[str, Any]) -> _Record:
+  """Returns the content of model.json, after all that needs no network.
+
+  Raises:
+    InputError: it is not of the schema, or contradicts itself.
+  """
+  read: _Record = files.of_kind(record, _Record)
+  own, shape = read.architecture, read.preprocessing
+  check_choice('connectivity.level', own.get('level', 'block'), 'level')
+  check_choice('model.dtype', own.get('dtype', 'float32'), 'dtype')
+  for what, declared, there in (
+    ('classes', own.get('num_classes'), len(read.classes)),
+    ('channels', own.get('in_channels', 3), shape.channels),
+    ('numbers as mean', shape.channels, len(shape.mean)),
+    ('numbers as std', shape.channels, len(shape.std)),
+  ):
+    if type(declared) is not int or declared != there:
+      raise InputError(
+        f'there are {there} {what}, but {limits.shown(declared)} belong there'
+      )
+  if shape.resize and shape.resize < max(shape.height, shape.width):
+    raise InputError(
+      f'preprocessing: resize={shape.resize} leaves no {shape.height} x'
+      f' {shape.width} to crop'
+    )
+  return read
+
+
+def check_arrays(
+  folder: Path,
+  expected: dict[str, jax.ShapeDtypeStruct],
+  stored: dict[str, jax.ShapeDtypeStruct],
+) -> None:
+  """Checks the arrays of a model before any of them is allocated.
+
+  Args:
+    folder: where they lie.
+    expected: what the model has, by name.
+    stored: what the folder says of itself, by name.
+
+  Raises:
+    InputError: one is missing, or of another shape or dtype; or all together
+      are far more than the files could hold.
+  """
+  for name in sorted(expected.keys() | stored.keys()):
+    ours, theirs = (
+      f'{leaf.dtype} {list(leaf.shape)}' if leaf is not None else 'missing'
+      for leaf in (expected.get(name), stored.get(name))
+    )
+    if ours != theirs:
+      raise InputError(
+        f'{folder}: the array {limits.shown(name)} is {theirs}, but'
+        f' model.json makes it {ours}; {_REMEDY}'
+      )
+  declared = sum(leaf.size * leaf.dtype.itemsize for leaf in expected.values())
+  held = sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())
+  if declared > _MAX_RATIO * held + _SLACK:
+    raise InputError(
+      f'{folder} holds {held:,} bytes, which cannot be the {declared:,} of the'
+      f' arrays that it names; {_REMEDY}'
+    )
 
 
 def _named_arrays(model: Any) -> dict[str, Any]:

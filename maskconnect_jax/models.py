@@ -391,7 +391,7 @@ def list_models(pattern: str = '*') -> list[str]:
   return fnmatch.filter(REGISTRY, pattern)
 
 
-def architecture_of(name: str) -> Architecture:
+def architecture_of(name: Any) -> Architecture:
   """Returns what a name stands for.
 
   Beside the registry: 'resnetD', D = 6n+2, CIFAR-form with basic blocks, and

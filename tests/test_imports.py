@@ -55,7 +55,7 @@ ARROWS: dict[str, set[str]] = {
   },
   'steps': {'augment', 'layers', 'wiring'},
   'inference': {
-    'checkpoint', 'files', 'images', 'models', 'topology', 'wiring',
+    'checkpoint', 'files', 'images', 'limits', 'models', 'topology', 'wiring',
   },
   'models': {
     'blocks', 'branches', 'connectivity', 'layers', 'limits', 'stack',

@@ -6,13 +6,22 @@ import shutil
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import sklearn.datasets
 from PIL import Image
 
 import maskconnect_jax
-from maskconnect_jax import config, inference
+from maskconnect_jax import (
+  checkpoint,
+  config,
+  files,
+  inference,
+  models,
+  topology,
+)
 
 DIGITS = np.rint(sklearn.datasets.load_digits().images * 255 / 16).astype(
   np.uint8
@@ -110,17 +119,75 @@ def test_no_model(tmp_path):
     inference.load(tmp_path)
 
 
+def at(*path, to):
+  """Returns what puts a value into a record, at a path."""
+
+  def change(record):
+    for name in path[:-1]:
+      record = record[name]
+    record[path[-1]] = to
+
+  return change
+
+
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    (lambda record: record.pop('classes'), 'model.json is damaged'),
-    (lambda record: record.pop('topology'), 'model.json is damaged'),
-    (lambda record: record.update(schema='other/9'), "schema 'other/9' is not"),
-    (lambda record: record['architecture'].update(x=1), 'json is damaged'),
-    (lambda record: record['architecture'].update(width=4), 'whole set of'),
+    (lambda record: record.pop('classes'), 'missing required field classes'),
+    (lambda record: record.pop('topology'), 'missing required field topology'),
+    (lambda record: record.pop('architecture'), 'field architecture'),
+    (lambda record: record.pop('preprocessing'), 'field preprocessing'),
+    (at('schema', to='other/9'), "schema: invalid enum value 'other/9'"),
+    (at('schema', to=None), 'schema: '),
+    (at('digest', to='x'), 'digest: expected int, got str'),
+    (at('architecture', to=[]), 'architecture: expected object'),
+    (at('architecture', to={}), 'is no name|belong there'),
+    (at('architecture', 'x', to=1), "'x' is no option of level 'block'"),
+    (at('architecture', 'rngs', to=1), "'rngs' is no option"),
+    (at('architecture', 'name', to=['resnet8']), 'is no name'),
+    (at('architecture', 'name', to='resnet99998'), 'more than 1,000 blocks'),
+    (at('architecture', 'name', to='resnet2000'), r'of this network is \(999,'),
+    (at('architecture', 'level', to='branch'), 'of this network is'),
+    (at('architecture', 'level', to=0), 'level=0 is not one of'),
+    (at('architecture', 'width', to=10**9), 'width=.* must be at most 8,192'),
+    (at('architecture', 'width', to=True), 'width=True must be a whole'),
+    (at('architecture', 'width', to=4), r"array 'head/kernel' is .*\[32, 10\]"),
+    (at('architecture', 'fan_in', to=0), 'fan_in=0 must be at least 1'),
+    (at('architecture', 'num_classes', to=11), 'there are 10 classes, but 11'),
+    (at('architecture', 'num_classes', to='10'), "10 classes, but '10'"),
+    (at('architecture', 'num_classes', to=True), '10 classes, but True'),
+    (at('architecture', 'in_channels', to=3), '1 channels, but 3'),
+    (at('architecture', 'dtype', to='float64'), "dtype='float64' is not one"),
+    (at('architecture', 'adapter', to={}), 'adapter={} is not one of'),
+    (at('architecture', 'scale', to=None), 'scale=None is not one of'),
+    (at('architecture', 'stem_source', to=0), 'stem_source=0 must be True'),
+    (at('classes', to=['a']), 'there are 1 classes, but 10'),
+    (at('classes', to=[]), 'classes: expected array of length >= 1'),
+    (at('classes', to='0123456789'), 'classes: expected array, got str'),
+    (at('classes', 3, to=3), r'classes\[3\]: expected str, got int'),
+    (at('preprocessing', to=None), 'preprocessing: expected object, got null'),
+    (at('preprocessing', 'height', to=10**6), 'height: expected int <= 8192'),
+    (at('preprocessing', 'width', to=0), 'width: expected int >= 1'),
+    (at('preprocessing', 'width', to=8.0), 'width: expected int, got float'),
+    (at('preprocessing', 'channels', to=2), 'channels: invalid enum value 2'),
+    (at('preprocessing', 'channels', to=3), '3 channels, but 1|in_channels'),
+    (at('preprocessing', 'resize', to=4), 'resize=4 leaves no 8 x 8'),
+    (at('preprocessing', 'mean', to=[]), '0 numbers as mean, but 1'),
+    (at('preprocessing', 'mean', to=[1, 2, 3]), '3 numbers as mean, but 1'),
+    (at('preprocessing', 'mean', to=['1']), r'mean\[0\]: expected float'),
+    (at('preprocessing', 'mean', to=[float('nan')]), 'NaN is no finite'),
+    (at('preprocessing', 'mean', to=[1e30]), r'mean\[0\]: expected float <='),
+    (at('preprocessing', 'std', to=[0]), r'std\[0\]: expected float >= 1e-06'),
+    (at('preprocessing', 'std', to=[-1]), r'std\[0\]: expected float >='),
+    (at('preprocessing', 'std', to=[1e-300]), r'std\[0\]: expected float >='),
+    (at('preprocessing', 'std', to=[1, 1]), '2 numbers as std, but 1'),
+    (at('topology', to=[]), 'topology: expected object, got array'),
+    (at('topology', 'blocks', 0, 'sources', to=[5]), r'0\.\.0 come before'),
+    (at('topology', 'blocks', 0, 'sources', to=[True]), 'got bool'),
+    (at('topology', 'blocks', 1, to=None), 'expected object, got null'),
     (
-      lambda record: record['topology']['blocks'][0].update(sources=[5]),
-      'only sources 0..0 come before',
+      lambda record: record['topology']['blocks'].pop(),
+      r'shape \(2, 2\); that of this network is \(3, 3\)',
     ),
   ],
 )
@@ -132,6 +199,96 @@ def test_damaged_record(change, message, folder):
   with pytest.raises(config.InputError, match=message) as error:
     inference.load(folder)
   assert str(folder) in str(error.value)
+  assert '\n' not in str(error.value)
+  assert len(str(error.value)) < 500 + len(str(folder))
+
+
+@pytest.mark.parametrize(
+  'content', [b'[]', b'null', b'0', b'"x"', b'', b'\xff', b'[' * 10**5]
+)
+def test_a_record_that_is_none(content, folder):
+  (folder / 'model.json').write_bytes(content)
+  with pytest.raises(config.InputError, match='model.json is damaged: '):
+    inference.load(folder)
+
+
+def test_a_record_of_many_blocks_does_not_build_them(folder, monkeypatch):
+  """Both say 999 blocks; the arrays are of three."""
+  path = folder / 'model.json'
+  record = json.loads(path.read_text())
+  record['architecture']['name'] = 'resnet2000'
+  record['topology'] = topology.Topology(
+    tuple((i,) for i in range(999))
+  ).to_dict()
+  path.write_text(json.dumps(record))
+  monkeypatch.setattr(models, 'create_model', lambda **_: pytest.fail('built'))
+  with pytest.raises(config.InputError, match='has no arrays of block'):
+    inference.load(folder)
+
+
+def test_arrays_of_another_network(folder):
+  shutil.rmtree(folder / 'arrays')
+  with pytest.raises(config.InputError, match='arrays is no whole set'):
+    inference.load(folder)
+  checkpoint.save_arrays(folder / 'arrays', {'x': jnp.zeros(3)})
+  with pytest.raises(config.InputError, match='has no arrays of block 1'):
+    inference.load(folder)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (
+      lambda a: a.pop('head/bias'),
+      r"'head/bias' is missing, .* float32 \[10\]",
+    ),
+    (lambda a: a.update(more=jnp.zeros(2)), "'more' is float32 .* it missing"),
+    (
+      lambda a: a.update({'head/bias': a['head/bias'].astype(jnp.float16)}),
+      r"'head/bias' is float16 \[10\], but model.json makes it float32",
+    ),
+    (
+      lambda a: a.update({'head/bias': a['head/bias'][:9]}),
+      r"'head/bias' is float32 \[9\], but .* float32 \[10\]",
+    ),
+  ],
+)
+def test_the_array_that_differs_is_named(change, message, folder):
+  stored = checkpoint.stored_arrays(folder / 'arrays')
+  arrays = checkpoint.load_arrays(folder / 'arrays', stored)
+  change(arrays)
+  shutil.rmtree(folder / 'arrays')
+  checkpoint.save_arrays(folder / 'arrays', arrays)
+  with pytest.raises(config.InputError, match=message) as error:
+    inference.load(folder)
+  assert str(folder / 'arrays') in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+def test_what_the_files_cannot_hold_is_not_allocated(tmp_path):
+  (tmp_path / 'data').write_bytes(bytes(100))
+  arrays = {'x': jax.ShapeDtypeStruct((2**34,), jnp.float32)}
+  with pytest.raises(config.InputError, match='holds 100 bytes, which cannot'):
+    inference.check_arrays(tmp_path, arrays, arrays)
+
+
+def test_names_of_classes_that_are_no_utf8(folder):
+  names = [
+    '\udcff\n',
+    '\t',
+    '\x1b[31m',
+    'é',
+    'e\u0301',
+    '😀',
+    '',
+    ' ',
+    '"',
+    '\\',
+  ]
+  path = folder / 'model.json'
+  record = json.loads(path.read_text())
+  files.write_json(path, record | {'classes': names})
+  assert maskconnect_jax.load(folder).classes == tuple(names)
 
 
 def test_cut_record(folder):
