@@ -7,58 +7,32 @@ else is needed to predict.
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import msgspec
 import numpy as np
 from flax import nnx
-from PIL import Image
 
 from maskconnect_jax import (
   checkpoint,
   files,
+  image_inputs,
   images,
-  limits,
+  model_record,
   models,
   topology,
   wiring,
 )
-from maskconnect_jax.config import InputError, check_choice
+from maskconnect_jax.config import InputError
 
-MODEL_SCHEMA = 'maskconnect_jax.model/1'
 BATCH = 256
-_REMEDY = 'write the model again with --mode=train'
-# Arrays are kept compressed: equal weights to a hundredth, others hardly at
-# all. What declares more than this of its files is not read.
-_MAX_RATIO = 1_000
-_SLACK = 2**26  # bytes
-
-
-class _Preprocessing(msgspec.Struct):
-  height: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_SIDE)]
-  width: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_SIDE)]
-  channels: Literal[1, 3]
-  mean: list[Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]]
-  std: list[Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]]
-  resize: Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_SIDE)] = 0
-
-
-class _Record(msgspec.Struct):
-  """The schema of model.json; its topology has one of its own."""
-
-  schema: Literal['maskconnect_jax.model/1']
-  architecture: dict[str, Any]  # `create_model` checks them
-  topology: dict[str, Any]
-  digest: Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
-  classes: Annotated[
-    list[str], msgspec.Meta(min_length=1, max_length=limits.MAX_CLASSES)
-  ]
-  preprocessing: _Preprocessing
+_BATCH_BYTES = 2**26  # of the images of a batch, before they are widened
 
 
 def save(
@@ -92,7 +66,7 @@ def save(
     checkpoint.save_arrays(files.temporary_of(folder) / 'arrays', arrays)
     return
   record = {
-    'schema': MODEL_SCHEMA,
+    'schema': model_record.SCHEMA,
     'architecture': architecture,
     'topology': model.topology.to_dict(),
     'digest': checkpoint.digest(arrays),
@@ -132,31 +106,12 @@ def load(folder: str | Path) -> Classifier:
       ' as runs/digits, or its model folder (--mode=train goes on with a run'
       ' that was interrupted)'
     )
-  record = files.read_json(path, dict[str, Any], remedy=_REMEDY)
+  record, frozen = model_record.read(path)
   arrays_folder = folder / 'arrays'
-  try:
-    read = _checked(record)
-    frozen = topology.from_dict(read.topology)
-    shape = models.architecture_of(read.architecture.get('name')).mask_shape(
-      read.architecture.get('level', 'block')
-    )
-    if frozen.shape != shape:
-      raise InputError(
-        f'the topology is of a mask of shape {frozen.shape}; that of this'
-        f' network is {shape}'
-      )
-  except ValueError as error:
-    raise InputError(f'{path} is damaged: {error}; {_REMEDY}') from error
-  # A network of many blocks takes long to build: not of what is not there.
   stored = checkpoint.stored_arrays(arrays_folder)
-  for index, live in enumerate(frozen.live):
-    if live and not any(n.startswith(f'stack/blocks/{index}/') for n in stored):
-      raise InputError(
-        f'{arrays_folder} has no arrays of block {index + 1}, which {path}'
-        f' names; {_REMEDY}'
-      )
+  model_record.check_blocks(arrays_folder, frozen, stored)
   # The rule and the seed decide what a network starts from, and no shape.
-  architecture = read.architecture | {'rule': 'fixed_prev', 'seed': 0}
+  architecture = record['architecture'] | {'rule': 'fixed_prev', 'seed': 0}
   try:
     abstract = nnx.eval_shape(
       lambda: wiring.prune(
@@ -165,14 +120,16 @@ def load(folder: str | Path) -> Classifier:
     )
   except (TypeError, ValueError) as error:
     why = str(error).splitlines()[0]
-    raise InputError(f'{path} is damaged: {why}; {_REMEDY}') from error
-  expected = _named_arrays(abstract)
-  check_arrays(arrays_folder, expected, stored)
-  arrays = checkpoint.load_arrays(arrays_folder, expected)
-  if checkpoint.digest(arrays) != read.digest:
     raise InputError(
-      f'{arrays_folder} is damaged: not the arrays that were saved; write'
-      ' the model again with --mode=train'
+      f'{path} is damaged: {why}; {model_record.REMEDY}'
+    ) from error
+  expected = _named_arrays(abstract)
+  model_record.check_arrays(arrays_folder, expected, stored)
+  arrays = checkpoint.load_arrays(arrays_folder, expected)
+  if checkpoint.digest(arrays) != record['digest']:
+    raise InputError(
+      f'{arrays_folder} is damaged: not the arrays that were saved;'
+      f' {model_record.REMEDY}'
     )
   network, state = nnx.split(abstract)
   flat = nnx.to_flat_state(state)
@@ -183,69 +140,6 @@ def load(folder: str | Path) -> Classifier:
   return Classifier(network, loaded, record)
 
 
-def _checked(record: dict[str, Any]) -> _Record:
-  """Returns the content of model.json, after all that needs no network.
-
-  Raises:
-    InputError: it is not of the schema, or contradicts itself.
-  """
-  read: _Record = files.of_kind(record, _Record)
-  own, shape = read.architecture, read.preprocessing
-  check_choice('connectivity.level', own.get('level', 'block'), 'level')
-  check_choice('model.dtype', own.get('dtype', 'float32'), 'dtype')
-  for what, declared, there in (
-    ('classes', own.get('num_classes'), len(read.classes)),
-    ('channels', own.get('in_channels', 3), shape.channels),
-    ('numbers as mean', shape.channels, len(shape.mean)),
-    ('numbers as std', shape.channels, len(shape.std)),
-  ):
-    if type(declared) is not int or declared != there:
-      raise InputError(
-        f'there are {there} {what}, but {limits.shown(declared)} belong there'
-      )
-  if shape.resize and shape.resize < max(shape.height, shape.width):
-    raise InputError(
-      f'preprocessing: resize={shape.resize} leaves no {shape.height} x'
-      f' {shape.width} to crop'
-    )
-  return read
-
-
-def check_arrays(
-  folder: Path,
-  expected: dict[str, jax.ShapeDtypeStruct],
-  stored: dict[str, jax.ShapeDtypeStruct],
-) -> None:
-  """Checks the arrays of a model before any of them is allocated.
-
-  Args:
-    folder: where they lie.
-    expected: what the model has, by name.
-    stored: what the folder says of itself, by name.
-
-  Raises:
-    InputError: one is missing, or of another shape or dtype; or all together
-      are far more than the files could hold.
-  """
-  for name in sorted(expected.keys() | stored.keys()):
-    ours, theirs = (
-      f'{leaf.dtype} {list(leaf.shape)}' if leaf is not None else 'missing'
-      for leaf in (expected.get(name), stored.get(name))
-    )
-    if ours != theirs:
-      raise InputError(
-        f'{folder}: the array {limits.shown(name)} is {theirs}, but'
-        f' model.json makes it {ours}; {_REMEDY}'
-      )
-  declared = sum(leaf.size * leaf.dtype.itemsize for leaf in expected.values())
-  held = sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())
-  if declared > _MAX_RATIO * held + _SLACK:
-    raise InputError(
-      f'{folder} holds {held:,} bytes, which cannot be the {declared:,} of the'
-      f' arrays that it names; {_REMEDY}'
-    )
-
-
 def _named_arrays(model: Any) -> dict[str, Any]:
   """Returns {'stack/blocks/0/conv1/kernel': array, ...}."""
   return {
@@ -254,14 +148,6 @@ def _named_arrays(model: Any) -> dict[str, Any]:
     else leaf
     for path, leaf in nnx.to_flat_state(nnx.state(model))
   }
-
-
-def _is_one(given: Any) -> bool:
-  """Whether it is an image, rather than several."""
-  if isinstance(given, (str, os.PathLike, Image.Image)):
-    return True
-  shape: tuple[int, ...] = getattr(given, 'shape', ())
-  return len(shape) == 2 or (len(shape) == 3 and shape[-1] <= 4)
 
 
 class Classifier:
@@ -297,39 +183,52 @@ class Classifier:
     """Returns class probabilities, float32 [N, len(classes)].
 
     Args:
-      images_or_paths: uint8 [N, H, W, C] or [N, H, W], or a sequence of paths,
-        Pillow images and uint8 arrays; or one of these, [H, W, C] with C up to
-        4 or [H, W], as if alone in a sequence. Any size; they are resized and
-        converted as in training.
+      images_or_paths: an array of any library, uint8 [N, H, W, C] or [N, H, W];
+        or any iterable of paths, Pillow images and uint8 arrays; or one of
+        these, [H, W, C] with C up to 4 or [H, W], as if alone in a list. Any
+        size; they are resized and converted as in training. An iterable is
+        taken `batch_size` images at a time.
 
     Raises:
-      InputError: an image cannot be read, or an array is not an image.
+      InputError: an image cannot be read, or what was given is no image, or
+        has two readings.
     """
-    given = images_or_paths
-    if _is_one(given):
-      given = [given]
-    batches = [
-      self.probabilities(
-        np.stack([*map(self.prepare, given[start : start + BATCH])])
-      )
-      for start in range(0, len(given), BATCH)
-    ]
-    if not batches:
-      return np.zeros((0, len(self.classes)), np.float32)
-    return np.concatenate(batches)
+    items = image_inputs.each(images_or_paths, channels=self.image_shape[-1])
+    numbered = enumerate(items)
+    rows = [np.zeros((0, len(self.classes)), np.float32)]
+    while part := [
+      self._prepared(*item)
+      for item in itertools.islice(numbered, self.batch_size)
+    ]:
+      rows.append(self.probabilities(np.stack(part)))
+    return np.concatenate(rows)
+
+  @property
+  def batch_size(self) -> int:
+    """How many images are taken at once: fewer where they are large."""
+    most = max(1, _BATCH_BYTES // math.prod(self.image_shape))
+    return int(min(BATCH, 1 << (most.bit_length() - 1)))
+
+  def _prepared(self, number: int, item: Any) -> np.ndarray:
+    try:
+      return self.prepare(item)
+    except InputError as error:
+      if isinstance(item, str | os.PathLike):  # it is named
+        raise
+      raise InputError(f'image {number}: {error}') from error
 
   def prepare(self, item: Any) -> np.ndarray:
     """Returns one image as the network takes it, uint8 `image_shape`.
 
     Args:
-      item: a path, Pillow image or uint8 array.
+      item: a path, Pillow image or uint8 array, or the content of a file.
 
     Raises:
       InputError: it cannot be read, or is not an image.
     """
     height, width, channels = self.image_shape
     return images.read(
-      item,
+      item if isinstance(item, bytes) else image_inputs.one(item),
       channels=channels,
       size=(height, width),
       resize=self.record['preprocessing'].get('resize', 0),
@@ -343,6 +242,9 @@ class Classifier:
 
     Returns:
       float32 [N, len(classes)].
+
+    Raises:
+      InputError: another shape or dtype.
     """
     return self._run(batch)[1]
 
@@ -351,6 +253,11 @@ class Classifier:
     return self._run(batch)[0]
 
   def _run(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if batch.dtype != np.uint8 or batch.shape[1:] != self.image_shape:
+      raise InputError(
+        f'a batch is uint8 [N, {", ".join(map(str, self.image_shape))}], not'
+        f' {batch.dtype} {list(batch.shape)}; predict() takes any images'
+      )
     # Powers of two: few shapes to compile for, whatever number is asked for.
     padded = 1 << (len(batch) - 1).bit_length()
     filled = np.pad(batch, ((0, padded - len(batch)), (0, 0), (0, 0), (0, 0)))

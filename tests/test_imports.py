@@ -47,7 +47,8 @@ ARROWS: dict[str, set[str]] = {
     'connectivity', 'distributed', 'experiment', 'models', 'steps',
   },
   'evaluation': {
-    'batches', 'datasets', 'distributed', 'inference', 'steps',
+    'batches', 'datasets', 'decoding', 'distributed', 'inference', 'sources',
+    'steps',
   },
   'experiment': {
     'batches', 'datasets', 'distributed', 'models', 'optimizer', 'steps',
@@ -55,8 +56,10 @@ ARROWS: dict[str, set[str]] = {
   },
   'steps': {'augment', 'layers', 'wiring'},
   'inference': {
-    'checkpoint', 'files', 'images', 'limits', 'models', 'topology', 'wiring',
+    'checkpoint', 'files', 'image_inputs', 'images', 'model_record', 'models',
+    'topology', 'wiring',
   },
+  'model_record': {'files', 'limits', 'models', 'topology'},
   'models': {
     'blocks', 'branches', 'connectivity', 'layers', 'limits', 'stack',
   },
@@ -83,6 +86,7 @@ ARROWS: dict[str, set[str]] = {
   'distributed': set(),
   'errors': set(),
   'files': set(),
+  'image_inputs': {'limits'},
   'images': set(),
   'layers': set(),
   'limits': set(),

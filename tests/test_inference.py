@@ -1,5 +1,6 @@
 """A model folder: what it predicts, and what a damaged one does."""
 
+import copy
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from maskconnect_jax import (
   config,
   files,
   inference,
+  model_record,
   models,
   topology,
 )
@@ -112,6 +114,179 @@ def test_what_cannot_be_read(model, tmp_path):
     model.predict([tmp_path / 'missing.png'])
   with pytest.raises(config.InputError, match='float64'):
     model.predict(DIGITS[:1] / 255)
+
+
+class Interface:
+  """An array of a library that knows __array_interface__ alone."""
+
+  def __init__(self, array):
+    self.held = array
+    self.__array_interface__ = array.__array_interface__
+
+
+class Dlpack:
+  """An array of a library that knows DLPack alone."""
+
+  def __init__(self, array):
+    self.held = array
+
+  def __dlpack__(self, **options):
+    return self.held.__dlpack__(**options)
+
+  def __dlpack_device__(self):
+    return self.held.__dlpack_device__()
+
+
+class OnDevice:
+  """An array that NumPy cannot read, as of another device."""
+
+  def __array__(self, dtype=None, copy=None):
+    raise TypeError('copy it\nto the host first')
+
+
+def objects(items):
+  array = np.empty(len(items), object)
+  array[:] = items
+  return array
+
+
+@pytest.mark.parametrize(
+  'given',
+  [
+    jnp.asarray,
+    lambda images: list(map(jnp.asarray, images)),
+    lambda images: memoryview(np.ascontiguousarray(images)),
+    Interface,
+    Dlpack,
+    lambda images: [Interface(images[0]), Dlpack(images[1]), *images[2:]],
+    lambda images: (image for image in images),
+    lambda images: dict(enumerate(images)).values(),
+    lambda images: iter(tuple(images)),
+    lambda images: map(Image.fromarray, images),
+    lambda images: objects(list(images)),
+    lambda images: images.astype('>u2') * 257,
+    lambda images: images[..., None].repeat(3, -1),
+    lambda images: np.asfortranarray(images),
+    lambda images: images.view(np.recarray),
+  ],
+  ids=range(15),
+)
+def test_arrays_of_any_library_and_any_iterable(given, model):
+  images = DIGITS[:5]
+  found = model.predict(given(images))
+  assert found.dtype == np.float32
+  np.testing.assert_allclose(found, model.predict(images), atol=1e-6)
+
+
+def test_paths_in_any_iterable(model, tmp_path):
+  paths = [tmp_path / f'{i}.png' for i in range(4)]
+  for path, digit in zip(paths, DIGITS, strict=False):
+    Image.fromarray(digit).save(path)
+  expected = model.predict(paths)
+  names = [str(path) for path in paths]
+  together = set(paths)
+  np.testing.assert_array_equal(
+    model.predict(together), model.predict(list(together))
+  )
+  for given in (
+    np.array(names),
+    np.array(paths, object),
+    np.array(names, np.dtypes.StringDType()),
+    [np.str_(name) for name in names],
+    [np.array(name) for name in names],
+    dict.fromkeys(names).keys(),
+    (path for path in paths),
+  ):
+    np.testing.assert_array_equal(model.predict(given), expected)
+  np.testing.assert_array_equal(model.predict(np.array(names[0])), expected[:1])
+
+
+@pytest.mark.parametrize(
+  'given',
+  [(), iter(()), {}.values(), np.zeros((0, 8, 8), np.uint8), jnp.zeros((0,))],
+)
+def test_nothing_in_any_form(given, model):
+  assert model.predict(given).shape == (0, 10)
+
+
+@pytest.mark.parametrize(
+  ('given', 'message'),
+  [
+    (None, 'None is no image; give paths'),
+    (3, '3 is no image'),
+    (True, 'True is no image'),
+    (b'x.png', 'bytes may be a path or a file'),
+    (bytearray(b'x'), 'bytearray may be'),
+    ([b'x.png'], 'image 0: bytes may be'),
+    (np.array([b'x.png']), 'no list of paths'),
+    (np.array([['x.png']]), 'no list of paths'),
+    ({'x.png': 1}, r'a dict is no list of images; give its keys\(\)'),
+    (DIGITS[:2].tolist(), r'image 0 is \[\['),
+    (DIGITS[0].tolist(), r'image 0 is \['),
+    ([DIGITS[0], None], 'image 1 is None'),
+    (DIGITS[:2] / 255, 'image 0: .*float64 .* give uint8, 0..255'),
+    (jnp.asarray(DIGITS[:2] / 255, jnp.bfloat16), 'bfloat16 .* give uint8'),
+    (DIGITS[:2].astype(np.int64), 'int64 has no fixed range'),
+    (np.zeros((2, 1, 8, 8), np.uint8), r'first; give it .transpose\(0, 2, 3'),
+    (np.zeros((2, 3, 8, 8), np.uint8), r'first; give it .transpose\(0, 2, 3'),
+    ([np.zeros((3, 8, 8), np.uint8)], r'first; give it .transpose\(1, 2, 0'),
+    (np.zeros((2, 2, 8, 8, 3), np.uint8), 'is no image; give'),
+    (np.zeros(8, np.uint8), 'is no image; give'),
+    (np.uint8(3), 'is no image; give'),
+    (np.array([[object()]]), 'array of Python objects'),
+    (np.array(object()), 'image 0 is <object'),
+    (np.ndarray, 'is no image|image 0 is'),
+    (OnDevice(), r'an OnDevice|a OnDevice that NumPy cannot read \(copy it to'),
+    (range(3), 'image 0 is 0'),
+  ],
+  ids=range(26),
+)
+def test_what_must_be_guessed_is_refused(given, message, model):
+  with pytest.raises(config.InputError, match=message) as error:
+    model.predict(given)
+  assert '\n' not in str(error.value)
+  assert len(str(error.value)) < 300
+
+
+def test_an_iterable_is_taken_in_batches(model, monkeypatch):
+  """No more than a batch is read before it is computed."""
+  taken, computed = [], []
+  run = model.probabilities
+  monkeypatch.setattr(
+    model, 'probabilities',
+    lambda batch: computed.append(len(taken)) or run(batch),
+  )  # fmt: skip
+
+  def generator():
+    for image in np.resize(DIGITS, (600, 8, 8)):
+      taken.append(1)
+      yield image
+
+  assert model.predict(generator()).shape == (600, 10)
+  assert computed == [256, 512, 600]
+
+
+@pytest.mark.parametrize(
+  ('shape', 'expected'),
+  [
+    ((8, 8, 1), 256),
+    ((224, 224, 3), 256),
+    ((512, 512, 3), 64),
+    ((8192,) * 3, 1),
+  ],
+)
+def test_large_images_are_taken_fewer_at_once(shape, expected, model):
+  other = copy.copy(model)
+  other.image_shape = shape
+  assert other.batch_size == expected
+
+
+def test_a_batch_of_another_shape(model):
+  for batch in (DIGITS[:2], DIGITS[:2, :, :, None] / 255):
+    with pytest.raises(
+      config.InputError, match=r'a batch is uint8 \[N, 8, 8, 1'
+    ):
+      model.probabilities(batch)
 
 
 def test_no_model(tmp_path):
@@ -235,41 +410,42 @@ def test_arrays_of_another_network(folder):
     inference.load(folder)
 
 
-@pytest.mark.parametrize(
-  ('change', 'message'),
-  [
-    (
-      lambda a: a.pop('head/bias'),
-      r"'head/bias' is missing, .* float32 \[10\]",
-    ),
-    (lambda a: a.update(more=jnp.zeros(2)), "'more' is float32 .* it missing"),
-    (
-      lambda a: a.update({'head/bias': a['head/bias'].astype(jnp.float16)}),
-      r"'head/bias' is float16 \[10\], but model.json makes it float32",
-    ),
-    (
-      lambda a: a.update({'head/bias': a['head/bias'][:9]}),
-      r"'head/bias' is float32 \[9\], but .* float32 \[10\]",
-    ),
-  ],
-)
-def test_the_array_that_differs_is_named(change, message, folder):
+def test_an_array_of_another_dtype_is_named(folder):
   stored = checkpoint.stored_arrays(folder / 'arrays')
   arrays = checkpoint.load_arrays(folder / 'arrays', stored)
-  change(arrays)
+  arrays['head/bias'] = arrays['head/bias'].astype(jnp.float16)
   shutil.rmtree(folder / 'arrays')
   checkpoint.save_arrays(folder / 'arrays', arrays)
-  with pytest.raises(config.InputError, match=message) as error:
+  with pytest.raises(config.InputError, match='float16') as error:
     inference.load(folder)
-  assert str(folder / 'arrays') in str(error.value)
-  assert '\n' not in str(error.value)
+  said = str(error.value)
+  assert f"{folder / 'arrays'}: the array 'head/bias' is float16 [10]" in said
+  assert '\n' not in said
+
+
+@pytest.mark.parametrize(
+  ('stored', 'message'),
+  [
+    ({}, r"'b' is missing, but model.json makes it float32 \[10\]"),
+    ({'b': (10,), 'more': (2,)}, r"'more' is float32 \[2\], .* it missing"),
+    ({'b': (9,)}, r"'b' is float32 \[9\], but .* float32 \[10\]"),
+    ({'b': (10, 1)}, r"'b' is float32 \[10, 1\], but"),
+  ],
+)
+def test_the_array_that_differs_is_named(stored, message, tmp_path):
+  expected, stored = (
+    {n: jax.ShapeDtypeStruct(shape, jnp.float32) for n, shape in given.items()}
+    for given in ({'b': (10,)}, stored)
+  )
+  with pytest.raises(config.InputError, match=message):
+    model_record.check_arrays(tmp_path, expected, stored)
 
 
 def test_what_the_files_cannot_hold_is_not_allocated(tmp_path):
   (tmp_path / 'data').write_bytes(bytes(100))
   arrays = {'x': jax.ShapeDtypeStruct((2**34,), jnp.float32)}
   with pytest.raises(config.InputError, match='holds 100 bytes, which cannot'):
-    inference.check_arrays(tmp_path, arrays, arrays)
+    model_record.check_arrays(tmp_path, arrays, arrays)
 
 
 def test_names_of_classes_that_are_no_utf8(folder):
