@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from maskconnect_jax import config as config_lib
-from maskconnect_jax import models
+from maskconnect_jax import datasets, experiment, models
 
 CONFIGS = sorted((Path(__file__).parents[1] / 'configs').glob('*.py'))
 
@@ -144,3 +144,14 @@ def test_shipped_configs(path):
   )
   # Each opens with its own command.
   assert f'--config=configs/{path.name}' in path.read_text().split('"""')[1]
+
+
+@pytest.mark.parametrize('name', ['resnet99998', 'resnet' + '9' * 5000, 'x'])
+def test_a_network_that_is_none_is_named_before_any_image_is_read(
+  name, monkeypatch
+):
+  given = config_lib.default()
+  given.model.name = name
+  monkeypatch.setattr(datasets, 'load', lambda _: pytest.fail('read'))
+  with pytest.raises(config_lib.InputError, match='1,000 blocks|not known'):
+    experiment.build(given)
