@@ -40,8 +40,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from maskconnect_jax import connectivity, layers
-from maskconnect_jax.config import check_choice
+from maskconnect_jax import connectivity, layers, limits
+from maskconnect_jax.config import InputError, check_choice
 from maskconnect_jax.layers import EPSILON, MOMENTUM
 from maskconnect_jax.wiring import Wiring
 
@@ -312,10 +312,17 @@ class BranchStack(Wiring):
       rngs: its 'connectivity' stream draws r and the random topology.
 
     Raises:
-      InputError: a fan_in below 1, or an unknown rule or identity.
+      InputError: fewer than two blocks, blocks of unlike numbers of branches, a
+        fan_in below 1, or an unknown rule or identity.
     """
     check_choice('connectivity.branch_identity', identity, 'identity')
+    limits.whole('the number of blocks', len(blocks), 2, limits.MAX_BLOCKS)
+    fan_in = limits.whole('fan_in', fan_in, 1, limits.MAX_FAN_IN)
     branches = blocks[0].branches
+    if unlike := {block.branches for block in blocks} - {branches}:
+      raise InputError(
+        f'all blocks need as many branches, not {branches} and {min(unlike)}'
+      )
     self.blocks = nnx.List(blocks)
     self._identity = identity
     # K ones a row whatever the rule says, so that s follows.

@@ -157,6 +157,28 @@ def save_arrays(folder: Path, arrays: dict[str, jax.Array]) -> None:
   ocp.save(folder.absolute(), arrays)
 
 
+def stored_arrays(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns shape and dtype of what `save_arrays` wrote; reads no array.
+
+  Raises:
+    InputError: the folder is missing or damaged.
+  """
+  with _quiet():
+    try:
+      found: Any = ocp.metadata(folder.absolute()).metadata
+      return {
+        str(name): jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
+        for name, leaf in found.items()
+      }
+    except Exception as error:  # whatever a broken file makes Orbax raise
+      damage = _first_line(error)
+      time.sleep(_SETTLE_SECONDS)
+  raise InputError(
+    f'{folder} is no whole set of arrays ({damage}); write it again with'
+    ' --mode=train'
+  )
+
+
 def load_arrays(
   folder: Path, abstract: dict[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:

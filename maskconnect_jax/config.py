@@ -17,6 +17,9 @@ from typing import Any
 
 import ml_collections
 
+from maskconnect_jax import limits
+from maskconnect_jax.errors import InputError as InputError
+
 RULES = ('learned', 'fixed_prev', 'fixed_random', 'fixed_all')
 CHOICES = {
   'connectivity.rule': (*RULES, 'fixed_given'),
@@ -45,6 +48,15 @@ ONLY_WITH = {
   'data.randaugment': ('data.crop', 'resized'),
 }
 
+# Beyond these a number is a slip: nothing is allocated for it.
+MOST = {
+  'model.width': limits.MAX_WIDTH,
+  'connectivity.fan_in': limits.MAX_FAN_IN,
+  'data.image_size': limits.MAX_SIDE,
+  'data.eval_resize': limits.MAX_SIDE,
+  'data.pad': limits.MAX_SIDE,
+}
+
 # What neither a run's weights nor its data depend on, but for how they are
 # recorded: it may be another each time a run goes on.
 INCIDENTAL = (
@@ -56,14 +68,6 @@ INCIDENTAL = (
   'keep_checkpoints',
   'log_every',
 )
-
-
-class InputError(ValueError):
-  """What the user gave cannot be used.
-
-  The message is one line that names the thing and what would be right; the
-  command line prints it and exits with status 2, without a traceback.
-  """
 
 
 def default() -> ml_collections.ConfigDict:
@@ -211,6 +215,9 @@ def check(config: ml_collections.ConfigDict) -> None:
       raise InputError(
         f'config.{path}={given[path]} must be 0 or a number above it'
       )
+  for path, most in MOST.items():
+    if given[path] > most:
+      raise InputError(f'config.{path}={given[path]} must be at most {most}')
   for path in (
     'connectivity.initial',
     'masks.momentum',
@@ -291,7 +298,7 @@ def check_is_one_run(config: ml_collections.ConfigDict) -> None:
 
 def check_choice(path: str, value: Any, name: str) -> None:
   """Raises InputError, calling it `name`, if a field cannot have a value."""
-  if value not in CHOICES[path]:
+  if not isinstance(value, str) or value not in CHOICES[path]:
     raise InputError(
       f'{name}={value!r} is not one of {", ".join(CHOICES[path])}'
     )

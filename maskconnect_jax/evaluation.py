@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import unicodedata
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
+from absl import logging
 
-from maskconnect_jax import batches, datasets, inference, steps
+from maskconnect_jax import (
+  batches,
+  datasets,
+  decoding,
+  inference,
+  sources,
+  steps,
+)
 from maskconnect_jax.config import InputError
 from maskconnect_jax.datasets import Split, Stream
 
@@ -96,19 +106,30 @@ def of_model(
 ) -> Scores:
   """Returns what a model scores on a config's test images.
 
+  The images become what the model takes, whatever the config says of sizes;
+  labels are matched by the names of the classes, whatever their order. The
+  classes must be the same: of fewer an accuracy is another number, and of a
+  class that the model does not have it is none.
+
   Raises:
-    InputError: the data cannot be read, or is not what the model was made for.
+    InputError: the data cannot be read, or their classes are not the model's.
   """
-  dataset = datasets.load(config.data)
-  if dataset.image_shape != model.image_shape:
-    raise InputError(
-      f'the test images are {_times(dataset.image_shape)}, but the model takes'
-      f' {_times(model.image_shape)}; give the --config it was trained with'
-    )
+  data = config.data
+  source = sources.open_source(data)
+  if not source.num_test:
+    raise InputError(f'{source.name} has no test images')
+  _tell_of_differences(model, data)
+  test = datasets.Stream(
+    _in_order(source, model.classes),
+    np.arange(source.num_train, len(source)),
+    augment=lambda record, _: model.prepare(record),
+    decode=model.prepare,
+    skip_errors=data.skip_errors,
+  )
   sums = []
-  test, size = dataset.test, config.eval_batch_size
+  size = min(config.eval_batch_size, len(test))
   for images, labels, counted in batches.evaluation_shares(
-    test, min(size, len(test)), threads=config.data.threads
+    test, size, threads=data.threads
   ):
     logits = jnp.asarray(model.logits(images))
     found = steps.scores(logits, labels, counted)
@@ -116,16 +137,85 @@ def of_model(
   return _means(sums)
 
 
+def _tell_of_differences(
+  model: inference.Classifier, data: ml_collections.ConfigDict
+) -> None:
+  """Says which fields of a config the model's own preprocessing overrules."""
+  own = model.record['preprocessing']
+  height, width, _ = model.image_shape
+  for field, given, decides in (
+    ('image_size', (data.image_size,) * 2, (height, width)),
+    ('eval_resize', data.eval_resize, own.get('resize', 0)),
+    ('mean', tuple(data.mean), tuple(own['mean'])),
+    ('std', tuple(data.std), tuple(own['std'])),
+  ):
+    measured = given in ((), (0, 0))  # what was found is the model's
+    if given != decides and not measured:
+      logging.warning(
+        'config.data.%s=%s is not what the model was made with, %s, which'
+        ' decides',
+        field,
+        data[field],
+        decides,
+      )
+
+
+def _in_order(
+  source: sources.Source, classes: tuple[str, ...]
+) -> sources.Source:
+  """Returns a source whose labels are numbers of a model's classes.
+
+  Raises:
+    InputError: it has other classes; names those that only one of them has.
+  """
+  ours, theirs = (
+    [unicodedata.normalize('NFC', name) for name in names]
+    for names in (classes, source.classes)
+  )
+  faults = [
+    f'{_listed(sorted(odd))} {where}'
+    for odd, where in (
+      (set(theirs) - set(ours), 'the model does not have'),
+      (set(ours) - set(theirs), 'the data do not have'),
+    )
+    if odd
+  ]
+  place = {name: number for number, name in enumerate(ours)}
+  if not faults and ours != theirs and len(place) < max(len(ours), len(theirs)):
+    faults = ['two of a name, in another order']
+  if faults:
+    raise InputError(
+      f'{source.name} has other classes than the model: {"; ".join(faults)}.'
+      ' Give data of the same classes'
+    )
+  same = ours == theirs
+  numbers = range(len(ours)) if same else [place[name] for name in theirs]
+
+  def read(i: int) -> tuple[decoding.Record, int]:
+    record, label = source.read(i)
+    if not 0 <= label < len(numbers):
+      raise InputError(
+        f'{source.name} has a test image with the label {label}; its'
+        f' {len(numbers)} classes need labels from 0 to {len(numbers) - 1}'
+      )
+    return record, numbers[label]
+
+  return dataclasses.replace(source, read=read, classes=classes)
+
+
+def _listed(names: list[str]) -> str:
+  some = ', '.join(ascii(name)[:60] for name in names[:5])
+  return f'{some} and {len(names) - 5} more' if len(names) > 5 else some
+
+
 def _means(sums: list[dict[str, Any]]) -> Scores:
   total = {name: sum(one[name].item() for one in sums) for name in sums[0]}
   count = total['count']
+  if not count:
+    raise InputError('of the images to evaluate on none can be read')
   return Scores(
     total['correct'] / count,
     total['correct_of_5'] / count,
     total['loss'] / count,
     count,
   )
-
-
-def _times(shape: tuple[int, ...]) -> str:
-  return ' x '.join(map(str, shape))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +156,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     InputError: the config or its data cannot be used.
   """
   config_lib.check(config)
+  models.architecture_of(config.model.name)  # before any image is read
   distributed.check_batch_size(config.batch_size)
   dataset = datasets.load(config.data)
   plan = make_plan(config, len(dataset.train))
@@ -261,15 +261,11 @@ def with_given_topology(
     InputError: there is none, it is damaged, or is another network's.
   """
   path = Path(config.connectivity.topology)
-  try:
-    given = topology.from_dict(json.loads(path.read_text('utf-8')))
-  except FileNotFoundError as error:
-    raise InputError(
-      f'config.connectivity.topology={path} is not there; a finished run has'
-      ' one in its workdir'
-    ) from error
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise InputError(f'{path} is no topology.json: {error}') from error
+  given = topology.read(
+    path,
+    remedy='config.connectivity.topology takes the topology.json of a finished'
+    ' run',
+  )
   valid = model.stack.valid
   try:
     given.check(valid)

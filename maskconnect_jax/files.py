@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import msgspec
+
+from maskconnect_jax.errors import InputError
+
+_MAX_JSON = 2**26  # bytes; a topology of 1,000 blocks that take all has 2**24
 
 
 @contextlib.contextmanager
@@ -44,6 +51,106 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, record: Any) -> None:
   """Writes readable JSON atomically; a NaN or infinity is an error."""
   write_text(path, json.dumps(record, indent=2, allow_nan=False) + '\n')
+
+
+def read_json(path: Path, kind: Any = Any, *, remedy: str) -> Any:
+  """Reads a JSON file; whatever is wrong with it is one line.
+
+  Refused beside what is no JSON: NaN and infinities, a name that stands twice
+  in an object, and anything but a regular file of at most 64 MiB.
+
+  Args:
+    path: of the file.
+    kind: the schema, a type as `msgspec.convert` takes them; Any: whatever it
+      is.
+    remedy: the end of the message, such as 'give another --workdir'.
+
+  Returns:
+    What the file holds, as `kind`.
+
+  Raises:
+    InputError: it cannot be read, or is not of this kind; names the file and
+      what is wrong in it.
+  """
+  try:
+    if not path.is_file():  # to read a pipe could take for ever
+      why = 'is no file' if path.exists() else 'is not there'
+      raise InputError(f'{path} {why}; {remedy}')
+    with path.open('rb') as file:
+      content = file.read(_MAX_JSON + 1)
+  except OSError as error:
+    raise InputError(
+      f'{path} cannot be read ({error.strerror}); {remedy}'
+    ) from error
+  try:
+    if len(content) > _MAX_JSON:
+      raise ValueError(f'more than {_MAX_JSON >> 20} MiB')
+    if not content.strip():
+      raise ValueError('empty')
+    record = json.loads(
+      content.decode('utf-8'),
+      parse_float=_finite_float,
+      parse_constant=_no_number,
+      object_pairs_hook=_without_twins,
+    )
+    return of_kind(record, kind)
+  except RecursionError as error:
+    why = 'nested too deep'
+    raise InputError(f'{path} is damaged: {why}; {remedy}') from error
+  except ValueError as error:
+    raise InputError(f'{path} is damaged: {error}; {remedy}') from error
+
+
+def of_kind(record: Any, kind: Any) -> Any:
+  """Returns what JSON holds as a type, checked against it.
+
+  Args:
+    record: of dicts, lists and so on, as `json.loads` gives it.
+    kind: a type as `msgspec.convert` takes them.
+
+  Raises:
+    InputError: the record is not of this kind; says where and why.
+  """
+  try:
+    return msgspec.convert(record, kind)
+  except msgspec.ValidationError as error:
+    what, _, where = str(error).replace('`', '').partition(' - at $')
+    message = what[:1].lower() + what[1:]
+    where = where.lstrip('.')
+    raise InputError(f'{where}: {message}' if where else message) from error
+  except UnicodeEncodeError as error:  # a lone surrogate where a name belongs
+    raise InputError(f'a name holds {error.object[:40]!a}') from error
+
+
+def finite(record: Any) -> Any:
+  """Returns a JSON record with None for each NaN and infinity in it."""
+  if isinstance(record, dict):
+    return {name: finite(value) for name, value in record.items()}
+  if isinstance(record, list | tuple):
+    return [finite(value) for value in record]
+  if isinstance(record, float) and not math.isfinite(record):
+    return None
+  return record
+
+
+def _finite_float(text: str) -> float:
+  number = float(text)
+  return number if math.isfinite(number) else _no_number(text)
+
+
+def _no_number(text: str) -> NoReturn:
+  raise ValueError(f'{text[:20]} is no finite number')
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  record = dict(pairs)
+  if len(record) < len(pairs):
+    seen: set[str] = set()
+    for name, _ in pairs:
+      if name in seen:
+        raise ValueError(f'{name[:40]!a} stands twice in one object')
+      seen.add(name)
+  return record
 
 
 def _remove(path: Path) -> None:

@@ -7,7 +7,8 @@ else is needed to predict.
 
 from __future__ import annotations
 
-import json
+import itertools
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,20 +18,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from PIL import Image
 
 from maskconnect_jax import (
   checkpoint,
   files,
+  image_inputs,
   images,
+  model_record,
   models,
   topology,
   wiring,
 )
 from maskconnect_jax.config import InputError
 
-MODEL_SCHEMA = 'maskconnect_jax.model/1'
 BATCH = 256
+_BATCH_BYTES = 2**26  # of the images of a batch, before they are widened
 
 
 def save(
@@ -64,7 +66,7 @@ def save(
     checkpoint.save_arrays(files.temporary_of(folder) / 'arrays', arrays)
     return
   record = {
-    'schema': MODEL_SCHEMA,
+    'schema': model_record.SCHEMA,
     'architecture': architecture,
     'topology': model.topology.to_dict(),
     'digest': checkpoint.digest(arrays),
@@ -104,24 +106,30 @@ def load(folder: str | Path) -> Classifier:
       ' as runs/digits, or its model folder (--mode=train goes on with a run'
       ' that was interrupted)'
     )
+  record, frozen = model_record.read(path)
+  arrays_folder = folder / 'arrays'
+  stored = checkpoint.stored_arrays(arrays_folder)
+  model_record.check_blocks(arrays_folder, frozen, stored)
+  # The rule and the seed decide what a network starts from, and no shape.
+  architecture = record['architecture'] | {'rule': 'fixed_prev', 'seed': 0}
   try:
-    record = json.loads(path.read_text(encoding='utf-8'))
-    if record['schema'] != MODEL_SCHEMA:
-      raise ValueError(f'schema {record["schema"]!r} is not {MODEL_SCHEMA!r}')
-    frozen = topology.from_dict(record['topology'])
-    architecture = record['architecture'] | {'rule': 'fixed_prev'}
     abstract = nnx.eval_shape(
       lambda: wiring.prune(
         wiring.freeze(models.create_model(**architecture), frozen)
       )
     )
-  except (KeyError, TypeError, ValueError) as error:
-    raise InputError(f'{path} is damaged: {error}') from error
-  arrays = checkpoint.load_arrays(folder / 'arrays', _named_arrays(abstract))
-  if checkpoint.digest(arrays) != record.get('digest'):
+  except (TypeError, ValueError) as error:
+    why = str(error).splitlines()[0]
     raise InputError(
-      f'{folder / "arrays"} is damaged: not the arrays that were saved; write'
-      ' the model again with --mode=train'
+      f'{path} is damaged: {why}; {model_record.REMEDY}'
+    ) from error
+  expected = _named_arrays(abstract)
+  model_record.check_arrays(arrays_folder, expected, stored)
+  arrays = checkpoint.load_arrays(arrays_folder, expected)
+  if checkpoint.digest(arrays) != record['digest']:
+    raise InputError(
+      f'{arrays_folder} is damaged: not the arrays that were saved;'
+      f' {model_record.REMEDY}'
     )
   network, state = nnx.split(abstract)
   flat = nnx.to_flat_state(state)
@@ -129,10 +137,7 @@ def load(folder: str | Path) -> Classifier:
     (path, leaf.replace(arrays['/'.join(map(str, path))]))
     for path, leaf in flat
   )
-  try:
-    return Classifier(network, loaded, record)
-  except (KeyError, TypeError) as error:
-    raise InputError(f'{folder / "model.json"} is damaged: {error}') from error
+  return Classifier(network, loaded, record)
 
 
 def _named_arrays(model: Any) -> dict[str, Any]:
@@ -143,14 +148,6 @@ def _named_arrays(model: Any) -> dict[str, Any]:
     else leaf
     for path, leaf in nnx.to_flat_state(nnx.state(model))
   }
-
-
-def _is_one(given: Any) -> bool:
-  """Whether it is an image, rather than several."""
-  if isinstance(given, (str, os.PathLike, Image.Image)):
-    return True
-  shape: tuple[int, ...] = getattr(given, 'shape', ())
-  return len(shape) == 2 or (len(shape) == 3 and shape[-1] <= 4)
 
 
 class Classifier:
@@ -186,39 +183,52 @@ class Classifier:
     """Returns class probabilities, float32 [N, len(classes)].
 
     Args:
-      images_or_paths: uint8 [N, H, W, C] or [N, H, W], or a sequence of paths,
-        Pillow images and uint8 arrays; or one of these, [H, W, C] with C up to
-        4 or [H, W], as if alone in a sequence. Any size; they are resized and
-        converted as in training.
+      images_or_paths: an array of any library, uint8 [N, H, W, C] or [N, H, W];
+        or any iterable of paths, Pillow images and uint8 arrays; or one of
+        these, [H, W, C] with C up to 4 or [H, W], as if alone in a list. Any
+        size; they are resized and converted as in training. An iterable is
+        taken `batch_size` images at a time.
 
     Raises:
-      InputError: an image cannot be read, or an array is not an image.
+      InputError: an image cannot be read, or what was given is no image, or
+        has two readings.
     """
-    given = images_or_paths
-    if _is_one(given):
-      given = [given]
-    batches = [
-      self.probabilities(
-        np.stack([*map(self.prepare, given[start : start + BATCH])])
-      )
-      for start in range(0, len(given), BATCH)
-    ]
-    if not batches:
-      return np.zeros((0, len(self.classes)), np.float32)
-    return np.concatenate(batches)
+    items = image_inputs.each(images_or_paths, channels=self.image_shape[-1])
+    numbered = enumerate(items)
+    rows = [np.zeros((0, len(self.classes)), np.float32)]
+    while part := [
+      self._prepared(*item)
+      for item in itertools.islice(numbered, self.batch_size)
+    ]:
+      rows.append(self.probabilities(np.stack(part)))
+    return np.concatenate(rows)
+
+  @property
+  def batch_size(self) -> int:
+    """How many images are taken at once: fewer where they are large."""
+    most = max(1, _BATCH_BYTES // math.prod(self.image_shape))
+    return int(min(BATCH, 1 << (most.bit_length() - 1)))
+
+  def _prepared(self, number: int, item: Any) -> np.ndarray:
+    try:
+      return self.prepare(item)
+    except InputError as error:
+      if isinstance(item, str | os.PathLike):  # it is named
+        raise
+      raise InputError(f'image {number}: {error}') from error
 
   def prepare(self, item: Any) -> np.ndarray:
     """Returns one image as the network takes it, uint8 `image_shape`.
 
     Args:
-      item: a path, Pillow image or uint8 array.
+      item: a path, Pillow image or uint8 array, or the content of a file.
 
     Raises:
       InputError: it cannot be read, or is not an image.
     """
     height, width, channels = self.image_shape
     return images.read(
-      item,
+      item if isinstance(item, bytes) else image_inputs.one(item),
       channels=channels,
       size=(height, width),
       resize=self.record['preprocessing'].get('resize', 0),
@@ -232,6 +242,9 @@ class Classifier:
 
     Returns:
       float32 [N, len(classes)].
+
+    Raises:
+      InputError: another shape or dtype.
     """
     return self._run(batch)[1]
 
@@ -240,6 +253,11 @@ class Classifier:
     return self._run(batch)[0]
 
   def _run(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if batch.dtype != np.uint8 or batch.shape[1:] != self.image_shape:
+      raise InputError(
+        f'a batch is uint8 [N, {", ".join(map(str, self.image_shape))}], not'
+        f' {batch.dtype} {list(batch.shape)}; predict() takes any images'
+      )
     # Powers of two: few shapes to compile for, whatever number is asked for.
     padded = 1 << (len(batch) - 1).bit_length()
     filled = np.pad(batch, ((0, padded - len(batch)), (0, 0), (0, 0), (0, 0)))

@@ -127,7 +127,8 @@ def run_evaluate() -> None:
   config = CONFIG.value or config_lib.stored(workdir)
   config_lib.check(config)
   scores = evaluation.of_model(inference.load(workdir), config)
-  print(json.dumps(scores.named('test') | {'num_test_examples': scores.count}))
+  record = scores.named('test') | {'num_test_examples': scores.count}
+  print(json.dumps(files.finite(record), allow_nan=False))
 
 
 def run_describe() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import inspect
 import re
 from typing import Any
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from maskconnect_jax import connectivity, layers
+from maskconnect_jax import connectivity, layers, limits
 from maskconnect_jax.blocks import BasicBlock, Bottleneck
 from maskconnect_jax.branches import BranchBlock, BranchStack
 from maskconnect_jax.config import InputError, check_choice
@@ -53,6 +54,13 @@ class Architecture:
       for _ in range(depth)
     )
 
+  def mask_shape(self, level: str) -> tuple[int, ...]:
+    """Of the mask: (L, L), or with level 'branch' (L - 1, C, C)."""
+    blocks = sum(self.blocks_per_stage)
+    if level == 'block':
+      return blocks, blocks
+    return blocks - 1, self.cardinality, self.cardinality
+
   def strides(self) -> list[tuple[int, int]]:
     """Returns (stage, stride) of each block."""
     before = (0, *self.stages)
@@ -73,6 +81,25 @@ class Architecture:
         f' must be a multiple of {self.width // self.branch_width}'
       )
     return self.cardinality * int(own)
+
+  def check_size(self, width: int) -> None:
+    """Raises InputError for a network of far more weights than there are bytes.
+
+    Counted are the blocks' own convolutions, before any is made.
+    """
+    total = 0
+    for stage in self.stages:
+      wide = width * 2**stage
+      if self.bottleneck:
+        inner = self.inner_width(wide)
+        total += 6 * wide * inner + 9 * inner * inner // self.cardinality
+      else:
+        total += 13 * wide * wide
+    if total > limits.MAX_WEIGHTS:
+      raise InputError(
+        f'width={width} gives {len(self.stages)} blocks {total:,} weights; at'
+        f' most {limits.MAX_WEIGHTS:,} are possible'
+      )
 
   def block(
     self,
@@ -157,9 +184,14 @@ class Network(nnx.Module):
     **wiring: Any,
   ) -> None:
     """Builds the network; the arguments are those of `create_model`."""
-    rngs = nnx.Rngs(seed)
-    dtype = jnp.dtype(dtype)
-    width = width or architecture.width
+    limits.whole('num_classes', num_classes, 1, limits.MAX_CLASSES)
+    limits.whole('in_channels', in_channels, 1, limits.MAX_CHANNELS)
+    if width is None:
+      width = architecture.width
+    limits.whole('width', width, 1, limits.MAX_WIDTH)
+    architecture.check_size(width)
+    dtype = _activations(dtype)
+    rngs = nnx.Rngs(limits.whole('seed', seed, -(2**63), 2**63 - 1))
     self.stem = Stem(
       in_channels,
       width,
@@ -233,6 +265,7 @@ class ResNet(Network):
     **wiring: Any,
   ) -> tuple[MaskedStack, int]:
     check_choice('connectivity.adapter', adapter, 'adapter')
+    limits.flag('stem_source', stem_source)
     blocks: list[nnx.Module] = []
     features = [width]  # of sources 0..L
     for stage, stride in architecture.strides():
@@ -294,6 +327,20 @@ class BranchResNeXt(Network):
     return x
 
 
+def _activations(dtype: DTypeLike) -> jnp.dtype:
+  """Returns the dtype. Raises InputError for one that is not of floats."""
+  try:
+    known = jnp.dtype(dtype) if dtype is not None else jnp.dtype(bool)
+  except (TypeError, ValueError):
+    known = jnp.dtype(bool)
+  if not jnp.issubdtype(known, jnp.floating):
+    raise InputError(
+      f"dtype={limits.shown(dtype)} is none for activations; 'float32' and"
+      " 'bfloat16' are"
+    )
+  return known
+
+
 def count_parameters(model: Any) -> int:
   """Returns the number of trained weights: no statistics, no real mask."""
   return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
@@ -344,7 +391,7 @@ def list_models(pattern: str = '*') -> list[str]:
   return fnmatch.filter(REGISTRY, pattern)
 
 
-def architecture_of(name: str) -> Architecture:
+def architecture_of(name: Any) -> Architecture:
   """Returns what a name stands for.
 
   Beside the registry: 'resnetD', D = 6n+2, CIFAR-form with basic blocks, and
@@ -352,28 +399,58 @@ def architecture_of(name: str) -> Architecture:
   are ImageNet's.
 
   Raises:
-    InputError: no network has this name or depth.
+    InputError: no network has this name or depth, or it has more than
+      `limits.MAX_BLOCKS` blocks.
   """
+  shown = limits.shown(name)
+  if not isinstance(name, str):
+    raise InputError(f'model {shown} is no name; list_models() names all')
   if name in REGISTRY:
     return REGISTRY[name]
-  match = re.fullmatch(r'resnet(\d+)(_bottleneck)?', name)
+  match = re.fullmatch(r'resnet([0-9]+)(_bottleneck)?', name)
   if not match:
-    near = difflib.get_close_matches(name, REGISTRY, n=1)
+    near = difflib.get_close_matches(name[:100], REGISTRY, n=1)
     raise InputError(
-      f'model {name!r} is not known; '
+      f'model {shown} is not known; '
       + (f'did you mean {near[0]!r}?' if near else 'list_models() names all')
     )
-  depth, suffix = int(match[1]), match[2] or ''
+  suffix = match[2] or ''
   period = 9 if suffix else 6
+  deepest = limits.MAX_BLOCKS // 3 * period + 2
+  # Python takes no number of thousands of digits.
+  depth = int(match[1]) if len(match[1]) < 10 else 10**9
+  if depth > deepest:
+    raise InputError(
+      f'model {shown} has more than {limits.MAX_BLOCKS:,} blocks; the deepest'
+      f' is resnet{deepest}{suffix}'
+    )
   if depth % period != 2 or depth < period + 2:
     below = max(period + 2, depth - (depth - 2) % period)
     raise InputError(
-      f'model {name!r}: the depth must be {period}n+2, such as'
+      f'model {shown}: the depth must be {period}n+2, such as'
       f' resnet{below}{suffix} or resnet{below + period}{suffix}'
     )
   return Architecture(
     ((depth - 2) // period,) * 3, width=16, bottleneck=bool(suffix)
   )
+
+
+def _options_of(network: type[Network], stack: type[Any]) -> frozenset[str]:
+  """Returns the names that `create_model` passes on, beside its own."""
+  parts = network.__init__, network._make_stack, stack.__init__
+  names = {
+    parameter.name
+    for part in parts
+    for parameter in inspect.signature(part).parameters.values()
+    if parameter.kind is parameter.KEYWORD_ONLY
+  }
+  return frozenset(names - {'fan_in', 'num_classes', 'rngs', 'valid'})
+
+
+_OPTIONS = {
+  'block': _options_of(ResNet, MaskedStack),
+  'branch': _options_of(BranchResNeXt, BranchStack),
+}
 
 
 def create_model(
@@ -406,11 +483,19 @@ def create_model(
     float32 [N, num_classes].
 
   Raises:
-    InputError: an unknown name or rule, an impossible depth, fan_in < 1, or
-      level 'branch' of a network that has no branches.
+    InputError: an unknown name, rule or option, an impossible depth, a number
+      out of its bounds, see `limits`, or level 'branch' of a network that has
+      no branches.
   """
   check_choice('connectivity.level', level, 'level')
   architecture = architecture_of(name)
+  known = _OPTIONS[level]
+  for option in options:
+    if option not in known:
+      raise InputError(
+        f'{limits.shown(option)} is no option of level {level!r}; it has'
+        f' {", ".join(sorted(known))}'
+      )
   if level == 'block':
     return ResNet(
       architecture, num_classes=num_classes, fan_in=fan_in, **options

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from maskconnect_jax import connectivity, layers
+from maskconnect_jax import connectivity, layers, limits
 from maskconnect_jax.aggregate import masked_sum, static_sum
-from maskconnect_jax.config import check_choice
+from maskconnect_jax.config import InputError, check_choice
 from maskconnect_jax.topology import Topology
 from maskconnect_jax.wiring import Wiring
 
@@ -95,15 +95,21 @@ class MaskedStack(Wiring):
       rngs: its 'connectivity' stream draws r and the random topology.
 
     Raises:
-      InputError: a fan_in below 1, or an unknown rule.
+      InputError: no block, a fan_in below 1, an unknown rule, or a `valid`
+        that lets a block take what does not come before it.
     """
+    limits.whole('the number of blocks', len(blocks), 1, limits.MAX_BLOCKS)
+    if valid is not None:
+      _check_valid(valid, len(blocks))
     self.blocks = nnx.List(blocks)
     self.adapter = layers.PoolAdapter() if adapter is None else adapter
     check_choice('connectivity.scale', scale, 'scale')
     self.scale = scale
     check_choice('model.remat', remat, 'remat')
     self.remat = remat
-    self.gradient_every = gradient_every
+    self.gradient_every = limits.whole(
+      'gradient_every', gradient_every, 1, limits.MAX_FAN_IN
+    )
     super().__init__(
       valid=valid or connectivity.valid_sources(len(blocks)),
       fan_in=fan_in,
@@ -209,6 +215,20 @@ class MaskedStack(Wiring):
         self.blocks[target] = Pruned(self.blocks[target])
     if isinstance(self.adapter, layers.ProjectionAdapter):
       self.adapter.prune(edges)
+
+
+def _check_valid(valid: Any, num_blocks: int) -> None:
+  """Raises InputError if blocks in a row cannot take these sources."""
+  table = np.asarray(valid)
+  if table.shape != (num_blocks, num_blocks):
+    raise InputError(
+      f'valid is of shape {table.shape}; {num_blocks} blocks need'
+      f' {(num_blocks, num_blocks)}'
+    )
+  if np.triu(table, 1).any():
+    raise InputError('valid lets a block take a source that comes after it')
+  if not table.any(1).all():
+    raise InputError('valid leaves a block without a source')
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

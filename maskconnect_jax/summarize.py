@@ -5,15 +5,16 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 import os
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
 
 from maskconnect_jax import config as config_lib
-from maskconnect_jax import plots, summary_plots
+from maskconnect_jax import files, plots, summary_plots
 from maskconnect_jax.config import InputError
 
 CAPTION = (
@@ -22,6 +23,22 @@ CAPTION = (
   ' standard deviation, and the best, over the seeds. Parameters: mean over'
   ' the seeds (least to most). Images per second: median.'
 )
+
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+_Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class Summary(msgspec.Struct):
+  """What the table reads of a summary.json: the schema of these fields."""
+
+  test_accuracy_pruned: _Share
+  parameters: _Count
+  parameters_pruned: _Count
+  images_per_second: Annotated[float, msgspec.Meta(ge=0)]
+  num_devices: _Count
+  device: str
+  validation_accuracy: _Share | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,13 +263,16 @@ def read(workdir: Path) -> Run:
   fields = config_lib.essential(config_lib.stored(workdir))
   seed = fields.pop('seed')
   path = workdir / 'summary.json'
+  remedy = 'delete it and train again: the run goes on from its last checkpoint'
+  record = files.read_json(path, dict[str, Any], remedy=remedy)
   try:
-    run = Run(workdir, seed, fields, json.loads(path.read_text('utf-8')))
-    Row('', [run]).record()
-  except (ValueError, KeyError, TypeError) as error:
+    files.of_kind(record, Summary)
+    run = Run(workdir, seed, fields, record)
+    if fields['data.validation'] and record.get('validation_accuracy') is None:
+      raise InputError('validation_accuracy is missing')
+  except InputError as error:
     raise InputError(
-      f'{path} is not the summary of a run ({error!r}); delete it and train'
-      ' again: the run goes on from its last checkpoint'
+      f'{path} is not the summary of a run ({error}); {remedy}'
     ) from error
   return run
 
@@ -305,9 +325,9 @@ def short(path: str) -> str:
 
 
 def _runs_below(folder: Path) -> Iterator[Path]:
-  for path, folders, files in os.walk(folder):
+  for path, folders, names_here in os.walk(folder):
     folders.sort()
-    if 'config.json' in files:
+    if 'config.json' in names_here:
       folders.clear()  # the many files of a run hold no other
       yield Path(path)
 

@@ -8,16 +8,51 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 
+from maskconnect_jax import files, limits
 from maskconnect_jax.config import InputError
 
 # Which sources each row may take: bool, of the shape of the mask.
 Valid = Sequence[Any]
 
 SCHEMA = 'maskconnect_jax.topology/1'
+
+
+# The schema of the JSON form. What else stands there follows from these.
+
+_Sources = list[Annotated[int, msgspec.Meta(ge=0, lt=limits.MAX_BLOCKS)]]
+_Number = Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_BLOCKS)]
+_Blocks = msgspec.Meta(min_length=1, max_length=limits.MAX_BLOCKS)
+
+
+class _BlockRow(msgspec.Struct):
+  sources: _Sources
+  block: _Number | None = None
+
+
+class _BranchRow(msgspec.Struct):
+  sources: _Sources
+  branch: _Number | None = None
+
+
+class _BranchRows(msgspec.Struct):
+  branches: list[_BranchRow]
+  block: _Number | None = None
+
+
+class _BlockForm(msgspec.Struct, tag_field='form', tag='block'):
+  schema: Literal['maskconnect_jax.topology/1']
+  blocks: Annotated[list[_BlockRow], _Blocks]
+
+
+class _BranchForm(msgspec.Struct, tag_field='form', tag='branch'):
+  schema: Literal['maskconnect_jax.topology/1']
+  blocks: Annotated[list[_BranchRows], _Blocks]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +67,7 @@ class Topology:
 
   def __post_init__(self) -> None:
     for target, sources in enumerate(self.sources):
+      _check_whole(f'block {target + 1}', sources)
       if not sources or list(sources) != sorted(set(sources)):
         raise ValueError(
           f'block {target + 1} takes {sources}: its sources must'
@@ -135,6 +171,7 @@ class BranchTopology:
       )
     for junction, rows in enumerate(self.sources):
       for branch, row in enumerate(rows):
+        _check_whole(f'branch {branch} of block {junction + 2}', row)
         if not row or list(row) != sorted(set(row)) or row[0] < 0:
           raise ValueError(
             f'branch {branch} of block {junction + 2} takes {row}: its sources'
@@ -222,24 +259,46 @@ class BranchTopology:
     }
 
 
-def from_dict(record: dict[str, Any]) -> Topology | BranchTopology:
+def from_dict(record: Any) -> Topology | BranchTopology:
   """Reads what a topology's `to_dict` wrote.
 
   Raises:
-    ValueError: another schema or form, or an impossible topology.
+    InputError: another schema or form, or an impossible topology.
   """
-  if record.get('schema') != SCHEMA:
-    raise ValueError(f'schema {record.get("schema")!r} is not {SCHEMA!r}')
-  if record['form'] == 'block':
-    return Topology(tuple(tuple(b['sources']) for b in record['blocks']))
-  if record['form'] == 'branch':
+  form = files.of_kind(record, _BlockForm | _BranchForm)
+  _check_order('block', [row.block for row in form.blocks], 1)
+  try:
+    if isinstance(form, _BlockForm):
+      return Topology(tuple(tuple(row.sources) for row in form.blocks))
+    for rows in form.blocks:
+      _check_order('branch', [row.branch for row in rows.branches], 0)
+    if any(row.sources for row in form.blocks[0].branches):
+      raise InputError('the branches of block 1 take the stem, not branches')
     return BranchTopology(
       tuple(
-        tuple(tuple(branch['sources']) for branch in block['branches'])
-        for block in record['blocks'][1:]
+        tuple(tuple(row.sources) for row in rows.branches)
+        for rows in form.blocks[1:]
       )
     )
-  raise ValueError(f'form {record["form"]!r} is not block or branch')
+  except ValueError as error:
+    raise InputError(str(error)) from error
+
+
+def read(path: Path, *, remedy: str) -> Topology | BranchTopology:
+  """Reads a topology.json.
+
+  Args:
+    path: of the file.
+    remedy: the end of the message, as of `files.read_json`.
+
+  Raises:
+    InputError: it cannot be read or is no topology.
+  """
+  record = files.read_json(path, remedy=remedy)
+  try:
+    return from_dict(record)
+  except InputError as error:
+    raise InputError(f'{path} is damaged: {error}; {remedy}') from error
 
 
 def from_mask(mask: Any) -> Topology | BranchTopology:
@@ -256,6 +315,23 @@ def _check_shape(own: tuple[int, ...], valid: Valid) -> None:
       f'the topology is of a mask of shape {own}; that of this network is'
       f' {np.shape(valid)}'
     )
+
+
+def _check_order(what: str, found: list[int | None], first: int) -> None:
+  """Checks the numbers that rows have, where they have some."""
+  for expected, number in enumerate(found, first):
+    if number not in (None, expected):
+      raise InputError(
+        f'{what} {number} stands where {what} {expected} belongs'
+      )
+
+
+def _check_whole(name: str, row: tuple[int, ...]) -> None:
+  for source in row:
+    if isinstance(source, bool) or not isinstance(source, int | np.integer):
+      raise InputError(
+        f'{name} takes {limits.shown(row)}: sources must be whole numbers'
+      )
 
 
 def _ones_of(matrix: np.ndarray) -> tuple[tuple[int, ...], ...]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import sys
 import zipfile
 from pathlib import Path
@@ -207,13 +206,11 @@ def _frozen(
   path = workdir / 'topology.json'
   if not path.is_file():
     return None
-  try:
-    frozen = topology.from_dict(json.loads(path.read_text(encoding='utf-8')))
-    if frozen.shape != shape:
-      raise ValueError(f'not the topology of a mask of shape {shape}')
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
+  remedy = 'train again: the run goes on from its last checkpoint'
+  frozen = topology.read(path, remedy=remedy)
+  if frozen.shape != shape:
     raise InputError(
-      f'{path} is damaged ({error}); train again: the run goes on from its'
-      ' last checkpoint'
-    ) from error
+      f'{path} is damaged: not the topology of a mask of shape {shape};'
+      f' {remedy}'
+    )
   return frozen

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from maskconnect_jax import connectivity
+from maskconnect_jax import connectivity, limits
 from maskconnect_jax import topology as topology_lib
 from maskconnect_jax.config import RULES, InputError, check_choice
 from maskconnect_jax.topology import BranchTopology, Topology
@@ -43,11 +43,14 @@ class Wiring(nnx.Module):
     rngs: nnx.Rngs,
   ) -> None:
     """Makes r, or the topology of a fixed rule."""
-    if fan_in < 1:
-      raise InputError(f'fan_in={fan_in} must be at least 1')
-    if rule not in RULES:
-      raise InputError(f'rule={rule!r} is not one of {", ".join(RULES)}')
+    fan_in = limits.whole('fan_in', fan_in, 1, limits.MAX_FAN_IN)
+    if not isinstance(rule, str) or rule not in RULES:
+      raise InputError(
+        f'rule={limits.shown(rule)} is not one of {", ".join(RULES)}'
+      )
     check_choice('connectivity.gradient', gradient, 'gradient')
+    limits.number('initial', initial, 0, 1)
+    limits.number('initial_spread', initial_spread, 0)
     self.valid = nnx.static(valid)
     self.fan_in = fan_in
     self.gradient = gradient

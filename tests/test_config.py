@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from maskconnect_jax import config as config_lib
-from maskconnect_jax import models
+from maskconnect_jax import datasets, experiment, models
 
 CONFIGS = sorted((Path(__file__).parents[1] / 'configs').glob('*.py'))
 
@@ -84,6 +84,10 @@ def changed(path, value):
     ('model.dtype', 'float16', 'not one of float32, bfloat16'),
     ('connectivity.fan_in', 0, 'fan_in=0 must be at least 1'),
     ('batch_size', -8, 'batch_size=-8 must be at least 1'),
+    ('model.width', 10**7, 'width=10000000 must be at most 8192'),
+    ('data.image_size', 10**6, 'image_size=1000000 must be at most 8192'),
+    ('data.pad', 10**6, 'pad=1000000 must be at most 8192'),
+    ('connectivity.fan_in', 2**40, 'fan_in=.* must be at most 2147483647'),
     ('connectivity.gradient_every', 3, 'must divide config.batch_size=128'),
     ('keep_checkpoints', 0, 'must be at least 1'),
     ('optimizer.learning_rate', -0.1, 'learning_rate=-0.1 must be 0 or'),
@@ -140,3 +144,14 @@ def test_shipped_configs(path):
   )
   # Each opens with its own command.
   assert f'--config=configs/{path.name}' in path.read_text().split('"""')[1]
+
+
+@pytest.mark.parametrize('name', ['resnet99998', 'resnet' + '9' * 5000, 'x'])
+def test_a_network_that_is_none_is_named_before_any_image_is_read(
+  name, monkeypatch
+):
+  given = config_lib.default()
+  given.model.name = name
+  monkeypatch.setattr(datasets, 'load', lambda _: pytest.fail('read'))
+  with pytest.raises(config_lib.InputError, match='1,000 blocks|not known'):
+    experiment.build(given)

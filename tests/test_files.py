@@ -1,10 +1,13 @@
 """Files are replaced whole or not at all."""
 
 import json
+import math
+import os
 
 import pytest
 
 from maskconnect_jax import files
+from maskconnect_jax.config import InputError
 
 
 def test_a_file_is_replaced(tmp_path):
@@ -82,3 +85,78 @@ def test_json(tmp_path):
     with pytest.raises(ValueError, match='not JSON compliant'):
       files.write_json(path, {'a': bad})
   assert json.loads(path.read_text())['a'] == [1, 2.5]
+
+
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    (b'', 'empty'),
+    (b' \n', 'empty'),
+    (b'{', 'line 1 column 2'),
+    (b'{"a": 1} x', 'Extra data'),
+    (b'\xff\xfe{\x00}\x00', 'utf-8'),
+    (b'\xef\xbb\xbf{}', 'BOM'),
+    (b'{"a": "caf\xe9"}', 'utf-8'),
+    (b'{"a": NaN}', 'NaN is no finite number'),
+    (b'[-Infinity]', '-Infinity is no finite number'),
+    (b'[1e999]', '1e999 is no finite number'),
+    (b'[' + b'9' * 5000 + b']', 'digits'),
+    (b'[' * 100_000 + b']' * 100_000, 'nested too deep'),
+    (b'{"a":' * 100_000, 'nested too deep'),
+    (b'{"b": {"a": 1, "a": 2}}', "'a' stands twice"),
+    (b'[' + b' ' * (1 << 26), 'more than 64 MiB'),
+  ],
+  ids=range(15),
+)
+def test_json_that_is_none_is_one_line(content, message, tmp_path):
+  path = tmp_path / 'some.json'
+  path.write_bytes(content)
+  with pytest.raises(InputError, match=message) as error:
+    files.read_json(path, remedy='give another')
+  said = str(error.value)
+  assert said.startswith(f'{path} is damaged: ')
+  assert said.endswith('; give another')
+  assert '\n' not in said
+  assert len(said) < 300 + len(str(path))
+
+
+def test_json_that_cannot_be_read_is_one_line(tmp_path):
+  for name, make, message in (
+    ('none.json', lambda path: None, 'is not there'),
+    ('folder.json', lambda path: path.mkdir(), 'is no file'),
+    ('pipe.json', os.mkfifo, 'is no file'),
+    ('loop.json', lambda path: path.symlink_to(path), 'loop.json '),
+    ('x' * 300, lambda path: None, 'cannot be read'),
+  ):
+    path = tmp_path / name
+    make(path)
+    with pytest.raises(InputError, match=message) as error:
+      files.read_json(path, remedy='give another')
+    assert '\n' not in str(error.value)
+
+
+def test_json_is_read_as_it_was_written(tmp_path):
+  record = {'name \udcff\n': ['é', -1, 0.1, True, None, 2**53 + 1]}
+  path = tmp_path / 'some.json'
+  files.write_json(path, record)
+  assert files.read_json(path, remedy='') == record
+
+
+def test_a_schema_says_where_it_is_broken(tmp_path):
+  path = tmp_path / 'some.json'
+  path.write_text('{"a": [[1, 2], [3, true]]}')
+  with pytest.raises(
+    InputError, match=r'damaged: \[...\]\[1\]\[1\]: .*bool; x'
+  ):
+    files.read_json(path, dict[str, list[list[int]]], remedy='x')
+
+
+def test_what_is_not_finite_is_null():
+  record = {'a': math.nan, 'b': [math.inf, (1.5, -math.inf)], 'c': 'NaN'}
+  assert files.finite(record) == {
+    'a': None,
+    'b': [None, [1.5, None]],
+    'c': 'NaN',
+  }
+  assert files.finite(math.nan) is None
+  assert files.finite(3) == 3

@@ -18,8 +18,9 @@ PACKAGE = 'maskconnect_jax'
 ROOT = Path(__file__).parents[1] / PACKAGE
 FILES = sorted(ROOT.rglob('*.py'))
 
-# Module -> the modules of this package that it may import. `config` is at the
-# bottom: everything but connectivity, which imports jax alone, may import it.
+# Module -> the modules of this package that it may import. At the bottom are
+# `config` and `errors`: everything but connectivity, which imports jax alone,
+# may import them.
 ARROWS: dict[str, set[str]] = {
   '__init__': {'inference', 'models', 'stack', 'wiring'},
   'main': {
@@ -27,7 +28,7 @@ ARROWS: dict[str, set[str]] = {
     'report', 'summarize', 'sweep', 'train',
   },
   'sweep': {'files', 'summarize', 'train'},
-  'summarize': {'plots', 'summary_plots'},
+  'summarize': {'files', 'plots', 'summary_plots'},
   'summary_plots': {'plots'},
   'train': {
     'batches', 'checkpoint', 'distributed', 'evaluation', 'experiment',
@@ -46,7 +47,8 @@ ARROWS: dict[str, set[str]] = {
     'connectivity', 'distributed', 'experiment', 'models', 'steps',
   },
   'evaluation': {
-    'batches', 'datasets', 'distributed', 'inference', 'steps',
+    'batches', 'datasets', 'decoding', 'distributed', 'inference', 'sources',
+    'steps',
   },
   'experiment': {
     'batches', 'datasets', 'distributed', 'models', 'optimizer', 'steps',
@@ -54,13 +56,19 @@ ARROWS: dict[str, set[str]] = {
   },
   'steps': {'augment', 'layers', 'wiring'},
   'inference': {
-    'checkpoint', 'files', 'images', 'models', 'topology', 'wiring',
+    'checkpoint', 'files', 'image_inputs', 'images', 'model_record', 'models',
+    'topology', 'wiring',
   },
-  'models': {'blocks', 'branches', 'connectivity', 'layers', 'stack'},
-  'branches': {'connectivity', 'layers', 'wiring'},
-  'stack': {'aggregate', 'connectivity', 'layers', 'topology', 'wiring'},
-  'wiring': {'connectivity', 'topology'},
-  'topology': set(),
+  'model_record': {'files', 'limits', 'models', 'topology'},
+  'models': {
+    'blocks', 'branches', 'connectivity', 'layers', 'limits', 'stack',
+  },
+  'branches': {'connectivity', 'layers', 'limits', 'wiring'},
+  'stack': {
+    'aggregate', 'connectivity', 'layers', 'limits', 'topology', 'wiring',
+  },
+  'wiring': {'connectivity', 'limits', 'topology'},
+  'topology': {'files', 'limits'},
   'blocks': {'layers'},
   'batches': {'datasets', 'distributed', 'steps'},
   'datasets': {'decoding', 'images', 'sources'},
@@ -72,17 +80,20 @@ ARROWS: dict[str, set[str]] = {
   'aggregate': {'config'},
   'augment': set(),
   'checkpoint': set(),
-  'config': set(),
+  'config': {'limits'},
   'connectivity': set(),
   'decoding': {'images', 'randaugment'},
   'distributed': set(),
+  'errors': set(),
   'files': set(),
+  'image_inputs': {'limits'},
   'images': set(),
   'layers': set(),
+  'limits': set(),
   'optimizer': set(),
   'randaugment': set(),
 }  # fmt: skip
-BOTTOM = 'config'
+BOTTOM = {'config', 'errors'}
 NEEDS_ORBAX = {'checkpoint'}
 ON_JAX = {'clu', 'flax', 'jax', 'jaxlib', 'optax'}  # orbax: see NEEDS_ORBAX
 WITHOUT_JAX = {
@@ -127,7 +138,7 @@ def problems(module: str, source: str) -> list[str]:
       target = rest.partition('.')[0]
       if target not in ARROWS:
         target = '__init__'  # from maskconnect_jax import create_model
-      bottom = target == BOTTOM and module not in ONLY
+      bottom = target in BOTTOM and module not in ONLY
       wrong = not bottom and target not in ARROWS[module]
     else:
       wrong = (

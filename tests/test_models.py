@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from maskconnect_jax import config, connectivity, layers, models, wiring
-from maskconnect_jax.branches import BranchStack
+from maskconnect_jax.branches import BranchBlock, BranchStack
 from maskconnect_jax.config import InputError
 from maskconnect_jax.models import create_model
 from maskconnect_jax.stack import MaskedStack
@@ -743,12 +743,104 @@ def test_list_models_matches_patterns():
     ('resnet21', {}, 'must be 6n\\+2, such as resnet20 or resnet26'),
     ('resnet2', {}, 'must be 6n\\+2, such as resnet8 or resnet14'),
     ('resnet8', {'fan_in': 0}, 'fan_in=0 must be at least 1'),
+    (
+      'resnet99998',
+      {},
+      'has more than 1,000 blocks; the deepest is resnet2000',
+    ),
+    ('resnet' + '9' * 5000, {}, 'more than 1,000 blocks'),
+    ('resnet99992_bottleneck', {}, 'the deepest is resnet2999_bottleneck'),
+    ('resnet\u0662\u0660', {}, 'is not known'),
+    (None, {}, 'model None is no name'),
+    (['resnet8'], {}, 'is no name'),
+    ('x\n' * 10**6, {}, 'is not known'),
+    ('resnet8', {'fan_in': -1}, 'fan_in=-1 must be at least 1'),
+    ('resnet8', {'fan_in': 2.5}, 'fan_in=2.5 must be a whole number'),
+    ('resnet8', {'fan_in': True}, 'fan_in=True must be a whole number'),
+    ('resnet8', {'fan_in': None}, 'fan_in=None must be a whole number'),
+    ('resnet8', {'fan_in': 2**40}, 'fan_in=.* must be at most 2,147,483,647'),
+    ('resnet8', {'num_classes': 0}, 'num_classes=0 must be at least 1'),
+    ('resnet8', {'num_classes': 2.0}, 'num_classes=2.0 must be a whole'),
+    ('resnet8', {'num_classes': 10**9}, 'num_classes=.* at most 1,000,000'),
+    ('resnet8', {'in_channels': 0}, 'in_channels=0 must be at least 1'),
+    ('resnet8', {'width': 0}, 'width=0 must be at least 1'),
+    ('resnet8', {'width': 10**6}, 'width=1000000 must be at most 8,192'),
+    ('resnet56', {'width': 8192}, 'width=8192 gives 27 blocks .* weights'),
+    ('resnet8', {'dtype': 'int8'}, "dtype='int8' is none for activations"),
+    ('resnet8', {'dtype': 'float' * 9}, 'is none for activations'),
+    ('resnet8', {'dtype': None}, 'dtype=None is none for activations'),
+    ('resnet8', {'seed': 2**63}, 'seed=.* must be at most'),
+    ('resnet8', {'seed': 'x'}, "seed='x' must be a whole number"),
+    ('resnet8', {'level': None}, 'level=None is not one of block, branch'),
+    ('resnet8', {'rule': ['learned']}, 'is not one of learned'),
+    ('resnet8', {'stem_source': 'no'}, "stem_source='no' must be True or"),
+    ('resnet8', {'gradient_every': 0}, 'gradient_every=0 must be at least 1'),
+    ('resnet8', {'initial': float('nan')}, r'initial=nan must be .* \[0, 1\]'),
+    ('resnet8', {'initial_spread': -1}, 'initial_spread=-1 must be .* >= 0'),
+    ('resnet8', {'initial_spread': 'x'}, "initial_spread='x' must be a number"),
+    ('resnet8', {'fanin': 2}, "'fanin' is no option of level 'block'; it has"),
+    ('resnet8', {'rngs': 0}, "'rngs' is no option"),
+    ('resnet8', {'identity': '1/K'}, "'identity' is no option of level"),
+    (
+      'resnext29_8x8d',
+      {'level': 'branch', 'scale': 'sum'},
+      "'scale' is no opt",
+    ),
+    ('resnext29_8x8d', {'level': 'branch', 'fan_in': 0}, 'fan_in=0 must be'),
+    ('resnext29_8x8d', {'level': 'branch', 'fan_in': True}, 'fan_in=True must'),
     ('resnet8', {'rule': 'best'}, "rule='best' is not one of learned, fixed"),
   ],
 )
 def test_what_cannot_be_made_is_named(name, options, message):
+  arguments = {'num_classes': 2, 'width': 64 if 'branch' in str(options) else 4}
+  with pytest.raises(InputError, match=message) as error:
+    create_model(name, **arguments | options)
+  assert '\n' not in str(error.value)
+  assert len(str(error.value)) < 400
+
+
+def test_numbers_of_numpy_are_numbers():
+  model = create_model(
+    'resnet8', num_classes=np.int64(3), width=np.int32(4), fan_in=np.uint8(2)
+  )
+  assert model.stack.fan_in == 2
+  assert model.head.out_features == 3
+
+
+@pytest.mark.parametrize(
+  ('blocks', 'options', 'message'),
+  [
+    (0, {}, 'number of blocks=0 must be at least 1'),
+    (2, {'fan_in': 0}, 'fan_in=0 must be at least 1'),
+    (2, {'fan_in': 1.5}, 'fan_in=1.5 must be a whole number'),
+    (2, {'fan_in': True}, 'fan_in=True must be a whole number'),
+    (2, {'fan_in': None}, 'fan_in=None must be a whole number'),
+    (2, {'rule': None}, 'rule=None is not one of'),
+    (2, {'valid': ((True,),)}, r'valid is of shape \(1, 1\); 2 blocks need'),
+    (2, {'valid': ((True, True), (True, True))}, 'a source that comes after'),
+    (2, {'valid': ((True, False), (False, False))}, 'without a source'),
+  ],
+)
+def test_a_stack_that_cannot_be_made_is_named(blocks, options, message):
+  layers = [nnx.Linear(2, 2, rngs=nnx.Rngs(0)) for _ in range(blocks)]
   with pytest.raises(InputError, match=message):
-    create_model(name, num_classes=2, width=4, **options)
+    MaskedStack(layers, **{'fan_in': 1, 'rngs': nnx.Rngs(0)} | options)
+
+
+@pytest.mark.parametrize(
+  ('branches', 'message'),
+  [
+    ((), 'number of blocks=0 must be at least 2'),
+    ((2,), 'number of blocks=1 must be at least 2'),
+    ((2, 3), 'all blocks need as many branches, not 2 and 3'),
+  ],
+)
+def test_a_stack_of_branches_that_cannot_be_made_is_named(branches, message):
+  blocks = [
+    BranchBlock(2, 2, 2, branches=count, rngs=nnx.Rngs(0)) for count in branches
+  ]
+  with pytest.raises(InputError, match=message):
+    BranchStack(blocks, fan_in=1, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize('option', ['adapter', 'scale', 'gradient', 'rule'])

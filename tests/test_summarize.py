@@ -257,7 +257,15 @@ def test_refusals(run, tmp_path, cli):
   first, second = run('a', 0.5), run('b', 0.6)
   said = refused(f'--workdirs={first}', f'--workdirs={second}')
   assert f'{first} and {second} are the same config and seed' in said
-  for damaged in ('{', '{}', '[]'):
+  whole = json.loads((first / 'summary.json').read_text())
+  for damaged in (
+    '{', '{}', '[]', 'null', '[' * 10**5, '\ufeff{}',
+    json.dumps(whole | {'parameters': 10**400}),
+    json.dumps(whole | {'test_accuracy_pruned': None}),
+    json.dumps(whole | {'test_accuracy_pruned': True}),
+    json.dumps(whole | {'images_per_second': float('nan')}),
+    json.dumps(whole | {'device': ['cpu']}),
+  ):  # fmt: skip
     (first / 'summary.json').write_text(damaged)
     assert f'{first / "summary.json"} is' in refused(f'--workdirs={first}')
   (second / 'config.json').write_text('{')

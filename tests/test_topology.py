@@ -8,6 +8,7 @@ import pytest
 
 from maskconnect_jax import config as config_lib
 from maskconnect_jax import connectivity, experiment, wiring
+from maskconnect_jax import topology as topology_lib
 from maskconnect_jax.topology import BranchTopology, Topology, from_mask
 
 
@@ -66,6 +67,82 @@ def test_branches_are_shuffled_within_their_block():
   ]
 
 
+def block_form(**changes):
+  return Topology(((0,), (0, 1), (1,))).to_dict() | changes
+
+
+BRANCHES = BranchTopology((((0,), (0, 1)), ((1,), (0,)))).to_dict()
+
+
+def branch_form(block, branch, sources):
+  record = json.loads(json.dumps(BRANCHES))
+  record['blocks'][block]['branches'][branch]['sources'] = sources
+  return record
+
+
+@pytest.mark.parametrize(
+  ('record', 'message'),
+  [
+    ([], 'expected object, got array'),
+    (None, 'got null'),
+    ('text', 'got str'),
+    ({}, 'form'),
+    (block_form(form='tree'), "form: invalid value 'tree'"),
+    (block_form(form=['block']), 'form.*expected str'),
+    (block_form(form='\udcff'), r"a name holds '\\udcff'"),
+    (block_form(schema='other/9'), "schema: invalid enum value 'other/9'"),
+    (block_form(blocks=None), 'blocks: expected array, got null'),
+    (block_form(blocks={}), 'blocks: expected array, got object'),
+    (block_form(blocks=[]), 'length >= 1'),
+    (block_form(blocks=[{'sources': [0]}] * 1001), 'length <= 1000'),
+    (block_form(blocks=[[0]]), r'\[0\]: expected object, got array'),
+    (block_form(blocks=[{'sources': '0'}]), 'sources: expected array, got str'),
+    (block_form(blocks=[{'sources': [0.5]}]), 'expected int, got float'),
+    (block_form(blocks=[{'sources': [True]}]), 'expected int, got bool'),
+    (block_form(blocks=[{'sources': [None]}]), 'expected int, got null'),
+    (block_form(blocks=[{'sources': [10**30]}]), 'expected int <= 999'),
+    (block_form(blocks=[{'sources': [-1]}]), 'expected int >= 0'),
+    (block_form(blocks=[{'sources': []}]), 'at least one'),
+    (block_form(blocks=[{'sources': [1]}]), r'sources 0\.\.0 come before'),
+    (
+      block_form(blocks=block_form()['blocks'][::-1]),
+      'block 3 stands where block 1 belongs',
+    ),
+    (BRANCHES | {'blocks': BRANCHES['blocks'][:1]}, 'two blocks or more'),
+    (BRANCHES | {'form': 'block'}, 'sources'),
+    (branch_form(0, 0, [0]), 'block 1 take the stem'),
+    (branch_form(1, 0, [2]), 'only 2 branches'),
+    (branch_form(1, 0, [1.5]), 'got float'),
+    (branch_form(1, 0, 1), 'expected array, got int'),
+  ],
+  ids=range(28),
+)
+def test_json_that_is_no_topology_is_one_line(record, message, tmp_path):
+  path = tmp_path / 'topology.json'
+  path.write_text(json.dumps(record))
+  with pytest.raises(config_lib.InputError, match=message) as error:
+    topology_lib.read(path, remedy='give another')
+  assert str(error.value).startswith(f'{path} is damaged: ')
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('record', [block_form(), BRANCHES])
+def test_json_of_a_topology(record):
+  assert topology_lib.from_dict(record).to_dict() == record
+  # What follows from the sources need not stand there, and more may.
+  bare = record | {'made by': 'hand'}
+  del bare['num_blocks']
+  assert topology_lib.from_dict(bare).to_dict() == record
+
+
+@pytest.mark.parametrize('sources', [(0.0,), (True,), ('0',), (None,)])
+def test_sources_are_whole_numbers(sources):
+  with pytest.raises(config_lib.InputError, match='whole numbers'):
+    Topology((sources,))
+  with pytest.raises(config_lib.InputError, match='whole numbers'):
+    BranchTopology(((sources, (0,)),))
+
+
 @pytest.fixture
 def given(tmp_path):
   """A config of four blocks, wired as a file says."""
@@ -106,8 +183,8 @@ def test_a_run_with_the_topology_of_another(given):
       {'connectivity.stem_source': False},
       'json is not of resnet8: block 2 takes source 0',
     ),
-    ('{', {}, 'is no topology.json'),
-    ('{}', {}, 'is no topology.json: schema None'),
+    ('{', {}, 'topology.json is damaged'),
+    ('{}', {}, 'topology.json is damaged: .*form.* a finished run'),
     ({}, {'connectivity.topology': 'none.json'}, 'none.json is not there'),
     ({}, {'connectivity.topology': ''}, 'go together'),
     ({}, {'connectivity.rule': 'learned'}, 'go together'),
