@@ -277,7 +277,8 @@ def save_arrays(folder: Path, arrays: dict[str, jax.Array]) -> None:
   raised when they are written.
 
   Raises:
-    InputError: they cannot be written, as on a full disk.
+    OSError: they cannot be written, as on a full disk.
+    InputError: Orbax cannot take the path.
   """
   failure = None
   with storage.Session(folder) as session:
@@ -291,8 +292,7 @@ def save_arrays(folder: Path, arrays: dict[str, jax.Array]) -> None:
       with storage.quiet() as settle:
         settle()
   if failure:
-    size = sum(leaf.nbytes for leaf in arrays.values())
-    raise files.unwritten(folder, failure, size)
+    raise failure
 
 
 def load_arrays(

@@ -75,7 +75,7 @@ def unwritten(
     error: what the operating system said.
     size: bytes that were to be written, if known.
   """
-  why = error.strerror or type(error).__name__
+  why = error.strerror or str(error) or type(error).__name__
   for parent in path.parents:
     if os.path.lexists(parent) and not parent.is_dir():
       why = f'{parent} is a file, not a folder'

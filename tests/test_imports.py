@@ -71,7 +71,7 @@ ARROWS: dict[str, set[str]] = {
   'plots': set(),
   'aggregate': {'config'},
   'augment': set(),
-  'checkpoint': set(),
+  'checkpoint': {'files', 'storage'},
   'config': set(),
   'connectivity': set(),
   'decoding': {'images', 'randaugment'},
@@ -81,6 +81,7 @@ ARROWS: dict[str, set[str]] = {
   'layers': set(),
   'optimizer': set(),
   'randaugment': set(),
+  'storage': set(),
 }  # fmt: skip
 BOTTOM = 'config'
 NEEDS_ORBAX = {'checkpoint'}
