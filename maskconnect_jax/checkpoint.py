@@ -6,38 +6,31 @@ background, and when the newest is damaged falls back to the one before.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
-import os
+import errno
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
-from maskconnect_jax import files, storage
+from maskconnect_jax import files, storage, stored
 from maskconnect_jax.config import InputError
 
 _policies = ocp.training.preservation_policies
-_X64 = 'JAX_ENABLE_X64'
-_Kind: TypeAlias = tuple[tuple[int, ...], np.dtype[Any]]
-
-_METADATA = '_CHECKPOINT_METADATA'
-# What Orbax writes there, and insists on when it opens the folder.
-_KINDS: dict[str, tuple[type, ...]] = {
-  'item_handlers': (dict, str),
-  'metrics': (dict,),
-  'performance_metrics': (dict,),
-  'init_timestamp_nsecs': (int, type(None)),
-  'commit_timestamp_nsecs': (int, type(None)),
-  'custom_metadata': (dict, type(None)),
-}
+# After these, the files may be whole all the same.
+_NO_DAMAGE = (
+  errno.EACCES,
+  errno.EPERM,
+  errno.EMFILE,
+  errno.ENFILE,
+  errno.ENOMEM,
+  errno.ESTALE,
+)
 
 
 def _metric(metrics: Any) -> float:
@@ -69,11 +62,10 @@ class Checkpoints:
     except OSError as error:
       raise files.unwritten(folder, error) from error
     try:
-      _set_aside_damaged(folder)
+      stored.set_aside_damaged(folder)
     except OSError as error:
-      raise InputError(
-        f'{error.filename or folder} cannot be read ({error.strerror}); allow'
-        ' it, or give another --workdir'
+      raise stored.unreadable(
+        error.filename or folder, error.strerror
       ) from error
     self._session = storage.Session(folder)
     failure = ''
@@ -178,27 +170,33 @@ class Checkpoints:
     steps, refusal = self.steps(), ''
     for step in reversed(steps):
       folder = self.folder / str(step)
-      _check_permissions(folder)
+      stored.check_permissions(folder)
       damage = other = ''
+      no_damage = None
       with storage.quiet() as settle:
         try:
           loaded, saved = self._session.call(self._load, step, abstract)
-          _check_progress(saved, progress or {})
+          stored.check_progress(saved, progress or {})
+        except (MemoryError, jax.errors.JaxRuntimeError):
+          raise
         except Exception as error:  # whatever a broken file makes Orbax raise
           damage = storage.first_line(error)
+          no_damage = storage.os_error(error)
           settle()
+      if no_damage and no_damage.errno in _NO_DAMAGE:
+        raise stored.unreadable(folder, no_damage.strerror)
       if not damage:
         return type(like)(**loaded), saved
       with storage.quiet() as settle:
         try:
           found = self._session.call(self._checkpointer.metadata, step).metadata
-          other = _difference(found, abstract)
+          other = stored.difference(found, abstract)
         except Exception:  # as above
           settle()
       if other:
         refusal = refusal or f'checkpoint {folder} {other}'
         # It is whole, and the ones before are as it is.
-        if _X64 in other:
+        if stored.X64 in other:
           break
       logging.warning(
         'checkpoint %s %s trying the one before',
@@ -254,12 +252,13 @@ class Checkpoints:
       failure = storage.os_error(error)
       if failure is None:
         raise
+    unwritten = files.unwritten(self.folder / str(step), failure, size)
     with storage.quiet() as settle:
       settle()
     if jax.process_index() == 0:
       for half in self.folder.glob(f'{step}.*tmp*'):
         shutil.rmtree(half, ignore_errors=True)
-    raise files.unwritten(self.folder / str(step), failure, size)
+    raise unwritten
 
 
 def digest(arrays: Any) -> int:
@@ -312,7 +311,7 @@ def load_arrays(
   with storage.Session(folder) as session, storage.quiet() as settle:
     try:
       found = session.call(ocp.metadata, session.path).metadata
-      other = _difference(found, own)
+      other = stored.difference(found, own)
       if not other:
         return session.call(ocp.load, session.path, own)
     except Exception as error:  # whatever a broken file makes Orbax raise
@@ -329,123 +328,3 @@ def load_arrays(
 def _as_dict(state: Any) -> dict[str, Any]:
   # Plain names on disk, whatever class holds them in the program.
   return dict(vars(state))
-
-
-def _set_aside_damaged(folder: Path) -> None:
-  """Renames what Orbax, which reads all of it on opening, would fail at.
-
-  Without its metrics, a checkpoint is one whose accuracy was not measured.
-  Without its metadata, it is one that is damaged.
-  """
-  for path in folder.glob('*/metrics/metrics'):
-    if not _is_json(path, lambda content: float(content['accuracy'])):
-      logging.warning('%s is damaged; going on without it', path)
-      _set_aside(path)
-  for path in folder.glob(f'*/{_METADATA}'):
-    if not _is_json(path, _check_metadata):
-      _set_aside(path)
-
-
-def _is_json(path: Path, check: Any) -> bool:
-  try:
-    check(json.loads(path.read_bytes()))
-  except (ValueError, TypeError, KeyError, RecursionError, IsADirectoryError):
-    return False
-  except FileNotFoundError:  # another process was faster
-    return True
-  return True
-
-
-def _check_metadata(content: Any) -> None:
-  if not isinstance(content, dict):
-    raise TypeError('no object')
-  for name, kinds in _KINDS.items():
-    if name in content and not isinstance(content[name], kinds):
-      raise TypeError(name)
-
-
-def _set_aside(path: Path) -> None:
-  with contextlib.suppress(FileNotFoundError):  # another process was faster
-    path.rename(path.with_name(f'{path.name}.damaged'))
-
-
-def _check_permissions(folder: Path) -> None:
-  """Raises InputError where the user may not read: that is no damage."""
-  for path in (folder, *folder.rglob('*')):
-    needed = os.R_OK | os.X_OK if path.is_dir() else os.R_OK
-    if not os.access(path, needed, effective_ids=True):
-      raise InputError(
-        f'{path} cannot be read (no permission); allow it, or give another'
-        ' --workdir'
-      )
-
-
-def _check_progress(found: Any, least: Mapping[str, Any]) -> None:
-  """Raises ValueError unless it has what `least` has, and numbers beside.
-
-  None is negative: they are of images, seconds, records and accuracies.
-  """
-  if not isinstance(found, dict):
-    raise ValueError('its progress is no object')
-  for name in [*least, *found]:
-    value, default = found.get(name), least.get(name)
-    if isinstance(default, list):
-      fits = isinstance(value, list) and all(map(_is_count, value))
-    elif name in least:
-      fits = _is_count(value)
-    else:
-      fits = value is None or _is_count(value)
-    if not fits:
-      raise ValueError(f'its progress has no {name!r} that can be used')
-
-
-def _is_count(value: Any) -> bool:
-  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  return is_number and 0 <= value < math.inf
-
-
-def _difference(found: Any, own: Any) -> str:
-  """Returns how the arrays that are stored differ from ours, '' if not at all.
-
-  Half a sentence, which a remedy ends. Named is the first one that differs in
-  its name, shape or dtype. Nothing stored at all is damage, and no difference.
-  """
-  there, here = dict(_described(found)), dict(_described(own))
-  differing = {
-    name: (there.get(name), here.get(name))
-    for name in (*here, *there)
-    if there and there.get(name) != here.get(name)
-  }
-  if not differing:
-    return ''
-  name = next(iter(differing))
-  was, now = map(_in_words, differing[name])
-  told = f'array {name} is {was} there, and {now} now'
-  wide = {_is_wide(*pair) for pair in differing.values()}
-  if wide == {True}:
-    return f'was written with {_X64}=1 ({told}); set it, or'
-  if wide == {False}:
-    return f'was written without {_X64} ({told}); unset it, or'
-  return f'is of another network ({told});'
-
-
-def _is_wide(there: _Kind | None, here: _Kind | None) -> bool | None:
-  """Whether an array differs in having 64 bits, or in having 32; else None."""
-  if there is None or here is None:
-    return None
-  (shape, kind), (own_shape, own_kind) = there, here
-  sizes = kind.itemsize, own_kind.itemsize
-  if (shape, kind.kind, {*sizes}) != (own_shape, own_kind.kind, {4, 8}):
-    return None
-  return sizes == (8, 4)
-
-
-def _described(tree: Any) -> Iterator[tuple[str, _Kind]]:
-  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-    if hasattr(leaf, 'shape'):
-      name = jax.tree_util.keystr(path, simple=True, separator='/')
-      yield name, (tuple(leaf.shape), np.dtype(leaf.dtype))
-
-
-def _in_words(kind: _Kind | None) -> str:
-  return 'missing' if kind is None else f'{kind[1]} {list(kind[0])}'

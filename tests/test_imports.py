@@ -71,7 +71,7 @@ ARROWS: dict[str, set[str]] = {
   'plots': set(),
   'aggregate': {'config'},
   'augment': set(),
-  'checkpoint': {'files', 'storage'},
+  'checkpoint': {'files', 'storage', 'stored'},
   'config': set(),
   'connectivity': set(),
   'decoding': {'images', 'randaugment'},
@@ -82,6 +82,7 @@ ARROWS: dict[str, set[str]] = {
   'optimizer': set(),
   'randaugment': set(),
   'storage': set(),
+  'stored': set(),
 }  # fmt: skip
 BOTTOM = 'config'
 NEEDS_ORBAX = {'checkpoint'}
