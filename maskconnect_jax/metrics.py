@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import tqdm
-from tensorboardX import event_file_writer, summary
+from tensorboardX import record_writer, summary
 from tensorboardX.proto import event_pb2
 
 from maskconnect_jax import files
@@ -50,10 +51,10 @@ class MetricsWriter:
     with self._failing_at(self._folder):
       self._folder.mkdir(exist_ok=True)
       # Not SummaryWriter: its queue hangs once its thread has met a full disk.
-      self._events = event_file_writer.EventsWriter(
-        str(self._folder / 'events')
-      )
-      self._flushed = 0.0
+      name = f'events.out.tfevents.{int(time.time())}.{socket.gethostname()}'
+      self._events = record_writer.RecordWriter(str(self._folder / name))
+      self._flushed = time.time()
+      self._add(0, file_version='brain.Event:2')
       # Hides what a cut run told TensorBoard of later steps.
       self._add(
         start_step + 1,
@@ -91,9 +92,8 @@ class MetricsWriter:
 
   def _add(self, step: int, **content: Any) -> None:
     now = time.time()
-    self._events.write_event(
-      event_pb2.Event(wall_time=now, step=step, **content)
-    )
+    event = event_pb2.Event(wall_time=now, step=step, **content)
+    self._events.write(event.SerializeToString())
     if now - self._flushed > FLUSH_SECONDS:
       self._events.flush()
       self._flushed = now
