@@ -1,4 +1,4 @@
-"""Checkpoints of a run and arrays of a model: the only file that knows Orbax.
+"""Checkpoints of a run and arrays of a model: the only file that calls Orbax.
 
 `Checkpoints` keeps the newest N states of a run and the best one, saves in the
 background, and when the newest is damaged falls back to the one before.
@@ -6,15 +6,10 @@ background, and when the newest is damaged falls back to the one before.
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import json
-import logging as standard_logging
-import sys
-import time
-import warnings
+import errno
+import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +18,19 @@ import numpy as np
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
+from maskconnect_jax import files, storage, stored
 from maskconnect_jax.config import InputError
 
-# After a failed read the others that it had begun end, each with a complaint.
-_SETTLE_SECONDS = 0.3
-
 _policies = ocp.training.preservation_policies
+# After these, the files may be whole all the same.
+_NO_DAMAGE = (
+  errno.EACCES,
+  errno.EPERM,
+  errno.EMFILE,
+  errno.ENFILE,
+  errno.ENOMEM,
+  errno.ESTALE,
+)
 
 
 def _metric(metrics: Any) -> float:
@@ -44,23 +46,57 @@ class Checkpoints:
     Args:
       folder: `workdir/checkpoints`.
       keep: the newest so many are kept, and the most accurate one.
+
+    Raises:
+      InputError: it is no folder, or cannot be made, read or written.
     """
     self.folder = folder
-    _drop_damaged_metrics(folder)
-    # Without LatestN, keeping the best would evict the newest.
-    with _quiet():
-      self._checkpointer = ocp.training.Checkpointer(
-        folder.absolute(),
-        preservation_policy=_policies.AnyPreservationPolicy(
-          [
-            _policies.LatestN(keep),
-            _policies.BestN(
-              n=1, get_metric_fn=_metric, keep_checkpoints_without_metrics=False
-            ),
-          ]
-        ),
-        cleanup_tmp_directories=True,
+    self._saving: tuple[int, int, Any] | None = None
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+      raise InputError(
+        f'{folder} is a file, not a folder; move it away, or give another'
+        ' --workdir'
+      ) from error
+    except OSError as error:
+      raise files.unwritten(folder, error) from error
+    try:
+      stored.set_aside_damaged(folder)
+    except OSError as error:
+      raise stored.unreadable(
+        error.filename or folder, error.strerror
+      ) from error
+    self._session = storage.Session(folder)
+    failure = ''
+    with storage.quiet() as settle:
+      try:
+        # Without LatestN, keeping the best would evict the newest.
+        self._checkpointer = self._session.call(
+          ocp.training.Checkpointer,
+          self._session.path,
+          preservation_policy=_policies.AnyPreservationPolicy(
+            [
+              _policies.LatestN(keep),
+              _policies.BestN(
+                n=1,
+                get_metric_fn=_metric,
+                keep_checkpoints_without_metrics=False,
+              ),
+            ]
+          ),
+          cleanup_tmp_directories=True,
+        )
+      except Exception as error:  # whatever a broken file makes Orbax raise
+        failure = storage.first_line(error)
+        settle()
+    if failure:
+      self._session.close()
+      raise InputError(
+        f'{folder} cannot be opened ({failure}); remove what is damaged there,'
+        ' or give another --workdir'
       )
+    self._closed = False
 
   def steps(self) -> list[int]:
     """Returns the steps that have a finished checkpoint, in rising order."""
@@ -75,60 +111,100 @@ class Checkpoints:
   ) -> None:
     """Saves in the background; an unfinished save is never seen as one.
 
+    Waits for the save before. An error in the background is raised by the
+    next call.
+
     Args:
       step: steps done.
       state: a pytree of arrays; may be donated once this returns.
       progress: JSON kept beside it.
       accuracy: what "best" compares; None if not measured at this step.
+
+    Raises:
+      InputError: this one or the one before cannot be written, as on a full
+        disk; those that are finished stay.
     """
-    self._checkpointer.save_async(
+    self.wait()
+    arrays = _as_dict(state)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+    response = self._write(
       step,
-      _as_dict(state),
+      size,
+      self._checkpointer.save_async,
+      step,
+      arrays,
       force=True,
       overwrite=True,
       metrics=None if accuracy is None else {'accuracy': accuracy},
       # A copy: it is written later, and the caller's goes on changing.
-      custom_metadata={
-        'progress': dict(progress),
-        'digest': digest(_as_dict(state)),
-      },
+      custom_metadata={'progress': dict(progress), 'digest': digest(arrays)},
     )
+    self._saving = step, size, response
 
-  def load_newest(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
+  def wait(self) -> None:
+    """Waits until the last save is finished. Raises InputError as `save`."""
+    if self._saving is None:
+      return
+    (step, size, response), self._saving = self._saving, None
+    # The response's thread and event loop end with this call, and not before.
+    self._write(step, size, response.result)
+
+  def load_newest(
+    self, like: Any, progress: Mapping[str, Any] | None = None
+  ) -> tuple[Any, dict[str, Any]] | None:
     """Returns the newest whole state and its progress, or None without any.
 
     Args:
       like: a state, for its structure, shapes, dtypes and shardings.
+      progress: what that of the checkpoint holds at least, for its kinds.
 
     Raises:
-      InputError: there are checkpoints, and all are damaged.
+      InputError: there are checkpoints, and all are damaged, of another
+        network or of another precision; or one may not be read.
     """
+    self.wait()
     abstract = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
       _as_dict(like),
     )
-    steps = self.steps()
+    steps, refusal = self.steps(), ''
     for step in reversed(steps):
-      damage = ''
-      with _quiet():
+      folder = self.folder / str(step)
+      stored.check_permissions(folder)
+      damage = other = ''
+      no_damage = None
+      with storage.quiet() as settle:
         try:
-          loaded = self._checkpointer.load(step, abstract)
-          metadata = self._checkpointer.metadata(step).custom_metadata or {}
-          if 'progress' not in metadata:
-            raise ValueError('its metadata is missing')
-          # Orbax does not notice a changed byte in an array.
-          if digest(loaded) != metadata.get('digest'):
-            raise ValueError('its arrays are not those that were saved')
+          loaded, saved = self._session.call(self._load, step, abstract)
+          stored.check_progress(saved, progress or {})
+        except (MemoryError, jax.errors.JaxRuntimeError):
+          raise
         except Exception as error:  # whatever a broken file makes Orbax raise
-          damage = _first_line(error)
-          time.sleep(_SETTLE_SECONDS)
+          damage = storage.first_line(error)
+          no_damage = storage.os_error(error)
+          settle()
+      if no_damage and no_damage.errno in _NO_DAMAGE:
+        raise stored.unreadable(folder, no_damage.strerror)
       if not damage:
-        return type(like)(**loaded), dict(metadata['progress'])
+        return type(like)(**loaded), saved
+      with storage.quiet() as settle:
+        try:
+          found = self._session.call(self._checkpointer.metadata, step).metadata
+          other = stored.difference(found, abstract)
+        except Exception:  # as above
+          settle()
+      if other:
+        refusal = refusal or f'checkpoint {folder} {other}'
+        # It is whole, and the ones before are as it is.
+        if stored.X64 in other:
+          break
       logging.warning(
-        'checkpoint %s is damaged (%s); trying the one before',
-        self.folder / str(step),
-        damage,
+        'checkpoint %s %s trying the one before',
+        folder,
+        other or f'is damaged ({damage});',
       )
+    if refusal:
+      raise InputError(f'{refusal} give another --workdir')
     if steps:
       raise InputError(
         f'no checkpoint in {self.folder} can be read; all are damaged. Give'
@@ -137,8 +213,52 @@ class Checkpoints:
     return None
 
   def close(self) -> None:
-    """Waits, then releases Orbax's threads."""
-    self._checkpointer.close()
+    """Waits, then releases Orbax's threads. Raises InputError as `save`."""
+    if self._closed:
+      return
+    self._closed = True
+    try:
+      self.wait()
+    finally:
+      try:
+        with storage.quiet() as settle:
+          try:
+            self._session.call(self._checkpointer.close)
+          except Exception as error:
+            # That of a save is raised once more.
+            if storage.os_error(error) is None:
+              raise
+            settle()
+      finally:
+        self._session.close()
+
+  def _load(self, step: int, abstract: Any) -> tuple[Any, Any]:
+    loaded = self._checkpointer.load(step, abstract)
+    metadata = self._checkpointer.metadata(step).custom_metadata or {}
+    if 'progress' not in metadata:
+      raise ValueError('its metadata is missing or damaged')
+    # Orbax does not notice a changed byte in an array.
+    if digest(loaded) != metadata.get('digest'):
+      raise ValueError('its arrays are not those that were saved')
+    return loaded, metadata['progress']
+
+  def _write(
+    self, step: int, size: int, function: Any, *args: Any, **kwargs: Any
+  ) -> Any:
+    failure = None
+    try:
+      return self._session.call(function, *args, **kwargs)
+    except Exception as error:
+      failure = storage.os_error(error)
+      if failure is None:
+        raise
+    unwritten = files.unwritten(self.folder / str(step), failure, size)
+    with storage.quiet() as settle:
+      settle()
+    if jax.process_index() == 0:
+      for half in self.folder.glob(f'{step}.*tmp*'):
+        shutil.rmtree(half, ignore_errors=True)
+    raise unwritten
 
 
 def digest(arrays: Any) -> int:
@@ -152,9 +272,26 @@ def digest(arrays: Any) -> int:
 def save_arrays(folder: Path, arrays: dict[str, jax.Array]) -> None:
   """Writes named arrays into a new folder, and waits for it.
 
-  Called by all processes together, of which the first one writes.
+  Called by all processes together, of which the first one writes. Ctrl-C is
+  raised when they are written.
+
+  Raises:
+    OSError: they cannot be written, as on a full disk.
+    InputError: Orbax cannot take the path.
   """
-  ocp.save(folder.absolute(), arrays)
+  failure = None
+  with storage.Session(folder) as session:
+    try:
+      session.call(ocp.save, session.path, arrays)
+    except Exception as error:
+      failure = storage.os_error(error)
+      if failure is None:
+        raise
+    if failure:
+      with storage.quiet() as settle:
+        settle()
+  if failure:
+    raise failure
 
 
 def stored_arrays(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
@@ -188,18 +325,22 @@ def load_arrays(
     InputError: the folder is missing or damaged, or holds other arrays.
   """
   sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  with _quiet():
+  own = {
+    name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    for name, leaf in abstract.items()
+  }
+  other = ''
+  with storage.Session(folder) as session, storage.quiet() as settle:
     try:
-      return ocp.load(
-        folder.absolute(),
-        {
-          name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-          for name, leaf in abstract.items()
-        },
-      )
+      found = session.call(ocp.metadata, session.path).metadata
+      other = stored.difference(found, own)
+      if not other:
+        return session.call(ocp.load, session.path, own)
     except Exception as error:  # whatever a broken file makes Orbax raise
-      damage = _first_line(error)
-      time.sleep(_SETTLE_SECONDS)
+      damage = storage.first_line(error)
+      settle()
+  if other:
+    raise InputError(f'{folder} {other} write it again with --mode=train')
   raise InputError(
     f'{folder} is no whole set of arrays ({damage}); write it again with'
     ' --mode=train'
@@ -209,47 +350,3 @@ def load_arrays(
 def _as_dict(state: Any) -> dict[str, Any]:
   # Plain names on disk, whatever class holds them in the program.
   return dict(vars(state))
-
-
-def _drop_damaged_metrics(folder: Path) -> None:
-  # Orbax reads all of them when it opens the folder, and fails at such a one.
-  # Without it, the checkpoint is one whose accuracy was not measured.
-  for path in folder.glob('*/metrics/metrics'):
-    try:
-      float(json.loads(path.read_text(encoding='utf-8'))['accuracy'])
-    except (ValueError, TypeError, KeyError):
-      logging.warning('%s is damaged; removing it', path)
-      path.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-  """Keeps what Orbax tells of a broken file in the background off the terminal.
-
-  To be caught inside: what an exception refers to is collected at the end,
-  and complains once more as it goes.
-  """
-  disabled = standard_logging.root.manager.disable
-  hooks = sys.excepthook, sys.unraisablehook
-  standard_logging.disable(standard_logging.CRITICAL)
-  sys.excepthook = lambda *_: None
-  sys.unraisablehook = lambda _: None
-  try:
-    with warnings.catch_warnings():
-      warnings.simplefilter('ignore')
-      try:
-        yield
-      finally:
-        gc.collect()
-  finally:
-    standard_logging.disable(disabled)
-    sys.excepthook, sys.unraisablehook = hooks
-
-
-def _first_line(error: Exception) -> str:
-  while cause := error.__cause__ or error.__context__:
-    if not isinstance(cause, Exception):
-      break
-    error = cause
-  text = (str(error) or type(error).__name__).splitlines()[0]
-  return text if len(text) < 120 else text[:117] + '...'

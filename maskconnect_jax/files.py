@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -17,24 +18,39 @@ from maskconnect_jax.errors import InputError
 
 _MAX_JSON = 2**26  # bytes; a topology of 1,000 blocks that take all has 2**24
 
+# After these it is not the path that is wrong.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
   """Yields a temporary path beside `path`, which takes its place at the end.
 
   What is written there, a file or a folder, appears under `path` in one step,
-  or, if the block raises, not at all.
+  or, if the block raises, not at all; what was there before then stays.
+
+  Args:
+    path: of the file or folder.
+    size: bytes that the block writes, told if there is no room for them.
+
+  Raises:
+    InputError: it cannot be written: a full or read-only disk, no permission,
+      a folder where a file belongs.
   """
-  path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = temporary_of(path)
-  _remove(temporary)  # what a killed run may have left
+  temporary, old = temporary_of(path), path.with_name(f'.{path.name}.old')
   try:
-    yield temporary
-    if temporary.is_dir():  # a folder can only be renamed to a free name
-      _remove(path)
-    os.replace(temporary, path)
-  finally:
-    _remove(temporary)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove(temporary)  # what a killed run may have left
+    try:
+      yield temporary
+      if temporary.is_dir():  # a folder can only be renamed to a free name
+        _swap(temporary, path, old)
+      else:
+        os.replace(temporary, path)
+    finally:
+      _remove(temporary)
+  except OSError as error:
+    raise unwritten(path, error, size) from error
 
 
 def temporary_of(path: Path) -> Path:
@@ -43,9 +59,10 @@ def temporary_of(path: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-  """Writes a text file atomically."""
-  with replacing(path) as temporary:
-    temporary.write_text(text, encoding='utf-8')
+  """Writes a text file atomically. Raises InputError as `replacing`."""
+  content = text.encode('utf-8')
+  with replacing(path, len(content)) as temporary:
+    temporary.write_bytes(content)
 
 
 def write_json(path: Path, record: Any) -> None:
@@ -153,8 +170,48 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
   return record
 
 
+def unwritten(
+  path: Path, error: OSError, size: int | None = None
+) -> InputError:
+  """Returns the one line that tells why `path` could not be written.
+
+  Args:
+    path: what was to be written.
+    error: what the operating system said.
+    size: bytes that were to be written, if known.
+  """
+  why = error.strerror or str(error) or type(error).__name__
+  for parent in path.parents:
+    if os.path.lexists(parent) and not parent.is_dir():
+      why = f'{parent} is a file, not a folder'
+  if error.errno not in _NO_ROOM:
+    return InputError(f'{path} cannot be written: {why}')
+  room = f'; {size:,} bytes are needed' if size is not None else ''
+  with contextlib.suppress(OSError):
+    existing = next(p for p in path.absolute().parents if p.exists())
+    room += f', {shutil.disk_usage(existing).free:,} are free there'
+  return InputError(
+    f'{path} cannot be written: {why}{room}. Make room, and give the same'
+    ' command again'
+  )
+
+
+def _swap(temporary: Path, path: Path, old: Path) -> None:
+  """Puts one folder in the place of another, which stays unless it succeeds."""
+  _remove(old)
+  try:
+    if os.path.lexists(path):
+      os.rename(path, old)
+    os.rename(temporary, path)
+  except BaseException:
+    if os.path.lexists(old) and not os.path.lexists(path):
+      os.rename(old, path)
+    raise
+  _remove(old)
+
+
 def _remove(path: Path) -> None:
-  if path.is_dir():
+  if path.is_dir() and not path.is_symlink():
     shutil.rmtree(path)
   else:
     path.unlink(missing_ok=True)

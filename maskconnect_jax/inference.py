@@ -59,6 +59,9 @@ def save(
     resize: of the shorter side, before the centre is cropped; 0: none.
     mean: per channel, on the 0..255 scale.
     std: likewise.
+
+  Raises:
+    InputError: it cannot be written, as on a full disk; what was there stays.
   """
   height, width, channels = image_shape
   arrays = _named_arrays(model)
@@ -80,7 +83,8 @@ def save(
       'std': list(std),
     },
   }
-  with files.replacing(folder) as temporary:
+  size = sum(array.nbytes for array in arrays.values())
+  with files.replacing(folder, size) as temporary:
     temporary.mkdir(parents=True)
     checkpoint.save_arrays(temporary / 'arrays', arrays)
     files.write_json(temporary / 'model.json', record)

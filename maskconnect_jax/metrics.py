@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
 import tqdm
+from tensorboardX import record_writer, summary
+from tensorboardX.proto import event_pb2
 
 from maskconnect_jax import files
 
 PLAIN_SECONDS = 10.0  # between lines when the output is no terminal
+FLUSH_SECONDS = 120.0  # between writes of TensorBoard's events to the disk
 
 
 class MetricsWriter:
@@ -31,7 +36,7 @@ class MetricsWriter:
       start_step: steps already done.
       enabled: False on all but one process, which then write nothing.
     """
-    self._enabled = enabled
+    self._enabled, self._failed = enabled, False
     if not enabled:
       return
     self._path = workdir / 'metrics.jsonl'
@@ -39,26 +44,67 @@ class MetricsWriter:
     files.write_text(
       self._path, ''.join(json.dumps(record) + '\n' for record in kept)
     )
-    self._file = self._path.open('a', encoding='utf-8')
-    self._events = tensorboardX.SummaryWriter(
-      str(workdir / 'tensorboard'), purge_step=start_step + 1
-    )
+    # Absolute: a relative "s3:x" would be a bucket to tensorboardX.
+    self._folder = (workdir / 'tensorboard').absolute()
+    with self._failing_at(self._path):
+      self._file = self._path.open('a', encoding='utf-8')
+    with self._failing_at(self._folder):
+      self._folder.mkdir(exist_ok=True)
+      # Not SummaryWriter: its queue hangs once its thread has met a full disk.
+      name = f'events.out.tfevents.{int(time.time())}.{socket.gethostname()}'
+      self._events = record_writer.RecordWriter(str(self._folder / name))
+      self._flushed = time.time()
+      self._add(0, file_version='brain.Event:2')
+      # Hides what a cut run told TensorBoard of later steps.
+      self._add(
+        start_step + 1,
+        session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START),
+      )
 
   def write(self, step: int, phase: str, values: dict[str, float]) -> None:
-    """Writes one line {"step": ..., "phase": ..., **values}."""
+    """Writes one line {"step": ..., "phase": ..., **values}.
+
+    Raises:
+      InputError: it cannot be written, as on a full disk.
+    """
     if not self._enabled:
       return
     record = {'step': step, 'phase': phase, **values}
-    self._file.write(json.dumps(record) + '\n')
-    self._file.flush()
-    for name, value in values.items():
-      self._events.add_scalar(name, value, step)
+    with self._failing_at(self._path):
+      self._file.write(json.dumps(record) + '\n')
+      self._file.flush()
+    with self._failing_at(self._folder):
+      for name, value in values.items():
+        self._add(step, summary=summary.scalar(name, value))
 
   def close(self) -> None:
-    """Flushes both."""
-    if self._enabled:
-      self._file.close()
-      self._events.close()
+    """Flushes both. Raises InputError as `write`, unless that has done so."""
+    if not self._enabled:
+      return
+    self._enabled = False
+    for path, file in ((self._path, self._file), (self._folder, self._events)):
+      if self._failed:
+        with contextlib.suppress(OSError):
+          file.close()
+      else:
+        with self._failing_at(path):
+          file.close()
+
+  def _add(self, step: int, **content: Any) -> None:
+    now = time.time()
+    event = event_pb2.Event(wall_time=now, step=step, **content)
+    self._events.write(event.SerializeToString())
+    if now - self._flushed > FLUSH_SECONDS:
+      self._events.flush()
+      self._flushed = now
+
+  @contextlib.contextmanager
+  def _failing_at(self, path: Path) -> Iterator[None]:
+    try:
+      yield
+    except OSError as error:
+      self._failed = True
+      raise files.unwritten(path, error) from error
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:

@@ -84,6 +84,9 @@ def write(
   """Writes model, topology, pictures and, last of all, the summary.
 
   Called by all processes together, of which the first one writes.
+
+  Raises:
+    InputError: one cannot be written, as on a full disk.
   """
   inference.save(
     workdir / 'model',
@@ -151,7 +154,10 @@ def draw_figures(
           title=title,
         )
   for name, figure in figures.items():
-    plots.save(figure, folder / name)
+    try:
+      plots.save(figure, folder / name)
+    except OSError as error:
+      raise files.unwritten(folder / name, error) from error
 
 
 def table(summary: dict[str, Any], workdir: Path) -> str:

@@ -90,7 +90,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
     workdir / 'checkpoints', keep=config.keep_checkpoints
   )
   progress: dict[str, Any] = {'images': 0, 'train_seconds': 0.0, 'damaged': []}
-  if loaded := checkpoints.load_newest(state):
+  if loaded := checkpoints.load_newest(state, progress):
     state, progress = loaded
   start = int(state.step)
   if primary:

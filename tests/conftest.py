@@ -177,6 +177,29 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
   return run
 
 
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+  """Mounts a file system of the size given, such as '300k'."""
+  import contextlib
+  import subprocess
+
+  with contextlib.ExitStack() as stack:
+
+    def mount(size: str) -> Path:
+      folder = tmp_path / 'disk'
+      folder.mkdir()
+      command = ['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', folder]
+      try:
+        subprocess.run(command, check=True, capture_output=True)
+      except (OSError, subprocess.CalledProcessError):
+        pytest.skip('no right to mount a file system')
+      unmount = ['umount', '--lazy', folder]
+      stack.callback(subprocess.run, unmount, check=True)
+      return folder
+
+    yield mount
+
+
 @pytest.fixture(scope='session')
 def write_tfds() -> Callable[..., None]:
   """Writes a set as TFDS lays it out, in ArrayRecord, without TFDS."""

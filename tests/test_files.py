@@ -8,6 +8,7 @@ import pytest
 
 from maskconnect_jax import files
 from maskconnect_jax.config import InputError
+from maskconnect_jax import config, files
 
 
 def test_a_file_is_replaced(tmp_path):
@@ -160,3 +161,59 @@ def test_what_is_not_finite_is_null():
   }
   assert files.finite(math.nan) is None
   assert files.finite(3) == 3
+def test_a_full_disk(small_disk):
+  path = small_disk('64k') / 'summary.json'
+  files.write_text(path, 'old')
+  with pytest.raises(config.InputError, match='No space left') as error:
+    files.write_text(path, 'é' * 500_000)
+  assert str(error.value).startswith(f'{path} cannot be written')
+  assert '1,000,000 bytes are needed' in str(error.value)
+  assert '\n' not in str(error.value)
+  assert path.read_text() == 'old'
+  assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_is_in_the_way_is_named(tmp_path):
+  (tmp_path / 'file').write_text('mine')
+  with pytest.raises(config.InputError, match='file is a file, not a folder'):
+    files.write_text(tmp_path / 'file/deep/table.csv', 'x')
+  (tmp_path / 'folder').mkdir()
+  with pytest.raises(config.InputError, match='folder cannot be written: Is a'):
+    files.write_text(tmp_path / 'folder', 'x')
+  assert (tmp_path / 'file').read_text() == 'mine'
+  assert {p.name for p in tmp_path.iterdir()} == {'file', 'folder'}
+
+
+def test_a_folder_that_is_a_link_is_replaced(tmp_path):
+  (tmp_path / 'elsewhere').mkdir()
+  (tmp_path / 'elsewhere/kept').write_text('')
+  path = tmp_path / 'model'
+  path.symlink_to('elsewhere')
+  with files.replacing(path) as temporary:
+    temporary.mkdir()
+  assert not path.is_symlink()
+  assert (tmp_path / 'elsewhere/kept').exists()
+  assert {p.name for p in tmp_path.iterdir()} == {'elsewhere', 'model'}
+
+
+@pytest.mark.parametrize('call', [1, 2])
+def test_an_interrupt_between_the_renames(call, tmp_path, monkeypatch):
+  path, rename, calls = tmp_path / 'folder', os.rename, []
+  path.mkdir()
+  (path / 'old').write_text('')
+
+  def interrupted(*names):
+    calls.append(names)
+    if len(calls) == call:
+      raise KeyboardInterrupt
+    rename(*names)
+
+  def write():
+    with files.replacing(path) as temporary:
+      temporary.mkdir()
+      monkeypatch.setattr(os, 'rename', interrupted)
+
+  with pytest.raises(KeyboardInterrupt):
+    write()
+  assert [child.name for child in path.iterdir()] == ['old']
+  assert list(tmp_path.iterdir()) == [path]

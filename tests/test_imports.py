@@ -81,6 +81,8 @@ ARROWS: dict[str, set[str]] = {
   'augment': set(),
   'checkpoint': set(),
   'config': {'limits'},
+  'checkpoint': {'files', 'storage', 'stored'},
+  'config': set(),
   'connectivity': set(),
   'decoding': {'images', 'randaugment'},
   'distributed': set(),
@@ -92,6 +94,8 @@ ARROWS: dict[str, set[str]] = {
   'limits': set(),
   'optimizer': set(),
   'randaugment': set(),
+  'storage': set(),
+  'stored': set(),
 }  # fmt: skip
 BOTTOM = {'config', 'errors'}
 NEEDS_ORBAX = {'checkpoint'}

@@ -1,5 +1,6 @@
 """Lines, events, rates and the record of masks, also of a run that was cut."""
 
+import gc
 import json
 import sys
 import time
@@ -7,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from maskconnect_jax import metrics
+from maskconnect_jax import config, metrics
 
 VALUES = {
   'loss': 2.5,
@@ -40,6 +41,33 @@ def test_lines_after_the_checkpoint_go(tmp_path):
   writer.close()
   found = [(r['step'], r['loss']) for r in metrics.read(tmp_path)]
   assert found == [(2, 2), (4, 4), (6, 60)]
+
+
+@pytest.mark.parametrize('file', ['metrics.jsonl', 'tensorboard'])
+def test_a_full_disk(file, small_disk, tmp_path, capfd):
+  full, workdir = small_disk('64k'), tmp_path / 'run'
+  (tmp_path / 'roomy').mkdir()
+  if file == 'tensorboard':
+    workdir.mkdir()
+    (workdir / file).symlink_to(full)
+  else:
+    workdir.symlink_to(full)
+    (workdir / 'tensorboard').symlink_to(tmp_path / 'roomy')
+  writer = metrics.MetricsWriter(workdir, 0)
+  writer.write(1, 'train', VALUES)
+
+  def fill():
+    for step in range(2, 5000):
+      writer.write(step, 'train', VALUES)
+
+  with pytest.raises(config.InputError, match='No space left') as error:
+    fill()
+  assert str(error.value).startswith(f'{workdir / file} cannot be written')
+  assert '\n' not in str(error.value)
+  writer.close()  # it neither hangs nor tells of it again
+  assert metrics.read(workdir)[0] == {'step': 1, 'phase': 'train', **VALUES}
+  gc.collect()
+  assert capfd.readouterr().err == ''
 
 
 def test_only_one_process_writes(tmp_path):

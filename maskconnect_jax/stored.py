@@ -1,0 +1,157 @@
+"""Tells what a run finds on the disk: damaged, forbidden, or of another run."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from absl import logging
+
+from maskconnect_jax.config import InputError
+
+X64 = 'JAX_ENABLE_X64'
+_Kind: TypeAlias = tuple[tuple[int, ...], np.dtype[Any]]
+
+_METADATA = '_CHECKPOINT_METADATA'
+# What Orbax writes there, and insists on when it opens the folder.
+_KINDS: dict[str, tuple[type, ...]] = {
+  'item_handlers': (dict, str),
+  'metrics': (dict,),
+  'performance_metrics': (dict,),
+  'init_timestamp_nsecs': (int, type(None)),
+  'commit_timestamp_nsecs': (int, type(None)),
+  'custom_metadata': (dict, type(None)),
+}
+
+
+def set_aside_damaged(folder: Path) -> None:
+  """Renames what Orbax, which reads all of it on opening, would fail at.
+
+  Without its metrics, a checkpoint is one whose accuracy was not measured.
+  Without its metadata, it is one that is damaged.
+  """
+  for path in folder.glob('[0-9]*/metrics/metrics'):
+    if not _is_json(path, lambda content: float(content['accuracy'])):
+      logging.warning('%s is damaged; going on without it', path)
+      _set_aside(path)
+  for path in folder.glob(f'[0-9]*/{_METADATA}'):
+    if not _is_json(path, _check_metadata):
+      _set_aside(path)
+
+
+def _is_json(path: Path, check: Any) -> bool:
+  try:
+    check(json.loads(path.read_bytes()))
+  except (ValueError, TypeError, KeyError, RecursionError, IsADirectoryError):
+    return False
+  except FileNotFoundError:  # another process was faster
+    return True
+  return True
+
+
+def _check_metadata(content: Any) -> None:
+  if not isinstance(content, dict):
+    raise TypeError('no object')
+  for name, kinds in _KINDS.items():
+    if name in content and not isinstance(content[name], kinds):
+      raise TypeError(name)
+
+
+def _set_aside(path: Path) -> None:
+  with contextlib.suppress(FileNotFoundError):  # another process was faster
+    path.rename(path.with_name(f'{path.name}.damaged'))
+
+
+def check_permissions(folder: Path) -> None:
+  """Raises InputError where the user may not read: that is no damage."""
+  for path in (folder, *folder.rglob('*')):
+    needed = os.R_OK | os.X_OK if path.is_dir() else os.R_OK
+    effective = os.access in os.supports_effective_ids
+    if not os.access(path, needed, effective_ids=effective):
+      raise unreadable(path, os.strerror(errno.EACCES))
+
+
+def unreadable(path: Path | str, why: str | None) -> InputError:
+  """Returns the one line of what may be whole, but is not to be read now."""
+  return InputError(
+    f'{path} cannot be read: {why}; mend that, or give another --workdir'
+  )
+
+
+def check_progress(found: Any, least: Mapping[str, Any]) -> None:
+  """Raises ValueError unless it has what `least` has, and sound accuracies.
+
+  No number is negative: they are of images, seconds, records and accuracies.
+  """
+  if not isinstance(found, dict):
+    raise ValueError('its progress is no object')
+  for name in [*least, *found]:
+    value, default = found.get(name), least.get(name)
+    if isinstance(default, list):
+      fits = isinstance(value, list) and all(map(_is_count, value))
+    elif name in least:
+      fits = _is_count(value)
+    else:
+      fits = 'accuracy' not in name or value is None or _is_count(value)
+    if not fits:
+      raise ValueError(f'its progress has no {name!r} that can be used')
+
+
+def _is_count(value: Any) -> bool:
+  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  return is_number and 0 <= value < math.inf
+
+
+def difference(found: Any, own: Any) -> str:
+  """Returns how the arrays that are stored differ from ours, '' if not at all.
+
+  Half a sentence, which a remedy ends. Named is the first one that differs in
+  its name, shape or dtype. Nothing stored at all is damage, and no difference.
+  """
+  there, here = dict(_described(found)), dict(_described(own))
+  differing = {
+    name: (there.get(name), here.get(name))
+    for name in (*here, *there)
+    if there and there.get(name) != here.get(name)
+  }
+  if not differing:
+    return ''
+  name = next(iter(differing))
+  was, now = map(_in_words, differing[name])
+  told = f'array {name} is {was} there, and {now} now'
+  wide = {_is_wide(*pair) for pair in differing.values()}
+  if wide == {True}:
+    return f'was written with {X64}=1 ({told}); set it, or'
+  if wide == {False}:
+    return f'was written without {X64} ({told}); unset it, or'
+  return f'is of another network ({told});'
+
+
+def _is_wide(there: _Kind | None, here: _Kind | None) -> bool | None:
+  """Whether an array differs in having 64 bits, or in having 32; else None."""
+  if there is None or here is None:
+    return None
+  (shape, kind), (own_shape, own_kind) = there, here
+  sizes = kind.itemsize, own_kind.itemsize
+  if (shape, kind.kind, {*sizes}) != (own_shape, own_kind.kind, {4, 8}):
+    return None
+  return sizes == (8, 4)
+
+
+def _described(tree: Any) -> Iterator[tuple[str, _Kind]]:
+  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    if hasattr(leaf, 'shape'):
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      yield name, (tuple(leaf.shape), np.dtype(leaf.dtype))
+
+
+def _in_words(kind: _Kind | None) -> str:
+  return 'missing' if kind is None else f'{kind[1]} {list(kind[0])}'
