@@ -27,7 +27,7 @@ from maskconnect_jax import (
   topology,
   wiring,
 )
-from maskconnect_jax.config import InputError
+from maskconnect_jax.config import InputError, given_path
 
 MODEL_SCHEMA = 'maskconnect_jax.model/1'
 BATCH = 256
@@ -94,7 +94,7 @@ def load(folder: str | Path) -> Classifier:
   Raises:
     InputError: there is no whole model in it.
   """
-  folder = Path(folder)
+  folder = given_path(folder, '--workdir')
   if (folder / 'model' / 'model.json').is_file():  # a workdir
     folder /= 'model'
   path = folder / 'model.json'

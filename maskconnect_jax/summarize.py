@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from maskconnect_jax import config as config_lib
-from maskconnect_jax import plots, summary_plots
+from maskconnect_jax import files, plots, summary_plots
 from maskconnect_jax.config import InputError
 
 CAPTION = (
@@ -157,8 +157,7 @@ class Table:
     Raises:
       InputError: another suffix, or no run is finished.
     """
-    if path.suffix != '.png':
-      raise InputError(f'--figure={path} must end in .png')
+    check_figure(path)
     if not self.rows:
       raise InputError(f'--figure={path} needs a run that is finished')
     held_out = all(row.held_out for row in self.rows)
@@ -181,6 +180,14 @@ class Table:
       writer.writeheader()
       writer.writerows(records)
     return text.getvalue()
+
+
+def check_figure(path: Path) -> None:
+  """Raises InputError for a name under which no figure can be drawn."""
+  if path.suffix != '.png':
+    raise InputError(f'--figure={path} must end in .png')
+  for one in (path, path.with_suffix('.svg')):
+    files.check_output(one)
 
 
 def summarize(folders: Sequence[Path]) -> Table:
@@ -305,9 +312,9 @@ def short(path: str) -> str:
 
 
 def _runs_below(folder: Path) -> Iterator[Path]:
-  for path, folders, files in os.walk(folder):
+  for path, folders, names_here in os.walk(folder):
     folders.sort()
-    if 'config.json' in files:
+    if 'config.json' in names_here:
       folders.clear()  # the many files of a run hold no other
       yield Path(path)
 

@@ -23,11 +23,11 @@ FILES = sorted(ROOT.rglob('*.py'))
 ARROWS: dict[str, set[str]] = {
   '__init__': {'inference', 'models', 'stack', 'wiring'},
   'main': {
-    'describe', 'distributed', 'evaluation', 'files', 'images', 'inference',
-    'report', 'summarize', 'sweep', 'train',
+    'arguments', 'describe', 'distributed', 'evaluation', 'files', 'images',
+    'inference', 'report', 'summarize', 'sweep', 'train',
   },
-  'sweep': {'files', 'summarize', 'train'},
-  'summarize': {'plots', 'summary_plots'},
+  'sweep': {'fields', 'files', 'summarize', 'train'},
+  'summarize': {'files', 'plots', 'summary_plots'},
   'summary_plots': {'plots'},
   'train': {
     'batches', 'checkpoint', 'distributed', 'evaluation', 'experiment',
@@ -49,8 +49,8 @@ ARROWS: dict[str, set[str]] = {
     'batches', 'datasets', 'distributed', 'inference', 'steps',
   },
   'experiment': {
-    'batches', 'datasets', 'distributed', 'models', 'optimizer', 'steps',
-    'topology', 'wiring',
+    'batches', 'datasets', 'distributed', 'fields', 'models', 'optimizer',
+    'steps', 'topology', 'wiring',
   },
   'steps': {'augment', 'layers', 'wiring'},
   'inference': {
@@ -70,10 +70,12 @@ ARROWS: dict[str, set[str]] = {
   'branch_plots': {'plots'},
   'plots': set(),
   'aggregate': {'config'},
+  'arguments': {'fields'},
   'augment': set(),
   'checkpoint': set(),
-  'config': set(),
+  'config': {'fields'},
   'connectivity': set(),
+  'fields': set(),
   'decoding': {'images', 'randaugment'},
   'distributed': set(),
   'files': set(),
