@@ -370,6 +370,7 @@ def stored(workdir: Path) -> ml_collections.ConfigDict:
     AttributeError,
     KeyError,
     OSError,
+    OverflowError,
     RecursionError,
     TypeError,
     ValueError,

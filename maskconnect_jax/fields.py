@@ -177,12 +177,12 @@ class Several:
 
   @property
   def noun(self) -> str:
-    """Such as '() or 3 values, each a number in [0, 255]'."""
-    counts = [str(count) for count in self.counts if count]
-    some = f'{" or ".join(counts)} values' if counts else 'several values'
-    if not self.counts or 0 in self.counts:
-      some = f'() or {some}'
-    return f'{some}, each {self.of.noun}'
+    """Such as '(), 1 or 3 values, each a number in [0, 255]'."""
+    if not self.counts:
+      return f'() or several values, each {self.of.noun}'
+    *others, last = [str(count) if count else '()' for count in self.counts]
+    some = f'{", ".join(others)} or {last}' if others else last
+    return f'{some} values, each {self.of.noun}'
 
   def wrong(self, value: Any) -> str:
     """See `Field`."""
