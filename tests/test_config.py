@@ -272,7 +272,8 @@ def test_a_placeholder_that_nobody_filled_in():
 @pytest.mark.parametrize(
   'text',
   ['', '{', 'null', '[]', '3', '{"seed": -1}', '{"data": 3}', '{"data": null}',
-   '{"optimizer": {"steps_at": 5}}', '{"batch_size": 1e400}', '{"data": {"mixup": ' + '9' * 400 + '}}', '\ud800',
+   '{"optimizer": {"steps_at": 5}}', '{"batch_size": 1e400}', '\ud800',
+   '{"data": {"mixup": ' + '9' * 400 + '}}',
    '[' * 100_000],
 )  # fmt: skip
 def test_a_stored_config_that_is_none(text, tmp_path):
