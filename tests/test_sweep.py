@@ -140,7 +140,7 @@ def start(cli, tiny, tmp_path):
         'config.variants=data.name=\u1e69',
         'config.variants=data.name=s\u0323\u0307',
       ],
-      'would share the folder name=',
+      'the same row, or would share the folder name=',
     ),
     (
       ['config.variants=', 'config.variants=connectivity.rule=lerned'],
