@@ -195,7 +195,7 @@ def default() -> ml_collections.ConfigDict:
   config.optimizer = ml_collections.ConfigDict()  # how the weights are trained
   config.optimizer.learning_rate = 0.1
   config.optimizer.schedule = 'step'
-  config.optimizer.warmup = '0 steps'
+  config.optimizer.warmup = '0 steps'  # step s of w: times (s + 1) / w
   config.optimizer.steps_at = ('50%', '75%')  # 'step': times 0.1 at each
   config.optimizer.momentum = 0.9
   config.optimizer.nesterov = True

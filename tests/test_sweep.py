@@ -114,6 +114,10 @@ def start(cli, tiny, tmp_path):
     (['config.seeds=-1'], 'config.seeds=(-1,)'),
     (['config.seeds=4294967296'], 'each a whole number in [0, 4294967295]'),
     (['config.variants=batch_size=0'], 'batch_size=0 must be'),
+    (
+      ['config.variants=optimizer.steps_at=30%,60%'],
+      "'optimizer.steps_at=30%,60%' cannot be; give () or several values",
+    ),
     (['config.variants=optimizer.steps_at=5'], 'steps_at=(5,) must be'),
     (['config.variants=connectivity.fanin=1'], 'config.connectivity.fan_in?'),
     (
