@@ -300,16 +300,16 @@ def stored_arrays(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
   Raises:
     InputError: the folder is missing or damaged.
   """
-  with _quiet():
+  with storage.Session(folder) as session, storage.quiet() as settle:
     try:
-      found: Any = ocp.metadata(folder.absolute()).metadata
+      found: Any = session.call(ocp.metadata, session.path).metadata
       return {
         str(name): jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
         for name, leaf in found.items()
       }
     except Exception as error:  # whatever a broken file makes Orbax raise
-      damage = _first_line(error)
-      time.sleep(_SETTLE_SECONDS)
+      damage = storage.first_line(error)
+      settle()
   raise InputError(
     f'{folder} is no whole set of arrays ({damage}); write it again with'
     ' --mode=train'

@@ -11,7 +11,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import re
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,97 @@ import ml_collections
 
 from maskconnect_jax import limits
 from maskconnect_jax.errors import InputError as InputError
+from maskconnect_jax.fields import (
+  LARGEST_FLOAT32,
+  MOST,
+  Choice,
+  Duration,
+  Field,
+  File,
+  Number,
+  Several,
+  Switch,
+  Text,
+  expanded,
+  parse_duration,
+  shown,
+  whole,
+)
 
 RULES = ('learned', 'fixed_prev', 'fixed_random', 'fixed_all')
-CHOICES = {
-  'connectivity.rule': (*RULES, 'fixed_given'),
-  'connectivity.level': ('block', 'branch'),
-  'connectivity.branch_identity': ('1/K', '1/C'),
-  'connectivity.gradient': ('all', 'drawn', 'centered', 'normalized'),
-  'connectivity.scale': ('mean', 'sum'),
-  'model.remat': ('none', 'block'),
-  'connectivity.adapter': ('pool', 'projection', 'same_stage'),
-  'masks.schedule': ('constant', 'cosine', 'step'),
-  'optimizer.schedule': ('constant', 'cosine', 'step'),
-  'data.source': ('digits', 'idx', 'folder', 'tfds'),
-  'data.crop': ('pad', 'resized'),
-  'model.dtype': ('float32', 'bfloat16'),
+
+_FINITE = LARGEST_FLOAT32  # what is trained with is float32
+
+# What each field of `default` takes. A new field is a line here and one there.
+FIELDS: dict[str, Field] = {
+  # jax.random.key keeps the lower 32 bits of a seed, so that 2**32 would be the
+  # same run as 0, and Grain's order of the images takes no others.
+  'seed': whole(0, 2**32 - 1),
+  'seeds': Several(whole(0, 2**32 - 1)),
+  'variants': Several(Text()),
+  'batch_size': whole(1),
+  'eval_batch_size': whole(1),
+  'duration': Duration(part=False),
+  'evaluate_every': Duration(),
+  'checkpoint_every': Duration(),
+  'keep_checkpoints': whole(1),
+  'log_every': Duration(),
+  'model.name': Text(),
+  'model.width': whole(0, limits.MAX_WIDTH),
+  'model.dtype': Choice(('float32', 'bfloat16')),
+  'model.remat': Choice(('none', 'block')),
+  'connectivity.rule': Choice((*RULES, 'fixed_given')),
+  'connectivity.topology': File(),
+  'connectivity.shuffled': Switch(),
+  'connectivity.level': Choice(('block', 'branch')),
+  'connectivity.fan_in': whole(1),
+  'connectivity.phase': Duration(),
+  'connectivity.stem_source': Switch(),
+  'connectivity.gradient': Choice(('all', 'drawn', 'centered', 'normalized')),
+  'connectivity.gradient_every': whole(1),
+  'connectivity.initial': Number(0, 1),
+  'connectivity.initial_spread': Number(0, 1),
+  'connectivity.temperature': Number(1e-6, 1),  # scores are divided by it
+  'connectivity.scale': Choice(('mean', 'sum')),
+  'connectivity.adapter': Choice(('pool', 'projection', 'same_stage')),
+  'connectivity.branch_identity': Choice(('1/K', '1/C')),
+  'connectivity.batchnorm_batches': whole(0),
+  'masks.learning_rate': Number(0, _FINITE),
+  'masks.schedule': Choice(('constant', 'cosine', 'step')),
+  'masks.momentum': Number(0, 1),
+  'masks.start': Duration(),
+  'masks.relative': Number(0, 1, open=')'),  # 1 would be a mean of nothing
+  'optimizer.learning_rate': Number(0, _FINITE),
+  'optimizer.schedule': Choice(('constant', 'cosine', 'step')),
+  'optimizer.warmup': Duration(),
+  'optimizer.steps_at': Several(Duration()),
+  'optimizer.momentum': Number(0, 1),
+  'optimizer.nesterov': Switch(),
+  'optimizer.weight_decay': Number(0, _FINITE),
+  'optimizer.decay_all': Switch(),
+  'optimizer.label_smoothing': Number(0, 1),
+  'optimizer.average': Number(0, 1, open=')'),  # 1 would keep the first weights
+  'data.source': Choice(('digits', 'idx', 'folder', 'tfds')),
+  'data.name': Text(),
+  'data.dir': File(),
+  'data.image_size': whole(0, limits.MAX_SIDE),
+  'data.eval_resize': whole(0, limits.MAX_SIDE),
+  'data.validation': whole(0),
+  'data.train_images': whole(0),
+  'data.skip_errors': Switch(),
+  'data.memory_gb': Number(0, 1e9),
+  'data.threads': whole(1),
+  'data.workers': whole(0, 1024),
+  'data.crop': Choice(('pad', 'resized')),
+  'data.crop_scale': Several(Number(0, 1, open='('), counts=(2,)),
+  'data.pad': whole(0, limits.MAX_SIDE),
+  'data.flip': Switch(),
+  'data.randaugment': whole(0, 100),
+  'data.randaugment_magnitude': Number(0, 10),
+  'data.mixup': Number(0, 1000),
+  # On the 0..255 scale: numbers on the 0..1 scale show in a std below 1.
+  'data.mean': Several(Number(0, 255), counts=(0, 1, 3)),
+  'data.std': Several(Number(1, 255), counts=(0, 1, 3)),
 }
 
 # Fields that mean nothing unless another has this value.
@@ -46,15 +122,6 @@ ONLY_WITH = {
   'connectivity.branch_identity': ('connectivity.level', 'branch'),
   'connectivity.shuffled': ('connectivity.rule', 'fixed_given'),
   'data.randaugment': ('data.crop', 'resized'),
-}
-
-# Beyond these a number is a slip: nothing is allocated for it.
-MOST = {
-  'model.width': limits.MAX_WIDTH,
-  'connectivity.fan_in': limits.MAX_FAN_IN,
-  'data.image_size': limits.MAX_SIDE,
-  'data.eval_resize': limits.MAX_SIDE,
-  'data.pad': limits.MAX_SIDE,
 }
 
 # What neither a run's weights nor its data depend on, but for how they are
@@ -122,7 +189,7 @@ def default() -> ml_collections.ConfigDict:
   config.optimizer = ml_collections.ConfigDict()  # how the weights are trained
   config.optimizer.learning_rate = 0.1
   config.optimizer.schedule = 'step'
-  config.optimizer.warmup = '0 steps'
+  config.optimizer.warmup = '0 steps'  # step s of w: times (s + 1) / w
   config.optimizer.steps_at = ('50%', '75%')  # 'step': times 0.1 at each
   config.optimizer.momentum = 0.9
   config.optimizer.nesterov = True
@@ -158,7 +225,11 @@ def default() -> ml_collections.ConfigDict:
 def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Returns {'optimizer.warmup': '0 steps', ...}, every leaf by its path."""
   leaves: dict[str, Any] = {}
-  for name, value in config.items():
+  for name in config:
+    try:
+      value = config[name]
+    except ml_collections.config_dict.RequiredValueError:
+      value = None  # a placeholder that nobody filled in
     if isinstance(value, ml_collections.ConfigDict):
       leaves |= {f'{name}.{path}': leaf for path, leaf in flat(value).items()}
     else:
@@ -167,67 +238,26 @@ def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-  """Raises InputError for a field or value that no run can use."""
+  """Raises InputError for a field or value that no run can use.
+
+  Whatever a config comes from, it is checked here before it is used.
+  """
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise InputError(
+      f'the config is a {type(config).__name__}, not a ConfigDict such as'
+      ' maskconnect_jax.config.default() returns'
+    )
   known, given = flat(default()), flat(config)
   for path in given:
     if path not in known:
       raise InputError(unknown_field(path))
-  for path in known:
-    if path not in given:
-      raise InputError(
-        f'config.{path} is missing; its default is {known[path]!r}'
-      )
-  for path in CHOICES:
-    check_choice(path, given[path], f'config.{path}')
-  for path in (
-    'batch_size',
-    'eval_batch_size',
-    'keep_checkpoints',
-    'connectivity.fan_in',
-    'connectivity.gradient_every',
-    'data.threads',
-  ):
-    if given[path] < 1:
-      raise InputError(f'config.{path}={given[path]} must be at least 1')
+  check_values(given)
   if given['batch_size'] % given['connectivity.gradient_every']:
     raise InputError(
       'config.connectivity.gradient_every='
       f'{given["connectivity.gradient_every"]} must divide'
       f' config.batch_size={given["batch_size"]}'
     )
-  for path in (
-    'connectivity.initial_spread',
-    'connectivity.batchnorm_batches',
-    'masks.learning_rate',
-    'optimizer.learning_rate',
-    'optimizer.weight_decay',
-    'data.validation',
-    'data.train_images',
-    'data.pad',
-    'data.image_size',
-    'data.eval_resize',
-    'data.workers',
-    'data.randaugment',
-    'data.mixup',
-    'model.width',
-  ):
-    if not 0 <= given[path] < math.inf:
-      raise InputError(
-        f'config.{path}={given[path]} must be 0 or a number above it'
-      )
-  for path, most in MOST.items():
-    if given[path] > most:
-      raise InputError(f'config.{path}={given[path]} must be at most {most}')
-  for path in (
-    'connectivity.initial',
-    'masks.momentum',
-    'masks.relative',
-    'optimizer.momentum',
-    'optimizer.label_smoothing',
-    'optimizer.average',
-  ):
-    if not 0 <= given[path] <= 1:
-      raise InputError(f'config.{path}={given[path]} must be in [0, 1]')
   if bool(given['connectivity.topology']) != (
     given['connectivity.rule'] == 'fixed_given'
   ):
@@ -241,43 +271,37 @@ def check(config: ml_collections.ConfigDict) -> None:
         f'config.{path}={given[path]!r} is for config.{other}={value!r} alone,'
         f' not for {given[other]!r}; leave it at {known[path]!r}'
       )
-  if not 0 < given['connectivity.temperature'] <= 1:
-    raise InputError(
-      f'config.connectivity.temperature={given["connectivity.temperature"]}'
-      ' must be above 0 and at most 1'
-    )
-  for path in (
-    'duration',
-    'evaluate_every',
-    'checkpoint_every',
-    'log_every',
-    'connectivity.phase',
-    'masks.start',
-    'optimizer.warmup',
-  ):
-    parse_duration(given[path], f'config.{path}')
-  for boundary in config.optimizer.steps_at:
-    parse_duration(boundary, 'config.optimizer.steps_at')
-  if '%' in config.duration:
-    raise InputError(
-      f'config.duration={config.duration!r} needs a unit of its'
-      " own: '60 epochs', '400 steps' or '1e6 examples'"
-    )
   _check_data(config.data)
+
+
+def check_values(given: dict[str, Any]) -> None:
+  """Raises InputError for a field that is missing or not what FIELDS says.
+
+  Args:
+    given: every field by its path, as `flat` returns; unknown ones may be
+      among them.
+  """
+  for path, field in FIELDS.items():
+    if path not in given:
+      raise InputError(
+        f'config.{path} is missing; its default is {flat(default())[path]!r}'
+      )
+    if fault := field.wrong(given[path]):
+      raise InputError(f'config.{path}={shown(given[path])} {fault}')
 
 
 def _check_data(data: ml_collections.ConfigDict) -> None:
   """Raises InputError for fields of `config.data` that do not go together."""
-  scale = tuple(data.crop_scale)
-  if len(scale) != 2 or not 0 < scale[0] <= scale[1] <= 1:
+  smaller, larger = data.crop_scale
+  if smaller > larger:
     raise InputError(
-      f'config.data.crop_scale={scale} must be two shares, the smaller first,'
-      ' such as (0.08, 1.0)'
+      f'config.data.crop_scale={shown(data.crop_scale)} must be two shares, the'
+      ' smaller first, such as (0.08, 1.0)'
     )
-  if not 0 <= data.randaugment_magnitude <= 10:
+  if data.mean and data.std and len(data.mean) != len(data.std):
     raise InputError(
-      f'config.data.randaugment_magnitude={data.randaugment_magnitude} must be'
-      ' in [0, 10]'
+      f'config.data.mean={shown(data.mean)} and'
+      f' config.data.std={shown(data.std)} must have as many values'
     )
   if data.eval_resize and not 0 < data.image_size <= data.eval_resize:
     raise InputError(
@@ -298,10 +322,23 @@ def check_is_one_run(config: ml_collections.ConfigDict) -> None:
 
 def check_choice(path: str, value: Any, name: str) -> None:
   """Raises InputError, calling it `name`, if a field cannot have a value."""
-  if not isinstance(value, str) or value not in CHOICES[path]:
-    raise InputError(
-      f'{name}={value!r} is not one of {", ".join(CHOICES[path])}'
-    )
+  if fault := FIELDS[path].wrong(value):
+    raise InputError(f'{name}={shown(value)} {fault}')
+
+
+def given_path(path: str | os.PathLike[str], name: str) -> Path:
+  """Returns a path that a user gave, ~ expanded; see `fields.expanded`.
+
+  Fields keep what was given: it is expanded where it is used, so that
+  config.json means the same to another user.
+
+  Raises:
+    InputError: no file can have it; the message calls it `name`.
+  """
+  try:
+    return expanded(path)
+  except ValueError as error:
+    raise InputError(f'{name}={shown(os.fspath(path))} {error}') from error
 
 
 def stored(workdir: Path) -> ml_collections.ConfigDict:
@@ -322,7 +359,16 @@ def stored(workdir: Path) -> ml_collections.ConfigDict:
     record = json.loads(path.read_text(encoding='utf-8'))
     with config.ignore_type():  # JSON has lists where the config has tuples
       config.update(record)
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    check_values(flat(config))
+  except (
+    AttributeError,
+    KeyError,
+    OSError,
+    OverflowError,
+    RecursionError,
+    TypeError,
+    ValueError,
+  ) as error:
     raise InputError(
       f'{path} is damaged ({error}); give another --workdir'
     ) from error
@@ -350,28 +396,6 @@ def unknown_field(path: str) -> str:
   return f'config.{path} is not a config field; {hint}'
 
 
-def kind(value: Any) -> str:
-  """Returns what a field of this value takes, in words."""
-  return {bool: 'true or false', int: 'a whole number', float: 'a number'}.get(
-    type(value), f'a {type(value).__name__}'
-  )
-
-
-def parse_duration(text: str, name: str) -> tuple[float, str]:
-  """Splits '60 epochs' into (60.0, 'epochs'); '%' is the unit of '50%'."""
-  match = re.fullmatch(
-    r'\s*([0-9]*\.?[0-9]+(?:e[0-9]{1,2})?)\s*(%|steps?|epochs?|examples?)\s*',
-    str(text),
-  )
-  if not match:
-    raise InputError(
-      f"{name}={text!r} is not a duration; write '60 epochs',"
-      " '400 steps', '1e6 examples' or '50%'"
-    )
-  unit = match[2] if match[2].endswith(('%', 's')) else match[2] + 's'
-  return float(match[1]), unit
-
-
 def to_steps(
   text: str,
   *,
@@ -390,16 +414,23 @@ def to_steps(
     total: steps of the whole run, needed for '%'.
     name: the field, for the message.
 
+  Returns:
+    At most 2**31 - 1, which no run reaches.
+
   Raises:
     InputError: `text` is no duration, or a per cent without a `total`.
   """
-  amount, unit = parse_duration(text, name)
+  if fault := Duration().wrong(text):
+    raise InputError(f'{name}={shown(text)} {fault}')
+  amount, unit = parse_duration(text) or (0.0, '')
   if unit == '%':
     if total is None:
       raise InputError(f'{name}={text!r} cannot be a per cent')
-    return round(amount / 100 * total)
-  if unit == 'epochs':
-    return round(amount * (num_examples // batch_size))
-  if unit == 'examples':
-    return math.ceil(amount / batch_size)
-  return round(amount)
+    steps = amount / 100 * total
+  elif unit == 'epochs':
+    steps = amount * (num_examples // batch_size)
+  elif unit == 'examples':
+    steps = math.ceil(amount / batch_size)
+  else:
+    steps = amount
+  return round(min(steps, MOST))

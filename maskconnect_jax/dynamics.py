@@ -51,7 +51,7 @@ from pathlib import Path
 import numpy as np
 
 from maskconnect_jax import dynamics_plots, plots, summarize, trajectories
-from maskconnect_jax.config import InputError
+from maskconnect_jax.config import InputError, given_path
 from maskconnect_jax.trajectories import Trajectory
 
 QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -209,15 +209,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
   )
   given = parser.parse_args(arguments)
   try:
-    found = summarize.find_runs(given.workdirs)
+    if given.figure:
+      given.figure = given_path(given.figure, '--figure')
+      summarize.check_figure(given.figure)
+    found = summarize.find_runs(
+      [given_path(folder, 'workdirs') for folder in given.workdirs]
+    )
     masked = [run for run in found if (run / 'real_masks.npz').is_file()]
     if not masked:
       raise InputError(
         f'{found[0]} holds no real_masks.npz; give runs with'
         ' connectivity.rule=learned that have saved a checkpoint'
       )
-    if given.figure and given.figure.suffix != '.png':
-      raise InputError(f'--figure={given.figure} must end in .png')
     if given.figure and len(masked) > dynamics_plots.MOST:
       raise InputError(
         f'--figure draws up to {dynamics_plots.MOST} runs, not {len(masked)};'

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +15,7 @@ from maskconnect_jax import (
   batches,
   datasets,
   distributed,
+  fields,
   models,
   optimizer,
   steps,
@@ -66,6 +66,11 @@ def make_plan(config: ml_collections.ConfigDict, num_examples: int) -> Plan:
   total = to_steps(config.duration, name='config.duration')
   if total < 1:
     raise InputError(f'config.duration={config.duration!r} is not one step')
+  if total >= fields.MOST:
+    raise InputError(
+      f'config.duration={config.duration!r} is too long; a run has fewer than'
+      f' {fields.MOST:,} steps'
+    )
 
   def steps_of(text: str, name: str) -> int:
     return to_steps(text, total=total, name=f'config.{name}')
@@ -260,7 +265,9 @@ def with_given_topology(
   Raises:
     InputError: there is none, it is damaged, or is another network's.
   """
-  path = Path(config.connectivity.topology)
+  path = config_lib.given_path(
+    config.connectivity.topology, 'config.connectivity.topology'
+  )
   given = topology.read(
     path,
     remedy='config.connectivity.topology takes the topology.json of a finished'

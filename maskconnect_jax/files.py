@@ -22,6 +22,26 @@ _MAX_JSON = 2**26  # bytes; a topology of 1,000 blocks that take all has 2**24
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+def check_output(path: Path) -> None:
+  """Raises InputError if a file cannot be written, before there is work done.
+
+  Missing folders are no fault: they are made when the file is written.
+  """
+  if path.is_dir():
+    raise InputError(f'{path} is a folder; give the name of a file')
+  there = path.parent
+  while not there.exists() and there != there.parent:
+    there = there.parent
+  if not there.is_dir():
+    raise InputError(
+      f'{path} cannot be written: {there} is not a folder; give another name'
+    )
+  if not os.access(there, os.W_OK | os.X_OK):
+    raise InputError(
+      f'{path} cannot be written: no permission to write into {there}'
+    )
+
+
 @contextlib.contextmanager
 def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
   """Yields a temporary path beside `path`, which takes its place at the end.

@@ -194,7 +194,7 @@ def find_images(
   Raises:
     InputError: `path` does not exist or is a folder without images.
   """
-  root = pathlib.Path(path).expanduser()
+  root = config.given_path(path, '--images')
   if root.is_file():
     return [root]
   if not root.is_dir():

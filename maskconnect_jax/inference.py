@@ -29,7 +29,7 @@ from maskconnect_jax import (
   topology,
   wiring,
 )
-from maskconnect_jax.config import InputError
+from maskconnect_jax.config import InputError, given_path
 
 BATCH = 256
 _BATCH_BYTES = 2**26  # of the images of a batch, before they are widened
@@ -100,7 +100,7 @@ def load(folder: str | Path) -> Classifier:
   Raises:
     InputError: there is no whole model in it.
   """
-  folder = Path(folder)
+  folder = given_path(folder, '--workdir')
   if (folder / 'model' / 'model.json').is_file():  # a workdir
     folder /= 'model'
   path = folder / 'model.json'

@@ -33,8 +33,8 @@ import platformdirs
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from maskconnect_jax import config as config_lib
 from maskconnect_jax import (
+  arguments,
   describe,
   distributed,
   evaluation,
@@ -46,13 +46,22 @@ from maskconnect_jax import (
   sweep,
   train,
 )
+from maskconnect_jax import config as config_lib
 from maskconnect_jax.config import InputError
+
+PATH = arguments.PathParser()
+AS_TEXT: flags.ArgumentSerializer[Path] = flags.ArgumentSerializer()
 
 CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'The experiment, such as configs/digits.py.'
 )
-WORKDIR = flags.DEFINE_string(
-  'workdir', None, 'Where a run writes, and where it goes on from.'
+flags.FLAGS['config'].parser = arguments.ConfigParser()
+WORKDIR = flags.DEFINE(
+  PATH,
+  'workdir',
+  None,
+  'Where a run writes, and where it goes on from.',
+  serializer=AS_TEXT,
 )
 MODE = flags.DEFINE_enum(
   'mode',
@@ -64,20 +73,32 @@ MODE = flags.DEFINE_enum(
   ' of config.variants with every one of config.seeds) or summarize (the table'
   ' of the runs in --workdirs).',
 )
-IMAGES = flags.DEFINE_multi_string(
-  'images', [], 'predict: a file or a folder; may be repeated.'
+IMAGES = flags.DEFINE_multi(
+  PATH, AS_TEXT, 'images', [], 'predict: a file or a folder; may be repeated.'
 )
 JSON = flags.DEFINE_bool(
   'json', False, 'predict: print one JSON object per line.'
 )
-WORKDIRS = flags.DEFINE_multi_string(
-  'workdirs', [], 'summarize: a run, or a folder of runs; may be repeated.'
+WORKDIRS = flags.DEFINE_multi(
+  PATH,
+  AS_TEXT,
+  'workdirs',
+  [],
+  'summarize: a run, or a folder of runs; may be repeated.',
 )
-CSV = flags.DEFINE_string(
-  'csv', None, 'summarize: a file for the table as CSV.'
+CSV = flags.DEFINE(
+  PATH,
+  'csv',
+  None,
+  'summarize: a file for the table as CSV.',
+  serializer=AS_TEXT,
 )
-FIGURE = flags.DEFINE_string(
-  'figure', None, 'summarize: FILE.png, a picture of it; also FILE.svg.'
+FIGURE = flags.DEFINE(
+  PATH,
+  'figure',
+  None,
+  'summarize: FILE.png, a picture of it; also FILE.svg.',
+  serializer=AS_TEXT,
 )
 PARALLEL = flags.DEFINE_integer(
   'parallel',
@@ -91,10 +112,10 @@ MULTIHOST = flags.DEFINE_bool(
 )
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
   """Runs one mode."""
-  if len(arguments) > 1:
-    raise InputError(f'{arguments[1]!r} is no flag; write --flag=value')
+  if len(argv) > 1:
+    raise InputError(f'{argv[1]!r} is no flag; write --flag=value')
   if MULTIHOST.value:
     if MODE.value not in ('train', 'describe'):
       raise InputError(
@@ -189,11 +210,15 @@ def run_summarize() -> None:
     raise InputError(
       '--mode=summarize needs --workdirs, such as --workdirs=runs/rules'
     )
-  table = summarize.summarize([Path(name) for name in WORKDIRS.value])
   if FIGURE.value:
-    table.draw(Path(FIGURE.value))
+    summarize.check_figure(FIGURE.value)
   if CSV.value:
-    files.write_text(Path(CSV.value), table.csv())
+    files.check_output(CSV.value)
+  table = summarize.summarize(WORKDIRS.value)
+  if FIGURE.value:
+    table.draw(FIGURE.value)
+  if CSV.value:
+    files.write_text(CSV.value, table.csv())
   print(table.markdown(), end='')
 
 
@@ -210,9 +235,8 @@ def the_config_or_stored() -> ml_collections.ConfigDict:
   """Returns --config, or without it the one that --workdir was written with."""
   if CONFIG.value is not None or not WORKDIR.value:
     return the_config()
-  workdir = Path(WORKDIR.value)
-  if (workdir / 'config.json').exists():
-    return config_lib.stored(workdir)
+  if (WORKDIR.value / 'config.json').exists():
+    return config_lib.stored(WORKDIR.value)
   return the_config()
 
 
@@ -222,54 +246,40 @@ def the_workdir() -> Path:
     raise InputError(
       f'--mode={MODE.value} needs --workdir, such as --workdir=runs/digits'
     )
-  return Path(WORKDIR.value)
+  path: Path = WORKDIR.value
+  return path
 
 
-def parse_flags(arguments: Sequence[str]) -> list[str]:
+def parse_flags(argv: Sequence[str]) -> list[str]:
   """Parses the command line; what is wrong with it is an InputError."""
-  given = [a.lstrip('-').partition('=')[0] for a in arguments[1:]]
+  given = [a.lstrip('-').partition('=')[0] for a in argv[1:]]
   fields = [g.removeprefix('config.') for g in given if g[:7] == 'config.']
   if fields and 'config' not in given:
     raise InputError(
       f'--config.{fields[0]} changes a field of --config, which is missing;'
       ' give it too, such as --config=configs/digits.py'
     )
-  config = _value_of('config', arguments)
-  if config is not None and not Path(config.partition(':')[0]).is_file():
-    raise InputError(_no_config_file(config, 'there is no such file'))
   known = config_lib.flat(config_lib.default())
   try:
-    return flags.FLAGS([_quoted(argument) for argument in arguments])
+    return flags.FLAGS([_quoted(argument) for argument in argv])
   except flags.IllegalFlagValueError as error:
+    if isinstance(error.__context__, InputError):  # of --config
+      raise error.__context__ from error
     for field in fields:
       if field in known and f'--config.{field}=' in str(error):
         raise InputError(
-          f'{_one_line(error)}; give {config_lib.kind(known[field])}, such as'
+          f'{_one_line(error)}; give {config_lib.FIELDS[field].noun}, such as'
           f' {known[field]!r}'
         ) from error
-    if config and f'--config={config}:' in str(error):
-      # Errors of get_config() come with a traceback, whose last line says why.
-      why = str(error).rstrip().splitlines()[-1]
-      raise InputError(_no_config_file(config, why)) from error
     raise InputError(f'{_one_line(error)}; --help says what is') from error
   except flags.Error as error:
     raise InputError(f'{_one_line(error)}; --help lists the flags') from error
-  except (AttributeError, KeyError) as error:  # an unknown --config.field
+  except (AttributeError, KeyError, TypeError) as error:
+    # An unknown --config.field; or a section as one.
     for field in fields:
       if field not in known:
         raise InputError(config_lib.unknown_field(field)) from error
     raise
-  except SyntaxError as error:
-    raise InputError(_no_config_file(config or '', str(error))) from error
-
-
-def _value_of(name: str, arguments: Sequence[str]) -> str | None:
-  """Returns the value of --name=value or --name value, before it is parsed."""
-  for argument, following in zip(arguments, [*arguments[1:], ''], strict=True):
-    flag, equals, value = argument.partition('=')
-    if flag in (f'-{name}', f'--{name}'):
-      return value if equals else following
-  return None
 
 
 def _quoted(argument: str) -> str:
@@ -278,13 +288,6 @@ def _quoted(argument: str) -> str:
   if flag.lstrip('-') != 'config.variants' or value[:1] in ('(', "'", '"'):
     return argument
   return f'{flag}={value!r}'
-
-
-def _no_config_file(name: str, why: str) -> str:
-  return (
-    f'--config={name} is no config file ({why}); give a Python file that has'
-    ' get_config(), such as configs/digits.py'
-  )
 
 
 def _one_line(error: Exception) -> str:
@@ -327,6 +330,13 @@ def run() -> None:
       ' takes less with config.model.remat=block',
       file=sys.stderr,
     )
+    sys.exit(2)
+  except OSError as error:
+    # Of the system, not of the program: a folder that cannot be written to, a
+    # file that cannot be read.
+    if error.filename is None:
+      raise
+    print(f'error: {error.filename}: {error.strerror}', file=sys.stderr)
     sys.exit(2)
   except KeyboardInterrupt:
     print(

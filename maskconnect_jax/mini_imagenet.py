@@ -53,7 +53,7 @@ from typing import Any, NamedTuple
 import tqdm
 
 from maskconnect_jax import images as images_lib
-from maskconnect_jax.config import InputError
+from maskconnect_jax.config import InputError, given_path
 
 try:
   import tensorflow_datasets as tfds
@@ -136,10 +136,10 @@ class MiniImagenet(  # type: ignore[call-arg]  # TFDS has no types
       train: training images of a class.
       test: test images of a class.
     """
-    self._images = Path(images).expanduser()
+    self._images = given_path(images, '--images')
     self._classes, self._train, self._test = tuple(classes), train, test
     super().__init__(
-      data_dir=os.path.expanduser(data_dir) if data_dir else None,
+      data_dir=given_path(data_dir, '--data_dir') if data_dir else None,
       file_format='array_record',  # what is read without TensorFlow
     )
 

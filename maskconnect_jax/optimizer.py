@@ -26,7 +26,7 @@ def schedule(
       times 0.1 at each of `steps_at`.
     base: the rate after the warm-up.
     total_steps: length of the run, warm-up included.
-    warmup_steps: the rate first rises linearly from 0 over so many steps.
+    warmup_steps: w; step s = 0 ... w - 1 has the rate base * (s + 1) / w.
     steps_at: where 'step' drops, counted from the start of the run.
   """
   if kind == 'cosine':
@@ -42,9 +42,11 @@ def schedule(
     after = optax.constant_schedule(base)
   if not warmup_steps:
     return after
-  return optax.join_schedules(
-    [optax.linear_schedule(0.0, base, warmup_steps), after], [warmup_steps]
-  )
+
+  def rising(step: Any) -> Any:
+    return base * ((step + 1) / warmup_steps)
+
+  return optax.join_schedules([rising, after], [warmup_steps])
 
 
 def between(active: optax.Schedule, start: int, end: int) -> optax.Schedule:

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 
 from maskconnect_jax import images as images_lib
-from maskconnect_jax.config import InputError
+from maskconnect_jax.config import InputError, given_path
 from maskconnect_jax.decoding import Record
 
 
@@ -230,8 +230,7 @@ def _tfds(data: ml_collections.ConfigDict) -> Source:
       'config.data.name is empty; config.data.source='
       "'tfds' needs the name of a set, such as 'cifar10'"
     )
-  if data.dir:
-    _folder_of(data, 'the prepared TFDS sets')
+  folder = _folder_of(data, 'the prepared TFDS sets') if data.dir else None
   try:
     import tensorflow_datasets as tfds
   except ImportError as error:
@@ -241,7 +240,7 @@ def _tfds(data: ml_collections.ConfigDict) -> Source:
     ) from error
   name = f'config.data.name={data.name!r}'
   try:
-    builder = tfds.builder(data.name, data_dir=data.dir or None)
+    builder = tfds.builder(data.name, data_dir=folder)
   except ValueError as error:
     remedy = (
       'python -m maskconnect_jax.mini_imagenet --images=DIR prepares it'
@@ -312,7 +311,7 @@ _SOURCES: dict[str, Callable[[ml_collections.ConfigDict], Source]] = {
 
 def _folder_of(data: ml_collections.ConfigDict, needs: str) -> pathlib.Path:
   """Returns `data.dir`, which must be a folder with something in it."""
-  path = pathlib.Path(data.dir).expanduser()
+  path = given_path(data.dir, 'config.data.dir')
   if not data.dir:
     fault = 'is not set'
   elif not path.is_dir():

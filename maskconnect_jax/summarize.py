@@ -174,8 +174,7 @@ class Table:
     Raises:
       InputError: another suffix, or no run is finished.
     """
-    if path.suffix != '.png':
-      raise InputError(f'--figure={path} must end in .png')
+    check_figure(path)
     if not self.rows:
       raise InputError(f'--figure={path} needs a run that is finished')
     held_out = all(row.held_out for row in self.rows)
@@ -198,6 +197,14 @@ class Table:
       writer.writeheader()
       writer.writerows(records)
     return text.getvalue()
+
+
+def check_figure(path: Path) -> None:
+  """Raises InputError for a name under which no figure can be drawn."""
+  if path.suffix != '.png':
+    raise InputError(f'--figure={path} must end in .png')
+  for one in (path, path.with_suffix('.svg')):
+    files.check_output(one)
 
 
 def summarize(folders: Sequence[Path]) -> Table:

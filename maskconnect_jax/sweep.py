@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -27,7 +29,7 @@ from absl import flags
 from ml_collections.config_flags import tuple_parser
 
 from maskconnect_jax import config as config_lib
-from maskconnect_jax import files, summarize, train
+from maskconnect_jax import fields, files, summarize, train
 from maskconnect_jax.config import InputError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -82,7 +84,11 @@ def sweep(
   """
   config_lib.check(config)
   everyone = members(config, workdir)
+  tables = workdir / 'table.csv', workdir / 'table.md'
+  for path in tables:
+    files.check_output(path)
   for member in everyone:
+    config_lib.given_path(member.workdir, '--workdir')
     config_lib.check(member.config)
     train.check_workdir(member.config, member.workdir)
   waiting = [member for member in everyone if not member.finished]
@@ -96,8 +102,8 @@ def sweep(
       say('stopped; the same command goes on')
       return 128 + number
   table = summarize.summarize([member.workdir for member in everyone])
-  files.write_text(workdir / 'table.csv', table.csv())
-  files.write_text(workdir / 'table.md', table.markdown())
+  for path, text in zip(tables, (table.csv(), table.markdown()), strict=True):
+    files.write_text(path, text)
   print(table.markdown(), end='')
   for failure in failures:
     say(failure)
@@ -112,7 +118,7 @@ def members(config: ml_collections.ConfigDict, workdir: Path) -> list[Member]:
   """
   seeds = config.seeds or (config.seed,)
   for seed in seeds:
-    if type(seed) is not int or seeds.count(seed) > 1:
+    if list(seeds).count(seed) > 1:
       raise InputError(
         f'config.seeds={seeds} must be different whole numbers, such as 0,1,2'
       )
@@ -124,7 +130,7 @@ def members(config: ml_collections.ConfigDict, workdir: Path) -> list[Member]:
     name = folder_name(overrides)
     for other, (twin, theirs) in rows.items():
       same = config_lib.essential(theirs) == config_lib.essential(row)
-      if other == name or same:
+      if _as_one(other) == _as_one(name) or same:
         raise InputError(
           f'config.variants: {twin!r} and {variant!r} are the same row, or'
           f' would share the folder {name}; leave one of them out'
@@ -172,17 +178,37 @@ def parse_variant(variant: str) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
       raise InputError(
         f'config.variants: {override!r} cannot be; give'
-        f' {config_lib.kind(known[path])}, such as {known[path]!r}'
+        f' {config_lib.FIELDS[path].noun}, such as {known[path]!r}'
       ) from error
   return overrides
 
 
 def folder_name(overrides: dict[str, Any]) -> str:
-  """Returns 'rule=fixed_random,fan_in=4', or 'base' without overrides."""
+  """Returns 'rule=fixed_random,fan_in=4', or 'base' without overrides.
+
+  A name that is too long for a folder ends in a digest of all overrides.
+  """
   text = ','.join(
     f'{summarize.short(path)}={value}' for path, value in overrides.items()
   )
-  return re.sub(r'[^\w.,=+%-]+', '-', text) or 'base'
+  name = re.sub(r'[^\w.,=+%-]+', '-', text) or 'base'
+  encoded = name.encode()
+  if len(encoded) <= fields.LONGEST_NAME:
+    return name
+  digest = hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()
+  end = f'-{digest[:16]}'
+  # Of a character that is cut in two, nothing stays.
+  start = encoded[: fields.LONGEST_NAME - len(end)].decode(errors='ignore')
+  return start + end
+
+
+def _as_one(name: str) -> str:
+  """Returns what is equal for names that some file system takes for one.
+
+  That of macOS tells neither cases nor Unicode's forms apart, that of Windows
+  no cases; and a sweep may be moved there.
+  """
+  return unicodedata.normalize('NFC', name).casefold()
 
 
 def devices() -> tuple[str, int]:

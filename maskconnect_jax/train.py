@@ -69,7 +69,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
     InputError: something given cannot be used, raised before anything is
       written; or the loss stopped being finite.
   """
-  workdir = Path(workdir)
+  workdir = config_lib.given_path(workdir, '--workdir')
   config_lib.check(config)
   config_lib.check_is_one_run(config)
   check_workdir(config, workdir)

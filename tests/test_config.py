@@ -4,11 +4,15 @@ import runpy
 from pathlib import Path
 
 import ml_collections
+import numpy as np
 import pytest
 from flax import nnx
+from ml_collections import config_dict
 
 from maskconnect_jax import config as config_lib
-from maskconnect_jax import datasets, experiment, models
+from maskconnect_jax import datasets, experiment, models, train
+
+NAN, INF = float('nan'), float('inf')
 
 CONFIGS = sorted((Path(__file__).parents[1] / 'configs').glob('*.py'))
 
@@ -41,13 +45,38 @@ def test_to_steps(text, steps):
 @pytest.mark.parametrize(
   'text',
   ['', '60', 'epochs', '60 epoch s', '-1 steps', '1.2.3 steps', '. steps',
-   'nan steps', '1e999 steps', '5 minutes', '60 epochs!', 3],
+   'nan steps', 'inf steps', '1e999 steps', '5 minutes', '60 epochs!', 3, None,
+   '1 steps\0', '\u0663 steps', '60 epochs\n400 steps'],
 )  # fmt: skip
 def test_bad_durations(text):
   with pytest.raises(config_lib.InputError) as error:
     config_lib.to_steps(text, batch_size=1, num_examples=1, name='config.x')
   assert str(error.value).startswith(f'config.x={text!r} is not a duration')
   assert '60 epochs' in str(error.value)
+
+
+@pytest.mark.parametrize('unit', ['%', ' steps', ' epochs', ' examples'])
+@pytest.mark.parametrize('amount', ['1e99', '9' * 300])
+def test_a_duration_without_end_is_a_number_of_steps(amount, unit):
+  assert (
+    config_lib.to_steps(
+      f'{amount}{unit}', batch_size=1, num_examples=9, total=9
+    )
+    == 2**31 - 1
+  )
+
+
+def test_a_duration_of_more_digits_than_a_float_has():
+  with pytest.raises(config_lib.InputError, match='is not a duration') as error:
+    config_lib.to_steps('9' * 400 + ' steps', batch_size=1, num_examples=1)
+  assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize('duration', ['1e99 epochs', '3e9 steps'])
+def test_a_run_that_is_too_long(duration):
+  config = changed('duration', duration)
+  with pytest.raises(config_lib.InputError, match='is too long; a run has'):
+    experiment.make_plan(config, num_examples=1000)
 
 
 def test_a_per_cent_of_nothing():
@@ -88,19 +117,38 @@ def changed(path, value):
     ('data.image_size', 10**6, 'image_size=1000000 must be at most 8192'),
     ('data.pad', 10**6, 'pad=1000000 must be at most 8192'),
     ('connectivity.fan_in', 2**40, 'fan_in=.* must be at most 2147483647'),
+    ('connectivity.fan_in', 0, r'fan_in=0 must be a whole number in \[1, 2'),
+    ('batch_size', -8, r'batch_size=-8 must be a whole number in \[1, 2'),
     ('connectivity.gradient_every', 3, 'must divide config.batch_size=128'),
-    ('keep_checkpoints', 0, 'must be at least 1'),
-    ('optimizer.learning_rate', -0.1, 'learning_rate=-0.1 must be 0 or'),
-    ('optimizer.learning_rate', float('nan'), 'learning_rate=nan must be 0'),
-    ('masks.learning_rate', float('inf'), 'learning_rate=inf must be 0'),
-    ('connectivity.initial', 1.5, r'initial=1.5 must be in \[0, 1\]'),
-    ('connectivity.temperature', 0.0, 'temperature=0.0 must be above 0'),
-    ('optimizer.momentum', float('nan'), r'momentum=nan must be in \[0, 1\]'),
+    ('keep_checkpoints', 0, r'must be a whole number in \[1, 2'),
+    (
+      'optimizer.learning_rate',
+      -0.1,
+      r'=-0.1 must be a number in \[0, 3',
+    ),
+    (
+      'optimizer.learning_rate',
+      float('nan'),
+      '=nan must be a number in',
+    ),
+    (
+      'masks.learning_rate',
+      float('inf'),
+      '=inf must be a number in',
+    ),
+    ('connectivity.initial', 1.5, r'initial=1.5 must be a number in \[0, 1\]'),
+    ('connectivity.temperature', 0.0, r'=0.0 must be a number in \[1e-06, 1\]'),
+    ('optimizer.momentum', float('nan'), r'=nan must be a number in \[0, 1\]'),
     ('log_every', 'often', "log_every='often' is not a duration"),
-    ('optimizer.steps_at', ('50%', 'x'), "steps_at='x' is not a duration"),
+    (
+      'optimizer.steps_at',
+      ('50%', 'x'),
+      r"'x'\) must be \(\) or several v",
+    ),
     ('duration', '50%', "duration='50%' needs a unit"),
     ('connectivity.branch_identity', '1/C', "is for .*level='branch' alone"),
     ('connectivity.shuffled', True, "is for .*rule='fixed_given' alone"),
+    ('data.crop_scale', (0.5, 0.1), 'the smaller first'),
     ('data.randaugment', 2, "for .*crop='resized' alone, not for 'pad'"),
   ],
 )
@@ -109,6 +157,147 @@ def test_bad_values(path, value, message):
     config_lib.check(changed(path, value))
   assert str(error.value).startswith(f'config.{path}')
   assert '\n' not in str(error.value)
+
+
+def test_the_table_has_every_field():
+  assert set(config_lib.FIELDS) == set(config_lib.flat(config_lib.default()))
+
+
+# Of each kind of a field, what is none of it. `stored` below tries the same.
+HUGE = 10**5000  # Python does not write it, by default
+WRONG = {
+  'number': [None, 'x', (), [1.0], NAN, INF, -INF, -1, 1e39, np.float32(1)],
+  'whole': [None, False, 'x', '1', 1.5, 1.0, NAN, INF, -1, 2**63, 2**70, HUGE,
+            (1,), [1]],
+  'text': [None, 3, True, ('a',), b'a', 'a\0b'],
+  'several': [None, 5, 'x', '30%,60%', (None,), ((1,),), (True,)],
+  'numbers': [('a', 'b', 'c'), (1, 2, '3'), (NAN, 1, 1), (INF, 1, 1), (1, 2),
+              (1, 2, 3, 4), (1, 2, -3), (1e400, 2, 3), (2**70, 2, 3)],
+  'switch': [None, 0, 1, 'true', ()],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  ('path', 'values'),
+  [
+    ('seed', WRONG['whole'] + [2**32]),
+    ('seeds', [*WRONG['several'], (0, -1), (0, 'a'), (1.0,), (2**32,)]),
+    ('variants', [None, 5, 'model.width=8', (5,), ('a\0',)]),
+    ('batch_size', [*WRONG['whole'], 0]),
+    ('duration', [*WRONG['text'], '50%', '-1 steps', 'inf steps']),
+    ('log_every', [*WRONG['text'], 30, 'nan steps']),
+    ('model.name', WRONG['text']),
+    ('model.width', [*WRONG['whole'], 10**6]),
+    ('model.dtype', [*WRONG['text'], 'float64', ('float32',)]),
+    ('connectivity.rule', [*WRONG['text'], []]),
+    ('connectivity.topology',
+     [*WRONG['text'], 'x' * 256, 'é' * 128, 'x/' * 2000]),
+    ('connectivity.fan_in', [*WRONG['whole'], 0]),
+    ('connectivity.temperature', [*WRONG['number'], 0, 1e-300, 2]),
+    ('connectivity.shuffled', WRONG['switch']),
+    ('masks.relative', [*WRONG['number'], 1]),
+    ('optimizer.average', [*WRONG['number'], 1]),
+    ('optimizer.learning_rate', WRONG['number']),
+    ('optimizer.steps_at', [*WRONG['several'], ('50%', 30), ('1e99 years',)]),
+    ('data.dir', [*WRONG['text'], '~no such user/x', 'x' * 256]),
+    ('data.memory_gb', WRONG['number']),
+    ('data.workers', [*WRONG['whole'], 10**6]),
+    ('data.crop_scale',
+     [*WRONG['several'], *WRONG['numbers'], (0.5,), (0, 1)]),
+    ('data.mean', [*WRONG['several'], *WRONG['numbers'], (256.0,)]),
+    ('data.std', [*WRONG['several'], *WRONG['numbers'], (0, 0, 0),
+                  (58, -57, 57), (0.229, 0.224, 0.225)]),
+    ('data.image_size', [*WRONG['whole'], 2**15]),
+    ('data.mixup', WRONG['number']),
+  ],
+)  # fmt: skip
+def test_values_of_another_type_or_out_of_range(path, values, tmp_path):
+  for value in values:
+    config = changed(path, value)
+    with pytest.raises(config_lib.InputError) as error:
+      config_lib.check(config)
+    message = str(error.value)
+    assert message.startswith(f'config.{path}='), value
+    assert '\n' not in message
+    assert '\0' not in message
+    assert len(message) < 500
+    # What a workdir holds goes through the same.
+    try:
+      text = config.to_json()
+    except (TypeError, ValueError):
+      continue  # no JSON says so
+    (tmp_path / 'config.json').write_text(text)
+    with pytest.raises(config_lib.InputError, match='is damaged') as error:
+      config_lib.stored(tmp_path)
+    assert f'config.{path}' in str(error.value), value
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  ('path', 'value'),
+  [
+    ('seed', 2**32 - 1),
+    ('seeds', [0, 1]),  # JSON has lists
+    ('optimizer.learning_rate', 1),  # an int where a float may be
+    ('optimizer.learning_rate', np.float64(0.1)),  # which is a float
+    ('optimizer.steps_at', []),
+    ('optimizer.steps_at', ['30%', '200 steps']),
+    ('data.mean', (1, 2.5, 3)),
+    ('data.std', [127.5]),
+    ('data.memory_gb', 0),
+    ('data.dir', '~/data'),
+    ('data.dir', 'x' * 255),
+  ],
+)
+def test_values_that_may_be(path, value):
+  config_lib.check(changed(path, value))
+
+
+def test_mean_and_std_have_as_many_values():
+  config = changed('data.mean', (1.0,))
+  config_lib.check(config)  # the other is measured
+  config.data.std = (1.0, 2.0, 3.0)
+  with pytest.raises(config_lib.InputError, match='as many values'):
+    config_lib.check(config)
+
+
+@pytest.mark.parametrize('config', [None, {}, {'seed': 1}, 'digits.py', []])
+def test_a_config_that_is_none(config, tmp_path):
+  with pytest.raises(config_lib.InputError, match='not a ConfigDict'):
+    train.train(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_a_placeholder_that_nobody_filled_in():
+  config = config_lib.default()
+  config.batch_size = config_dict.required_placeholder(int)
+  with pytest.raises(config_lib.InputError, match='batch_size=None must'):
+    config_lib.check(config)
+
+
+@pytest.mark.parametrize(
+  'text',
+  ['', '{', 'null', '[]', '3', '{"seed": -1}', '{"data": 3}', '{"data": null}',
+   '{"optimizer": {"steps_at": 5}}', '{"batch_size": 1e400}', '\ud800',
+   '{"data": {"mixup": ' + '9' * 400 + '}}',
+   '[' * 100_000],
+)  # fmt: skip
+def test_a_stored_config_that_is_none(text, tmp_path):
+  path = tmp_path / 'config.json'
+  path.write_bytes(text.encode('utf-8', 'surrogatepass'))
+  with pytest.raises(config_lib.InputError) as error:
+    config_lib.stored(tmp_path)
+  assert str(error.value).startswith(f'{path} is damaged (')
+  assert '\n' not in str(error.value)
+
+
+def test_a_stored_config_of_an_older_version(tmp_path):
+  text = '{"seed": 3, "data": {"source": "idx"}, "what_was_once": 1}'
+  (tmp_path / 'config.json').write_text(text)
+  config = config_lib.stored(tmp_path)
+  assert config.seed == 3
+  assert config.data.source == 'idx'
+  assert config.batch_size == 128
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,14 @@
 """Files are replaced whole or not at all."""
 
+import errno
 import json
 import math
 import os
 
 import pytest
 
-from maskconnect_jax import files
-from maskconnect_jax.config import InputError
 from maskconnect_jax import config, files
+from maskconnect_jax.config import InputError
 
 
 def test_a_file_is_replaced(tmp_path):
@@ -76,6 +76,47 @@ def test_what_a_killed_run_left_is_not_in_the_way(tmp_path):
     (temporary / 'whole').write_text('')
   assert [child.name for child in path.iterdir()] == ['whole']
   assert list(tmp_path.iterdir()) == [path]
+
+
+def test_outputs_that_can_be(tmp_path):
+  (tmp_path / 'old').write_text('')
+  for name in ('new', 'old', 'a/b/new'):
+    files.check_output(tmp_path / name)
+  assert [path.name for path in tmp_path.iterdir()] == ['old']
+
+
+def test_outputs_that_cannot_be(tmp_path):
+  (tmp_path / 'folder').mkdir()
+  (tmp_path / 'file').write_text('')
+  for name, says in (
+    ('folder', 'is a folder; give the name of a file'),
+    ('file/below', 'file is not a folder'),
+    ('file/a/b/c', 'file is not a folder'),
+  ):
+    with pytest.raises(InputError, match=says) as error:
+      files.check_output(tmp_path / name)
+    assert str(error.value).startswith(f'{tmp_path / name} ')
+
+
+def test_an_error_of_the_system_names_the_file(tmp_path):
+  (tmp_path / 'folder').mkdir()
+  (tmp_path / 'file').write_text('')
+  with pytest.raises(OSError, match='folder') as error:
+    files.write_text(tmp_path / 'folder', 'x')
+  assert error.value.filename == str(tmp_path / 'folder')
+  with pytest.raises(OSError, match='file') as error:
+    files.write_text(tmp_path / 'file/below', 'x')
+  assert error.value.filename.startswith(str(tmp_path / 'file'))
+
+  def full():
+    with files.replacing(tmp_path / 'new') as temporary:
+      temporary.write_text('half')
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as write() does
+
+  with pytest.raises(OSError, match='No space') as error:
+    full()
+  assert error.value.filename == str(tmp_path / 'new')
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['file', 'folder']
 
 
 def test_json(tmp_path):
@@ -161,6 +202,8 @@ def test_what_is_not_finite_is_null():
   }
   assert files.finite(math.nan) is None
   assert files.finite(3) == 3
+
+
 def test_a_full_disk(small_disk):
   path = small_disk('64k') / 'summary.json'
   files.write_text(path, 'old')

@@ -24,10 +24,11 @@ FILES = sorted(ROOT.rglob('*.py'))
 ARROWS: dict[str, set[str]] = {
   '__init__': {'inference', 'models', 'stack', 'wiring'},
   'main': {
-    'describe', 'distributed', 'evaluation', 'files', 'images', 'inference',
-    'report', 'summarize', 'sweep', 'train',
+    'arguments', 'describe', 'distributed', 'evaluation', 'files', 'images',
+    'inference', 'report', 'summarize', 'sweep', 'train',
   },
   'sweep': {'files', 'summarize', 'train'},
+  'sweep': {'fields', 'files', 'summarize', 'train'},
   'summarize': {'files', 'plots', 'summary_plots'},
   'summary_plots': {'plots'},
   'train': {
@@ -51,8 +52,8 @@ ARROWS: dict[str, set[str]] = {
     'steps',
   },
   'experiment': {
-    'batches', 'datasets', 'distributed', 'models', 'optimizer', 'steps',
-    'topology', 'wiring',
+    'batches', 'datasets', 'distributed', 'fields', 'models', 'optimizer',
+    'steps', 'topology', 'wiring',
   },
   'steps': {'augment', 'layers', 'wiring'},
   'inference': {
@@ -78,12 +79,15 @@ ARROWS: dict[str, set[str]] = {
   'branch_plots': {'plots'},
   'plots': set(),
   'aggregate': {'config'},
+  'arguments': {'fields'},
   'augment': set(),
   'checkpoint': set(),
   'config': {'limits'},
   'checkpoint': {'files', 'storage', 'stored'},
   'config': set(),
+  'config': {'fields'},
   'connectivity': set(),
+  'fields': set(),
   'decoding': {'images', 'randaugment'},
   'distributed': set(),
   'errors': set(),

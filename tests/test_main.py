@@ -56,14 +56,23 @@ def refused(cli, tiny, tmp_path):
     ),
     ('config.conectivity.fan_in=1', 'did you mean config.connectivity.fan_in?'),
     ('config.zzzzzz=1', ['config.zzzzzz', 'config.py lists the fields']),
-    ('config.seed=abc', ['config.seed=abc', 'a whole number, such as 0']),
+    (
+      'config.seed=abc',
+      ['config.seed=abc', 'number in [0, 4294967295], such as 0'],
+    ),
     ('config.seed=1.5', ['config.seed=1.5', 'a whole number']),
-    ('config.optimizer.momentum=x', ['momentum=x', 'a number, such as 0.9']),
+    (
+      'config.optimizer.momentum=x',
+      ['momentum=x', 'number in [0, 1], such as 0.9'],
+    ),
     ('config.data.flip=maybe', ['config.data.flip=maybe', 'true or false']),
     ('config.seed', ['--config.seed', 'Missing value']),
     ('config.connectivity=3', '--config.connectivity=3'),
     ('config.connectivity.rule=lerned', 'learned, fixed_prev, fixed_random'),
-    ('config.connectivity.fan_in=0', ['fan_in=0', 'at least 1']),
+    (
+      'config.connectivity.fan_in=0',
+      ['fan_in=0', 'number in [1, 2147483647]'],
+    ),
     ('config.connectivity.phase=150%', ["phase='150%'", 'between 1 and']),
     (
       'config.model.name=resnet21',
@@ -75,7 +84,21 @@ def refused(cli, tiny, tmp_path):
     ('config.duration=0 steps', ["duration='0 steps'", 'not one step']),
     ('config.masks.start=100%', ["masks.start='100%'", 'phase ends at']),
     ('config.batch_size=1440', ['1440', 'larger than the 1437']),
-    ('config.data.mean=(1.0,2.0)', ['data.mean', '1 channels']),
+    ('config.seed=-1', ['config.seed=-1 must be', '[0, 4294967295]']),
+    ('config.seed=9223372036854775808', ['config.seed=9', '[0, 4294967295]']),
+    ('config.optimizer.steps_at=5', 'config.optimizer.steps_at=(5,) must be'),
+    ('config.optimizer.steps_at=30%,60%', 'config.optimizer.steps_at='),
+    ('config.data.memory_gb=nan', 'config.data.memory_gb=nan must be'),
+    ('config.data.memory_gb=-1', 'config.data.memory_gb=-1.0 must be'),
+    ('config.data.crop_scale=None', 'config.data.crop_scale='),
+    ('config.duration=1e99 epochs', "duration='1e99 epochs' is too long"),
+    ("config.data.mean=('a','b','c')", 'config.data.mean='),
+    ('config.data.std=0,0,0', 'config.data.std=(0, 0, 0) must be'),
+    ('config.data.mean=1e400', 'config.data.mean=(inf,) must be'),
+    ('config.data=3', '--config.data=3'),
+    ('config.optimizer=x', '--config.optimizer=x'),
+    ('config.data.mean=(1.0,2.0)', ['data.mean', '(), 1 or 3 values']),
+    ('config.data.mean=(1.0,2.0,3.0)', ['data.mean', '1 channels']),
     ('mode=tarin', ['--mode=tarin', 'train|evaluate|describe|predict']),
     ('workdr=x', ["'workdr'", 'workdir']),
     ('nonsense=1', ["'nonsense'", '--help']),
@@ -321,6 +344,46 @@ def test_predict_what_cannot_be(refused, finished, photos, tmp_path):
   refused(
     f'--images={photos}', mode='predict', config=None, says='no model.json'
   )
+
+
+def test_a_tilde_in_every_path(cli, refused, finished, tmp_path, monkeypatch):
+  home, here = tmp_path / 'home', tmp_path / 'here'
+  for folder in (home, here):
+    folder.mkdir()
+  monkeypatch.setenv('HOME', str(home))
+  monkeypatch.chdir(here)
+  shutil.copytree(finished.workdir / 'model', home / 'run/model')
+  shutil.copy(finished.workdir / 'config.json', home / 'run')
+  (home / 'images').mkdir()
+  Image.fromarray(DIGITS[4]).save(home / 'images/a.png')
+  ran = cli('--mode=predict', '--workdir=~/run', '--images=~/images')
+  assert ran.code == 0, ran.err
+  assert ran.out.startswith(f'{home}/images/a.png\t')
+  ran = cli('--mode=evaluate', '--workdir=~/run')
+  assert json.loads(ran.out)['num_test_examples'] == 360
+  assert list(maskconnect_jax.load('~/run').classes) == list('0123456789')
+
+  (home / 'file').write_text('')
+  refused(workdir='~/file/run', says=f'{home}/file/run cannot be made')
+  refused(
+    '--config.connectivity.rule=fixed_given',
+    '--config.connectivity.topology=~/t.json',
+    says=[f'topology={home}/t.json is not there'],
+  )
+  refused(
+    '--config.data.source=folder', '--config.data.dir=~/file',
+    says="config.data.dir='~/file' is not a folder",
+  )  # fmt: skip
+  assert not list(here.iterdir())
+
+
+def test_an_error_of_the_system_is_one_line(refused, monkeypatch, tmp_path):
+  def step(*arguments):
+    (tmp_path / 'folder').mkdir(exist_ok=True)
+    (tmp_path / 'folder').write_text('')
+
+  monkeypatch.setattr(experiment, 'build', step)
+  refused(says=[f'{tmp_path / "folder"}: Is a directory'])
 
 
 def test_diverged(cli, tiny, tmp_path):

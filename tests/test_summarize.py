@@ -187,6 +187,47 @@ def test_the_figure_has_a_dot_for_every_seed(run, tmp_path, cli, held_out):
   assert names == [f'fan_in={k}' for k in accuracies]
 
 
+def test_outputs_are_looked_at_before_the_runs(tmp_path, cli, monkeypatch):
+  (tmp_path / 'folder').mkdir()
+  (tmp_path / 'file').write_text('')
+  (tmp_path / 'drawn.svg').mkdir()
+  monkeypatch.chdir(tmp_path)
+
+  def never(folders):
+    raise AssertionError('it has begun')
+
+  monkeypatch.setattr(summarize, 'summarize', never)
+  for argument, says in (
+    ('--csv=folder', 'folder is a folder'),
+    ('--csv=file/t.csv', 'file is not a folder'),
+    ('--csv=', '--csv='),
+    ('--figure=folder', 'must end in .png'),
+    ('--figure=a.pdf', 'must end in .png'),
+    ('--figure=file/a.png', 'file is not a folder'),
+    ('--figure=drawn.png', 'drawn.svg is a folder'),
+  ):
+    ran = cli('--mode=summarize', f'--workdirs={tmp_path}', argument)
+    assert ran.code == 2, ran
+    assert says in ran.err
+    assert ran.err.count('\n') == 1
+    assert ran.out == ''
+
+
+def test_a_tilde_in_every_path(run, tmp_path, cli, monkeypatch):
+  (tmp_path / 'here').mkdir()
+  monkeypatch.chdir(tmp_path / 'here')
+  monkeypatch.setenv('HOME', str(tmp_path))
+  run('runs/a', 0.5)
+  ran = cli(
+    '--mode=summarize', '--workdirs=~/runs', '--csv=~/new/t.csv',
+    '--figure=~/f.png',
+  )  # fmt: skip
+  assert ran.code == 0, ran.err
+  for name in ('new/t.csv', 'f.png', 'f.svg'):
+    assert (tmp_path / name).is_file()
+  assert not list((tmp_path / 'here').iterdir())
+
+
 def test_what_learned_nothing_does_not_stretch_the_figure():
   rows = [[0.7, 0.71], [0.72, 0.71, 0.7, 0.71], [0.1, 0.12], [0.69, 0.7]]
   whole = summary_plots.figure(list('abcd'), rows, 'title')

@@ -110,11 +110,19 @@ def start(cli, tiny, tmp_path):
   ('arguments', 'says'),
   [
     (['config.seeds=0,1,0'], ['config.seeds=(0, 1, 0)', 'different whole']),
-    (['config.seeds=0,a'], 'whole numbers, such as 0,1,2'),
+    (['config.seeds=0,a'], ["config.seeds=(0, 'a')", 'each a whole number in']),
+    (['config.seeds=-1'], 'config.seeds=(-1,)'),
+    (['config.seeds=4294967296'], 'each a whole number in [0, 4294967295]'),
+    (['config.variants=batch_size=0'], 'batch_size=0 must be'),
+    (
+      ['config.variants=optimizer.steps_at=30%,60%'],
+      "'optimizer.steps_at=30%,60%' cannot be; give () or several values",
+    ),
+    (['config.variants=optimizer.steps_at=5'], 'steps_at=(5,) must be'),
     (['config.variants=connectivity.fanin=1'], 'config.connectivity.fan_in?'),
     (
       ['config.variants=connectivity.fan_in=x'],
-      ["'connectivity.fan_in=x'", 'a whole number, such as 4'],
+      ["'connectivity.fan_in=x'", 'a whole number in [1, 2147483647]'],
     ),
     (['config.variants=data.flip=maybe'], 'true or false'),
     (['config.variants=learned'], "'learned' is no override; write FIELD="),
@@ -127,6 +135,17 @@ def start(cli, tiny, tmp_path):
       ['config.variants=data.dir=/a/b', 'config.variants=data.dir=/a b'],
       'would share the folder dir=-a-b',
     ),
+    (  # one folder where cases are not told apart
+      ['config.variants=data.dir=/a/B', 'config.variants=data.dir=/a/b'],
+      'would share the folder dir=-a-b',
+    ),
+    (  # or Unicode's forms
+      [
+        'config.variants=data.name=\u1e69',
+        'config.variants=data.name=s\u0323\u0307',
+      ],
+      'the same row, or would share the folder name=',
+    ),
     (
       ['config.variants=', 'config.variants=connectivity.rule=lerned'],
       'learned, fixed_prev',
@@ -135,7 +154,7 @@ def start(cli, tiny, tmp_path):
       ['config.variants=', 'config.variants=data.workers=4'],
       'are the same row',
     ),
-    (['config.batch_size=0'], 'at least 1'),
+    (['config.batch_size=0'], 'a whole number in [1, 2147483647]'),
     (['parallel=0'], '--parallel=0'),
     (['multihost'], 'omit --multihost'),
     (['mode=train', 'config.seeds=0,1'], ['seeds=(0, 1)', '--mode=sweep']),
@@ -150,6 +169,75 @@ def test_refusals(arguments, says, start, tmp_path):
   for part in [says] if isinstance(says, str) else says:
     assert part in ran.err
   assert not (tmp_path / 'sweep').exists()
+
+
+LONG = (
+  'connectivity.rule=learned connectivity.gradient=normalized data.pad=2'
+  ' connectivity.temperature=0.1 connectivity.initial=0.5 masks.momentum=0.0'
+  ' connectivity.initial_spread=0.0 connectivity.batchnorm_batches=2'
+  ' masks.learning_rate=1.0 optimizer.weight_decay=0.0005 data.flip=False'
+  ' optimizer.label_smoothing=0.1 optimizer.average=0.99 data.mixup='
+)
+
+
+@pytest.mark.parametrize(
+  'variants',
+  [
+    (LONG + '0.2', LONG + '0.25'),
+    ('data.dir=/' + '/'.join(['a name'] * 50), 'data.dir=' + '/a name' * 51),
+    # Bytes, not characters; the cut is within a character.
+    ('data.dir=' + 'é/' * 100, 'data.dir=x' + 'é/' * 100),
+    ('data.dir=' + '漢/' * 100, 'data.dir=x' + '漢/' * 100),
+    # Alike when shortened, and alike in all that a folder's name shows.
+    ('data.dir=' + 'a b/' * 80, 'data.dir=' + 'a/b ' * 79 + 'a/b/'),
+  ],
+)
+def test_the_folder_of_a_long_variant(variants, tmp_path):
+  names = [member.name.split('/')[0] for member in members(variants=variants)]
+  assert len(set(names)) == 2
+  # Whatever stands beside it, a variant has the same folder.
+  again = [sweep.folder_name(sweep.parse_variant(one)) for one in variants]
+  assert names == again
+  for name in names:
+    assert len(name.encode()) <= 255
+    assert name.isprintable()
+    (tmp_path / name).mkdir()
+
+
+def test_names_stay_that_fit():
+  for count in (1, 100, 251):
+    assert sweep.folder_name({'data.dir': 'x' * count}) == f'dir={"x" * count}'
+  name = sweep.folder_name({'data.dir': 'x' * 252})
+  assert name.startswith('dir=xxx')
+  assert len(name) == 255
+
+
+def test_a_path_that_is_too_long_is_refused_first(cli, tiny, tmp_path):
+  workdir = tmp_path / '/'.join(['x' * 200] * 17)
+  ran = cli(
+    '--mode=sweep', f'--config={tiny}', f'--workdir={workdir}',
+    f'--config.variants={LONG}0.2',
+  )  # fmt: skip
+  assert ran.code == 2
+  assert ran.err.count('\n') == 1
+  assert 'is too long' in ran.err
+  assert not (tmp_path / ('x' * 200)).exists()
+
+
+@pytest.mark.parametrize('name', ['table.csv', 'table.md', ''])
+def test_a_table_that_cannot_be_written(name, start, tmp_path):
+  workdir = tmp_path / 'sweep'
+  if name:
+    (workdir / name).mkdir(parents=True)
+  else:
+    workdir.write_text('')
+  ran = start()
+  assert ran.code == 2
+  assert ran.err.startswith(f'error: {workdir / name}')
+  assert 'is a folder' in ran.err or 'is not a folder' in ran.err
+  assert ran.err.count('\n') == 1
+  if name:
+    assert [path.name for path in workdir.iterdir()] == [name]
 
 
 def test_a_member_of_another_config_is_refused_first(start, tmp_path, finished):
