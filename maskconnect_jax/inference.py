@@ -22,6 +22,7 @@ from PIL import Image
 from maskconnect_jax import (
   checkpoint,
   files,
+  image_headers,
   images,
   models,
   topology,
@@ -43,6 +44,7 @@ def save(
   resize: int,
   mean: Sequence[float],
   std: Sequence[float],
+  max_pixels: int = image_headers.MAX_PIXELS,
 ) -> None:
   """Writes a frozen, pruned model; a folder already there is replaced.
 
@@ -57,6 +59,7 @@ def save(
     resize: of the shorter side, before the centre is cropped; 0: none.
     mean: per channel, on the 0..255 scale.
     std: likewise.
+    max_pixels: width times height of the largest image to decode.
   """
   height, width, channels = image_shape
   arrays = _named_arrays(model)
@@ -76,6 +79,7 @@ def save(
       'resize': resize,
       'mean': list(mean),
       'std': list(std),
+      'max_pixels': max_pixels,
     },
   }
   with files.replacing(folder) as temporary:
@@ -222,6 +226,9 @@ class Classifier:
       channels=channels,
       size=(height, width),
       resize=self.record['preprocessing'].get('resize', 0),
+      max_pixels=self.record['preprocessing'].get(
+        'max_pixels', image_headers.MAX_PIXELS
+      ),
     )
 
   def probabilities(self, batch: np.ndarray) -> np.ndarray:

@@ -23,8 +23,8 @@ FILES = sorted(ROOT.rglob('*.py'))
 ARROWS: dict[str, set[str]] = {
   '__init__': {'inference', 'models', 'stack', 'wiring'},
   'main': {
-    'describe', 'distributed', 'evaluation', 'files', 'images', 'inference',
-    'report', 'summarize', 'sweep', 'train',
+    'describe', 'distributed', 'evaluation', 'files', 'image_files',
+    'inference', 'names', 'report', 'summarize', 'sweep', 'train',
   },
   'sweep': {'files', 'summarize', 'train'},
   'summarize': {'plots', 'summary_plots'},
@@ -54,7 +54,8 @@ ARROWS: dict[str, set[str]] = {
   },
   'steps': {'augment', 'layers', 'wiring'},
   'inference': {
-    'checkpoint', 'files', 'images', 'models', 'topology', 'wiring',
+    'checkpoint', 'files', 'image_headers', 'images', 'models', 'topology',
+    'wiring',
   },
   'models': {'blocks', 'branches', 'connectivity', 'layers', 'stack'},
   'branches': {'connectivity', 'layers', 'wiring'},
@@ -63,9 +64,11 @@ ARROWS: dict[str, set[str]] = {
   'topology': set(),
   'blocks': {'layers'},
   'batches': {'datasets', 'distributed', 'steps'},
-  'datasets': {'decoding', 'images', 'sources'},
-  'sources': {'decoding', 'images'},
-  'mini_imagenet': {'images'},
+  'datasets': {'decoding', 'images', 'names', 'sources'},
+  'sources': {'class_folders', 'decoding', 'image_headers', 'names'},
+  'class_folders': {'image_files', 'image_headers', 'names'},
+  'mini_imagenet': {'image_files', 'images', 'names'},
+  'image_files': {'image_headers', 'names'},
   'metrics': {'files'},
   'branch_plots': {'plots'},
   'plots': set(),
@@ -74,11 +77,13 @@ ARROWS: dict[str, set[str]] = {
   'checkpoint': set(),
   'config': set(),
   'connectivity': set(),
-  'decoding': {'images', 'randaugment'},
+  'decoding': {'image_headers', 'images', 'randaugment'},
   'distributed': set(),
   'files': set(),
-  'images': set(),
+  'image_headers': set(),
+  'images': {'image_headers', 'names'},
   'layers': set(),
+  'names': set(),
   'optimizer': set(),
   'randaugment': set(),
 }  # fmt: skip
@@ -86,7 +91,8 @@ BOTTOM = 'config'
 NEEDS_ORBAX = {'checkpoint'}
 ON_JAX = {'clu', 'flax', 'jax', 'jaxlib', 'optax'}  # orbax: see NEEDS_ORBAX
 WITHOUT_JAX = {
-  'datasets', 'decoding', 'images', 'mini_imagenet', 'randaugment', 'sources',
+  'class_folders', 'datasets', 'decoding', 'image_files', 'image_headers',
+  'images', 'mini_imagenet', 'names', 'randaugment', 'sources',
 }  # fmt: skip
 # Module -> all that it may import beside the standard library.
 ONLY = {'connectivity': {'jax', 'numpy'}}
