@@ -16,7 +16,6 @@ is what our host does too, whose flip and normalisation run on the accelerator.
 import argparse
 import functools
 import math
-import pathlib
 import platform
 import statistics
 import tempfile
@@ -28,7 +27,7 @@ import PIL.features
 from PIL import Image, ImageDraw
 
 from maskconnect_jax import batches as batches_lib
-from maskconnect_jax import datasets, decoding, images, sources
+from maskconnect_jax import datasets, decoding, image_files, sources
 
 try:
   import torch
@@ -249,7 +248,7 @@ def main() -> None:
       rng = np.random.default_rng(0)
       for i in range(count):
         photograph(rng).save(f'{folder}/{i:04d}.jpg', quality=90)
-    paths = images.find_images(pathlib.Path(given.folder or folder))[:count]
+    paths = image_files.find(given.folder or folder).files[:count]
     report(measure(paths, given.rounds or (3 if given.quick else 7)), paths)
 
 

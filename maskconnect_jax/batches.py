@@ -8,8 +8,11 @@ fill a batch is left out. Evaluation sees every example once.
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -118,11 +121,18 @@ class Streamed:
     if self._workers:
       batches = batches.mp_prefetch(
         grain.MultiprocessingOptions(num_workers=self._workers),
-        worker_init_fn=_ignore_ctrl_c,
+        worker_init_fn=_prepare_worker,
       )
-    for images, labels, damaged in batches:
-      self.damaged.update(damaged[damaged >= 0].tolist())
-      yield distributed.from_shares((images, labels), self._sharding)
+    # Closed, it ends the workers and frees the shared memory they filled.
+    with contextlib.closing(iter(batches)) as iterator:
+      for batch in iterator:
+        if self._workers:
+          # JAX may keep an array for as long as it lives, to the end of the
+          # run, when Grain does not free what it shares any more.
+          batch = tuple(map(np.array, batch))
+        images, labels, damaged = batch
+        self.damaged.update(damaged[damaged >= 0].tolist())
+        yield distributed.from_shares((images, labels), self._sharding)
 
 
 def training_examples(
@@ -226,10 +236,28 @@ def evaluation_examples(
   return grain.MapDataset.range(size).map(example)
 
 
-def _ignore_ctrl_c(worker: int, num_workers: int) -> None:
-  """Leaves Ctrl-C, which a terminal sends to workers too, to the run."""
+def _prepare_worker(worker: int, num_workers: int) -> None:
+  """Leaves Ctrl-C to the run, and ends the worker when the run ends.
+
+  A terminal sends Ctrl-C to workers too. A run that is killed cannot end its
+  workers, which would wait for it for ever.
+  """
   del worker, num_workers
   signal.signal(signal.SIGINT, signal.SIG_IGN)
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+  """Waits until the process that started this one is gone, and ends it.
+
+  Python's resource tracker, which outlives both, then removes the shared
+  memory. Linux's own signal for it, PR_SET_PDEATHSIG, is no use: it is sent
+  when the starting thread ends, and Grain starts workers from short-lived
+  threads.
+  """
+  if parent := multiprocessing.parent_process():
+    parent.join()
+  os._exit(1)
 
 
 def _read_options(threads: int) -> grain.ReadOptions:

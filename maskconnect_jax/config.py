@@ -97,6 +97,7 @@ FIELDS: dict[str, Field] = {
   'data.validation': whole(0),
   'data.train_images': whole(0),
   'data.skip_errors': Switch(),
+  'data.max_pixels': whole(1),
   'data.memory_gb': Number(0, 1e9),
   'data.threads': whole(1),
   'data.workers': whole(0, 1024),
@@ -207,6 +208,7 @@ def default() -> ml_collections.ConfigDict:
   config.data.validation = 0  # training images held out for choosing settings
   config.data.train_images = 0  # trained on, of the others; 0: all of them
   config.data.skip_errors = False  # count and skip images that do not decode
+  config.data.max_pixels = 128_000_000  # of one image; larger are refused
   config.data.memory_gb = 8.0  # sets that need more are decoded while training
   config.data.threads = 16  # that decode then, at most one for each core; ...
   config.data.workers = 0  # ... in so many processes; 0: in this one

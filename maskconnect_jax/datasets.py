@@ -17,7 +17,7 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from maskconnect_jax import decoding, sources
+from maskconnect_jax import decoding, names, sources
 from maskconnect_jax import images as images_lib
 from maskconnect_jax.config import InputError
 from maskconnect_jax.sources import Source
@@ -83,7 +83,26 @@ class Stream:
     count = min(len(self), _MEASURED)
     numbers = np.arange(count) * len(self) // count
     examples = map(self.evaluation_example, numbers.tolist())
-    return np.stack([image for image, _, whole in examples if whole])
+    images = [image for image, _, whole in examples if whole]
+    if not images:
+      raise InputError(
+        f'{self.source.name}: none of the {count} training images that mean and'
+        ' std are measured on decodes; get the set again, or set'
+        ' config.data.mean and config.data.std'
+      )
+    return np.stack(images)
+
+  def check_decodes(self, what: str) -> None:
+    """Raises InputError if not one image decodes, calling them `what`."""
+    errors = []
+    for number in self.chosen.tolist():
+      try:
+        self.decode(self.source.read(number)[0])
+      except InputError as error:
+        errors.append(str(error))
+      else:
+        return
+    raise _none_decodes(self.source, what, errors)
 
   def training_example(
     self, i: int, rng: np.random.Generator
@@ -221,6 +240,13 @@ def load(data: ml_collections.ConfigDict) -> Dataset:
   if data.train_images:
     _, drawn = _evenly('train_images', dataset.train, data.train_images)
     dataset = dataclasses.replace(dataset, train=drawn)
+  for what, part in (
+    ('training', dataset.train),
+    ('validation', dataset.validation),
+    ('test', dataset.test),
+  ):
+    if isinstance(part, Stream) and data.skip_errors:
+      part.check_decodes(what)
   return dataset
 
 
@@ -240,6 +266,7 @@ def _streamed(source: Source, data: ml_collections.ConfigDict) -> Dataset:
     size=data.image_size,
     resize=data.eval_resize,
     channels=source.channels,
+    max_pixels=data.max_pixels,
   )
   augment: Callable[[decoding.Record, np.random.Generator], np.ndarray]
   if data.crop == 'resized':
@@ -250,6 +277,7 @@ def _streamed(source: Source, data: ml_collections.ConfigDict) -> Dataset:
       scale=tuple(data.crop_scale),
       randaugment_ops=data.randaugment,
       randaugment_magnitude=data.randaugment_magnitude,
+      max_pixels=data.max_pixels,
     )
   else:  # cropped on the device
 
@@ -275,6 +303,7 @@ def _in_memory(source: Source, data: ml_collections.ConfigDict) -> Dataset:
       channels=source.channels,
       size=(side, side) if side else None,
       resize=data.eval_resize,
+      max_pixels=data.max_pixels,
     )
 
   pixels, kept, errors = images_lib.read_all(
@@ -292,6 +321,11 @@ def _in_memory(source: Source, data: ml_collections.ConfigDict) -> Dataset:
       '; ...' if len(errors) > 3 else '',
     )
   labels, num_train = labels[kept], int(kept[: source.num_train].sum())
+  lost = source.num_train - num_train
+  if not num_train:
+    raise _none_decodes(source, 'training', errors[:lost])
+  if num_train == len(labels):
+    raise _none_decodes(source, 'test', errors[lost:])
   dataset = Dataset(
     train=Split(pixels[:num_train], labels[:num_train]),
     validation=None,
@@ -303,13 +337,20 @@ def _in_memory(source: Source, data: ml_collections.ConfigDict) -> Dataset:
   return dataset
 
 
+def _none_decodes(source: Source, what: str, errors: list[str]) -> InputError:
+  return InputError(
+    f'{source.name}: none of the {len(errors)} {what} images decodes:'
+    f' {errors[0]}'
+  )
+
+
 def _check_labels(dataset: Dataset, name: str) -> None:
   """Raises InputError for a data set that no classifier can be trained on."""
   known = np.unique(dataset.train.labels)
   if len(dataset.classes) < 2 or len(known) < 2:
     raise InputError(
       f'{name} has training images of one class only'
-      f' ({dataset.classes[known[0]]}); at least 2 are needed'
+      f' ({names.distinct(dataset.classes[known[0]])}); at least 2 are needed'
     )
   last = len(dataset.classes) - 1
   if known[0] < 0 or known[-1] > last:

@@ -23,14 +23,18 @@ import cv2
 import numpy as np
 from PIL import Image
 
-from maskconnect_jax import images
+from maskconnect_jax import image_headers, images
 from maskconnect_jax.randaugment import randaugment
 
 # An encoded file's content, its path, or decoded uint8 [H, W, C].
 Record = bytes | str | os.PathLike[str] | np.ndarray
 
-_ORIENTATION = 0x0112  # the EXIF tag
-_ON_ITS_SIDE = (5, 6, 7, 8)  # values of it
+_ON_ITS_SIDE = (
+  Image.Transpose.TRANSPOSE,
+  Image.Transpose.ROTATE_270,
+  Image.Transpose.TRANSVERSE,
+  Image.Transpose.ROTATE_90,
+)
 # n -> OpenCV's flag for decoding at 1 / n. GRAYSCALE stands for no colour flag:
 # IMREAD_COLOR_RGB joins it, where REDUCED_COLOR would mean BGR.
 _REDUCED = {
@@ -51,6 +55,7 @@ def training_image(
   ratio: tuple[float, float] = (3 / 4, 4 / 3),
   randaugment_ops: int = 0,
   randaugment_magnitude: float = 9.0,
+  max_pixels: int = image_headers.MAX_PIXELS,
 ) -> np.ndarray:
   """Returns a random crop of an image, resized, with RandAugment if asked for.
 
@@ -63,14 +68,16 @@ def training_image(
     ratio: smallest and largest width / height of the crop.
     randaugment_ops: how many operations of RandAugment to apply.
     randaugment_magnitude: their strength, 0 to 10.
+    max_pixels: width times height of the largest image to decode.
 
   Returns:
     uint8 [size, size, channels], 0..255.
 
   Raises:
-    InputError: the record is missing, damaged or no image; names the file.
+    InputError: the record is missing, damaged, too large or no image; names
+      the file.
   """
-  (height, width), decode = _open(record)
+  (height, width), decode = _open(record, max_pixels)
   top, left, tall, wide = random_box(
     height, width, rng, scale=scale, ratio=ratio
   )
@@ -92,7 +99,12 @@ def training_image(
 
 
 def evaluation_image(
-  record: Record, *, size: int, resize: int, channels: int = 3
+  record: Record,
+  *,
+  size: int,
+  resize: int,
+  channels: int = 3,
+  max_pixels: int = image_headers.MAX_PIXELS,
 ) -> np.ndarray:
   """Returns the centre of an image: what `images.decode` gives, sooner.
 
@@ -102,15 +114,16 @@ def evaluation_image(
     resize: pixels to resize the shorter side to before the crop; 0 resizes to
       size x size without one.
     channels: 1 (grey) or 3 (RGB).
+    max_pixels: width times height of the largest image to decode.
 
   Returns:
     uint8 [size, size, channels], 0..255.
 
   Raises:
-    InputError: the record is missing, damaged or no image, naming the file; or
-      0 < resize < size.
+    InputError: the record is missing, damaged, too large or no image, naming
+      the file; or 0 < resize < size.
   """
-  _, decode = _open(record)
+  _, decode = _open(record, max_pixels)
   return images.to_array(
     decode(1), channels=channels, size=(size, size), resize=resize
   )
@@ -155,57 +168,68 @@ def random_box(
 
 
 def _open(
-  record: Record,
+  record: Record, max_pixels: int = image_headers.MAX_PIXELS
 ) -> tuple[tuple[int, int], Callable[[int], np.ndarray]]:
   """Returns an image's height and width, and what decodes it at 1 / n.
 
   What decodes takes one of `_REDUCED` as n and returns uint8
   [ceil(height / n), ceil(width / n), 3].
   """
-  if not isinstance(record, np.ndarray):
-    try:
-      content = (
-        record
-        if isinstance(record, bytes)
-        else pathlib.Path(record).read_bytes()
-      )
-      header = Image.open(io.BytesIO(content), formats=('JPEG',))
-      orientation = header.getexif().get(_ORIENTATION, 1)
-    except Exception:
-      pass  # if it is wrong and no mere PNG, images.decode finds the words
-    else:
-      if header.mode in ('L', 'RGB'):  # not CMYK
-        width, height = header.size
-        return (
-          (width, height) if orientation in _ON_ITS_SIDE else (height, width),
-          lambda n: _decode_jpeg(record, content, header, n),
-        )
-  pixels = _decode_any(record)
+  if jpeg := _read_jpeg(record, max_pixels):
+    content, (width, height), turn = jpeg
+
+    def decode(n: int) -> np.ndarray:
+      pixels = _decode_jpeg(content, n)
+      if pixels is None:  # cut short, for example
+        return _reduce(_decode_any(record, max_pixels), n)
+      if turn is None:
+        return pixels
+      return np.array(images.upright(Image.fromarray(pixels), turn))
+
+    on_its_side = turn in _ON_ITS_SIDE
+    return (width, height) if on_its_side else (height, width), decode
+  pixels = _decode_any(record, max_pixels)
   return pixels.shape[:2], lambda n: _reduce(pixels, n)
 
 
-def _decode_jpeg(
-  record: Record, content: bytes, header: Image.Image, n: int
-) -> np.ndarray:
+def _read_jpeg(
+  record: Record, max_pixels: int
+) -> tuple[bytes, tuple[int, int], Image.Transpose | None] | None:
+  """Returns an ordinary JPEG's content, width and height, and turn.
+
+  None for all else: what is wrong with it, `images.decode` finds the words for.
+  """
+  if isinstance(record, np.ndarray):
+    return None
+  try:
+    if not isinstance(record, bytes) and image_headers.kind_of(record):
+      return None
+    with (
+      io.BytesIO(record)
+      if isinstance(record, bytes)
+      else pathlib.Path(record).open('rb')
+    ) as file:
+      header = image_headers.open_header(
+        file, formats=('JPEG',), max_pixels=max_pixels
+      )
+      if header.mode not in ('L', 'RGB'):  # CMYK
+        return None
+      file.seek(0)
+      return file.read(), header.size, images.turn_of(header)
+  except Exception:
+    return None
+
+
+def _decode_jpeg(content: bytes, n: int) -> np.ndarray | None:
   flags = _REDUCED[n] | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
   try:
-    pixels = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+    return cv2.imdecode(np.frombuffer(content, np.uint8), flags)
   except cv2.error:  # more pixels than OpenCV allows, for example
-    pixels = None
-  if pixels is None:  # cut short, for example
-    return _reduce(_decode_any(record), n)
-  if header.getexif().get(_ORIENTATION, 1) == 1:
-    return pixels
-  image = Image.fromarray(pixels)
-  image.info = header.info  # where the orientation stands
-  return images.to_array(image, channels=3)
+    return None
 
 
-def _decode_any(record: Record) -> np.ndarray:
-  if isinstance(record, np.ndarray):
-    return images.to_array(record, channels=3)
-  file = io.BytesIO(record) if isinstance(record, bytes) else record
-  return images.decode(file, channels=3)
+def _decode_any(record: Record, max_pixels: int) -> np.ndarray:
+  return images.read(record, channels=3, max_pixels=max_pixels)
 
 
 def _reduce(pixels: np.ndarray, n: int) -> np.ndarray:

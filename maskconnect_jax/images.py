@@ -3,7 +3,8 @@
 Training and inference both come through here, so that an image to predict is
 converted exactly as the images the network was trained on:
 
-- EXIF orientation is applied: the array is what a viewer shows.
+- EXIF orientation is applied: the array is what a viewer shows. EXIF that
+  makes no sense turns nothing.
 - Alpha is dropped, not composited: the stored colours are kept, as by
   torchvision's and Keras' loaders.
 - 16 bits become 8 by taking the high byte, as Pillow itself does with 16-bit
@@ -21,29 +22,30 @@ import concurrent.futures
 import io
 import math
 import os
-import pathlib
 import time
 from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
 import tqdm
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from maskconnect_jax import config
+from maskconnect_jax import config, image_headers, names
 
-# What is taken from a folder of images to predict; a file that is named
-# itself may have any suffix.
-IMAGE_SUFFIXES = frozenset({
-    '.bmp', '.gif', '.jpeg', '.jpg', '.pbm', '.pgm', '.png', '.ppm', '.tif',
-    '.tiff', '.webp',
-})  # fmt: skip
-
-# What Windows leaves in folders of images.
-_LITTER = frozenset({'thumbs.db', 'desktop.ini'})
+_ORIENTATION = 0x0112  # the EXIF tag
+_TURNS = {  # its value -> what makes the image upright
+  2: Image.Transpose.FLIP_LEFT_RIGHT,
+  3: Image.Transpose.ROTATE_180,
+  4: Image.Transpose.FLIP_TOP_BOTTOM,
+  5: Image.Transpose.TRANSPOSE,
+  6: Image.Transpose.ROTATE_270,
+  7: Image.Transpose.TRANSVERSE,
+  8: Image.Transpose.ROTATE_90,
+}
 
 _MODES = {1: 'L', 3: 'RGB'}
 _CHUNK = 64  # images a task reads: far more work than handing the task out
+_WHOLE = 2**24  # pixels that a crop's image may be resized to
 _SLOW = 5e-4  # seconds an image takes from which on threads pay
 
 
@@ -53,6 +55,7 @@ def decode(
   channels: int,
   size: tuple[int, int] | None = None,
   resize: int = 0,
+  max_pixels: int = image_headers.MAX_PIXELS,
 ) -> np.ndarray:
   """Reads an image file of any kind that Pillow reads.
 
@@ -62,35 +65,59 @@ def decode(
     size: (height, width) in pixels to resize to; None leaves it as stored.
     resize: with `size`: resize the shorter side to so many pixels instead and
       take the centre, `size`; 0 for no crop.
+    max_pixels: width times height of the largest image to decode.
 
   Returns:
     uint8 [H, W, channels], 0..255.
 
   Raises:
-    InputError: the file is missing, truncated, or no image; names the file.
+    InputError: the file is missing, no regular file, truncated, no image, or
+      too large; names the file.
   """
-  name = path_or_file
-  if not isinstance(path_or_file, (str, os.PathLike)):
-    name = getattr(path_or_file, 'name', 'the image')
+  if isinstance(path_or_file, (str, os.PathLike)):
+    name = names.one_line(path_or_file)
+  else:
+    name = names.one_line(str(getattr(path_or_file, 'name', 'the image')))
   try:
-    # Pillow opens lazily: a truncated file shows only when the pixels load.
-    with Image.open(path_or_file) as image:
-      image.load()
-      return to_array(image, channels=channels, size=size, resize=resize)
+    if not isinstance(path_or_file, (str, os.PathLike)):
+      return _decode(path_or_file, channels, size, resize, max_pixels)
+    if kind := image_headers.kind_of(path_or_file):
+      raise config.InputError(
+        f'this is {kind}, not a file; replace or remove it'
+      )
+    with open(path_or_file, 'rb') as file:
+      return _decode(file, channels, size, resize, max_pixels)
   except config.InputError as error:
     raise config.InputError(f'{name}: {error}') from error
   except UnidentifiedImageError as error:
     raise config.InputError(
       f'{name} is not an image that Pillow can read; replace or remove it'
     ) from error
+  except Image.DecompressionBombError as error:  # an image within the image
+    raise config.InputError(
+      f'{name}: {image_headers.too_large("an image in it", max_pixels)}'
+    ) from error
   except Exception as error:
     # Pillow's readers raise whatever their parsing runs into on damaged data:
-    # OSError, SyntaxError, struct.error, EOFError, DecompressionBombError ...
+    # OSError, SyntaxError, struct.error, EOFError ...
     reason = ' '.join(str(error).split()) or type(error).__name__
     fault = f'is damaged or cut short ({reason})'
     if isinstance(error, OSError) and error.strerror:  # from the file system
       fault = f'cannot be read ({error.strerror})'
     raise config.InputError(f'{name} {fault}; replace or remove it') from error
+
+
+def _decode(
+  file: BinaryIO,
+  channels: int,
+  size: tuple[int, int] | None,
+  resize: int,
+  max_pixels: int,
+) -> np.ndarray:
+  # Pillow opens lazily: a truncated file shows only when the pixels load.
+  with image_headers.open_header(file, max_pixels=max_pixels) as image:
+    image.load()
+    return to_array(image, channels=channels, size=size, resize=resize)
 
 
 def read(
@@ -99,6 +126,7 @@ def read(
   channels: int,
   size: tuple[int, int] | None = None,
   resize: int = 0,
+  max_pixels: int = image_headers.MAX_PIXELS,
 ) -> np.ndarray:
   """Reads an image however it is given.
 
@@ -108,6 +136,7 @@ def read(
     channels: 1 (grey) or 3 (RGB).
     size: (height, width) in pixels to resize to; None leaves it as it is.
     resize: of the shorter side, before `size` is cropped; 0 for no crop.
+    max_pixels: of a file or its content; what is in memory is of any size.
 
   Returns:
     uint8 [H, W, channels], 0..255.
@@ -115,13 +144,15 @@ def read(
   Raises:
     InputError: as `decode` and `to_array`.
   """
-  if isinstance(record, bytes):
-    return decode(
-      io.BytesIO(record), channels=channels, size=size, resize=resize
-    )
-  if isinstance(record, (str, os.PathLike)):
-    return decode(record, channels=channels, size=size, resize=resize)
-  return to_array(record, channels=channels, size=size, resize=resize)
+  if not isinstance(record, (bytes, str, os.PathLike)):
+    return to_array(record, channels=channels, size=size, resize=resize)
+  return decode(
+    io.BytesIO(record) if isinstance(record, bytes) else record,
+    channels=channels,
+    size=size,
+    resize=resize,
+    max_pixels=max_pixels,
+  )
 
 
 def to_array(
@@ -166,56 +197,15 @@ def to_array(
       return image
     pil = _from_array(image)
   else:
-    pil = _eight_bit(ImageOps.exif_transpose(image))
+    image.load()  # of a TIFF, Pillow turns the pixels then
+    pil = _eight_bit(upright(image, turn_of(image)))
   pil = pil.convert(_MODES[channels])
-  if size is not None and (resize or pil.size != size[::-1]):
-    pil = pil.resize(
-      size[::-1],
-      Image.Resampling.BILINEAR,
-      box=_centre(pil.size, size, resize) if resize else None,
-    )
+  if size is not None and resize:
+    pil = _centre(pil, size, resize)
+  elif size is not None and pil.size != size[::-1]:
+    pil = pil.resize(size[::-1], Image.Resampling.BILINEAR)
   array = np.array(pil)
   return array[:, :, None] if channels == 1 else array
-
-
-def find_images(
-  path: str | os.PathLike[str],
-  *,
-  suffixes: frozenset[str] | None = IMAGE_SUFFIXES,
-) -> list[pathlib.Path]:
-  """Returns the image files at `path`, sorted.
-
-  Args:
-    path: a file, returned whatever its suffix, or a folder, searched with its
-      subfolders. Hidden files and folders, and what Windows leaves in them,
-      are left out.
-    suffixes: lower-case suffixes to take from a folder; None takes all files.
-
-  Raises:
-    InputError: `path` does not exist or is a folder without images.
-  """
-  root = config.given_path(path, '--images')
-  if root.is_file():
-    return [root]
-  if not root.is_dir():
-    raise config.InputError(
-      f'{path} does not exist; give an image file or a folder of images'
-    )
-  found = []
-  for folder, subfolders, files in os.walk(root):
-    subfolders[:] = [name for name in subfolders if name[0] != '.']
-    found += [
-      pathlib.Path(folder, name)
-      for name in files
-      if name[0] != '.' and name.lower() not in _LITTER
-    ]
-  if suffixes is not None:
-    found = [file for file in found if file.suffix.lower() in suffixes]
-  if not found:
-    raise config.InputError(
-      f'{path} holds no images; it needs files such as *.jpg or *.png'
-    )
-  return sorted(found)
 
 
 def read_all(
@@ -320,41 +310,58 @@ def read_all(
   )
 
 
-def _centre(
-  original: tuple[int, int], size: tuple[int, int], resize: int
-) -> tuple[float, float, float, float]:
-  """Returns what part of an image a centre crop after resizing shows.
+def turn_of(image: Image.Image) -> Image.Transpose | None:
+  """Returns what makes an image upright by its EXIF; None for nothing."""
+  try:
+    return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+  except Exception:
+    return None  # EXIF that makes no sense; the pixels are whole
 
-  Rounded as by torchvision's Resize and CenterCrop. Pillow's filter reads
-  beyond the box that it resizes, so that resizing the box alone gives the
-  pixels that resizing everything and cropping gives.
+
+def upright(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+  """Returns an image turned; itself where there is nothing to turn."""
+  return image if turn is None else image.transpose(turn)
+
+
+def _centre(
+  image: Image.Image, size: tuple[int, int], resize: int
+) -> Image.Image:
+  """Resizes the shorter side and crops the centre, as torchvision does.
+
+  The whole image is resized, which gives the pixels of torchvision's Resize and
+  CenterCrop. Of an image so long and thin that this would take more than
+  `_WHOLE` pixels and more than it has itself, only the centre is resized;
+  Pillow keeps its position in single precision, by which a value may be one
+  grey level off.
 
   Args:
-    original: width and height of the image.
+    image: of mode L or RGB.
     size: height and width of the crop.
     resize: the shorter side, resized.
-
-  Returns:
-    left, top, right and bottom in pixels of the image.
   """
   if resize < max(size):
     raise config.InputError(
       f'a crop of {size[0]}x{size[1]} pixels does not fit in images resized to'
       f' {resize}; give at least {max(size)}'
     )
-  sides = [side * resize // min(original) for side in original]
-  starts = [
+  sides = [side * resize // min(image.size) for side in image.size]
+  crop = size[::-1]
+  left, top = (
     round((side - cropped) / 2)
-    for side, cropped in zip(sides, size[::-1], strict=True)
-  ]
-  left, right, top, bottom = (
-    edge * whole / side
-    for start, cropped, whole, side in zip(
-      starts, size[::-1], original, sides, strict=True
-    )
-    for edge in (start, start + cropped)
+    for side, cropped in zip(sides, crop, strict=True)
   )
-  return left, top, right, bottom
+  box = (left, top, left + crop[0], top + crop[1])
+  if math.prod(sides) <= max(_WHOLE, math.prod(image.size)):
+    whole = image.resize(sides, Image.Resampling.BILINEAR)
+    return whole.crop(box)
+  across, down = (
+    original / side for original, side in zip(image.size, sides, strict=True)
+  )
+  return image.resize(
+    crop,
+    Image.Resampling.BILINEAR,
+    box=(box[0] * across, box[1] * down, box[2] * across, box[3] * down),
+  )
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

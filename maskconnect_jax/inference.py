@@ -22,6 +22,7 @@ from flax import nnx
 from maskconnect_jax import (
   checkpoint,
   files,
+  image_headers,
   image_inputs,
   images,
   model_record,
@@ -45,6 +46,7 @@ def save(
   resize: int,
   mean: Sequence[float],
   std: Sequence[float],
+  max_pixels: int = image_headers.MAX_PIXELS,
 ) -> None:
   """Writes a frozen, pruned model; a folder already there is replaced.
 
@@ -59,6 +61,7 @@ def save(
     resize: of the shorter side, before the centre is cropped; 0: none.
     mean: per channel, on the 0..255 scale.
     std: likewise.
+    max_pixels: width times height of the largest image to decode.
 
   Raises:
     InputError: it cannot be written, as on a full disk; what was there stays.
@@ -81,6 +84,7 @@ def save(
       'resize': resize,
       'mean': list(mean),
       'std': list(std),
+      'max_pixels': max_pixels,
     },
   }
   size = sum(array.nbytes for array in arrays.values())
@@ -236,6 +240,9 @@ class Classifier:
       channels=channels,
       size=(height, width),
       resize=self.record['preprocessing'].get('resize', 0),
+      max_pixels=self.record['preprocessing'].get(
+        'max_pixels', image_headers.MAX_PIXELS
+      ),
     )
 
   def probabilities(self, batch: np.ndarray) -> np.ndarray:

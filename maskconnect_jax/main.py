@@ -39,8 +39,9 @@ from maskconnect_jax import (
   distributed,
   evaluation,
   files,
-  images,
+  image_files,
   inference,
+  names,
   report,
   summarize,
   sweep,
@@ -160,12 +161,18 @@ def run_describe() -> None:
 def run_predict() -> None:
   """Prints path, class and probability of each image, one line each.
 
-  An image that cannot be read is named on stderr, and does not stop the rest.
+  An image that cannot be read is named on stderr, and does not stop the rest;
+  so is what a folder holds that is no image.
   """
   if not IMAGES.value:
     raise InputError('--mode=predict needs --images, a file or a folder')
-  paths = [path for given in IMAGES.value for path in images.find_images(given)]
+  found = [image_files.split(image_files.find(name)) for name in IMAGES.value]
   model = inference.load(the_workdir())
+  for folder in found:
+    if note := folder.note():
+      print(f'note: {note}', file=sys.stderr)
+  paths = [path for folder in found for path in folder.files]
+  classes = [names.encodable(name) for name in model.classes]
   unread = 0
   for start in range(0, len(paths), inference.BATCH):
     part = []
@@ -184,17 +191,18 @@ def run_predict() -> None:
         print(
           json.dumps(
             {
-              'image': str(path),
-              'class': model.classes[best],
+              'image': names.encodable(path),
+              'class': classes[best],
               'probability': float(row[best]),
-              'probabilities': dict(
-                zip(model.classes, row.tolist(), strict=True)
-              ),
+              'probabilities': dict(zip(classes, row.tolist(), strict=True)),
             }
           )
         )
       else:
-        print(f'{path}\t{model.classes[best]}\t{row[best]:.4f}')
+        print(
+          f'{names.one_line(path)}\t{names.one_line(classes[best])}'
+          f'\t{row[best]:.4f}'
+        )
   if unread:
     sys.exit(2)
 

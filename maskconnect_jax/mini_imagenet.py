@@ -52,6 +52,7 @@ from typing import Any, NamedTuple
 
 import tqdm
 
+from maskconnect_jax import image_files, names
 from maskconnect_jax import images as images_lib
 from maskconnect_jax.config import InputError, given_path
 
@@ -174,6 +175,12 @@ class MiniImagenet(  # type: ignore[call-arg]  # TFDS has no types
           f' {needed} are needed'
         )
       ranked = ranked[:needed]
+      for path in ranked:
+        if names.one_line(path.name) != path.name:
+          raise InputError(
+            f'{names.one_line(path)} has a name that is no line of UTF-8, which'
+            ' the set cannot hold; rename it'
+          )
       chosen += [('test', wnid, path) for path in ranked[: self._test]]
       chosen += [('train', wnid, path) for path in ranked[self._test :]]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -254,7 +261,7 @@ def find_files(
   """Returns the files of each class, from any of the layouts above.
 
   The classes are in the order given, a class's files in any. As in other image
-  folders every file that is not hidden counts as an image.
+  folders every file that `image_files` finds counts as an image.
 
   Raises:
     InputError: a class has no files, is in several parts of the folder, or
@@ -267,6 +274,7 @@ def find_files(
   base = root / 'images' if (root / 'images').is_dir() else root
   parts = [base / name for name in _PARTS if (base / name).is_dir()]
   files: dict[str, list[Path]] = {}
+  left_out: list[tuple[Path, str]] = []
   for wnid in classes:
     found = [part / wnid for part in parts or [base] if (part / wnid).is_dir()]
     if len(found) > 1:
@@ -275,7 +283,10 @@ def find_files(
         f' holds all of it, such as {parts[0]}'
       )
     if found:
-      files[wnid] = images_lib.find_images(found[0], suffixes=None)
+      own = image_files.find(found[0])
+      files[wnid], left_out = own.files, [*left_out, *own.left_out]
+  if left_out:
+    print(image_files.note(root, left_out), file=sys.stderr)
   if not files:
     files = _listed_files(root, base, classes)
   if missing := [wnid for wnid in classes if wnid not in files]:

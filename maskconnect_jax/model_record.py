@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import jax
 import msgspec
 
-from maskconnect_jax import files, limits, models
+from maskconnect_jax import files, image_headers, limits, models
 from maskconnect_jax import topology as topology_lib
 from maskconnect_jax.config import InputError, check_choice
 from maskconnect_jax.topology import BranchTopology, Topology
@@ -34,6 +34,7 @@ class Preprocessing(msgspec.Struct):
   mean: list[Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]]
   std: list[Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]]
   resize: Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_SIDE)] = 0
+  max_pixels: Annotated[int, msgspec.Meta(ge=1)] = image_headers.MAX_PIXELS
 
 
 class Record(msgspec.Struct):

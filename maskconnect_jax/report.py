@@ -97,6 +97,7 @@ def write(
     resize=job.config.data.eval_resize,
     mean=job.recipe.mean,
     std=job.recipe.std,
+    max_pixels=job.config.data.max_pixels,
   )
   if jax.process_index():
     return

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import ml_collections
 import numpy as np
 
-from maskconnect_jax import images as images_lib
+from maskconnect_jax import class_folders, image_headers, names
 from maskconnect_jax.config import InputError, given_path
 from maskconnect_jax.decoding import Record
 
@@ -125,6 +125,8 @@ def _idx_path(folder: pathlib.Path, stem: str, rank: int) -> pathlib.Path:
     for path in (folder / name, folder / f'{name}.gz'):
       if path.is_file():
         return path
+      if kind := image_headers.kind_of(path):
+        raise InputError(f'{path} is {kind}, not a file; put the file there')
   raise InputError(
     f'config.data.dir={str(folder)!r} has no'
     f' {stem}-idx{rank}-ubyte, plain or .gz'
@@ -170,8 +172,8 @@ def _read_idx(path: pathlib.Path, rank: int) -> np.ndarray:
 def _image_folder(data: ml_collections.ConfigDict) -> Source:
   """DIR/train/<class>/* and DIR/test/<class>/* (else val/), always as RGB.
 
-  Every file that is not hidden counts as an image, whatever its suffix: one
-  that is none is an error rather than silently less data.
+  Every file that `image_files` finds counts as an image, whatever its suffix:
+  one that is none is an error rather than silently less data.
   """
   root = _folder_of(data, 'train/<class>/*.jpg and test/<class>/*.jpg')
   test_root = next(
@@ -182,15 +184,19 @@ def _image_folder(data: ml_collections.ConfigDict) -> Source:
       f'config.data.dir={data.dir!r} has no test images;'
       ' it needs test/<class>/* or val/<class>/*'
     )
-  train, test = _class_files(root / 'train'), _class_files(test_root)
+  train, test = (
+    class_folders.class_files(root / 'train'),
+    class_folders.class_files(test_root),
+  )
   if odd := sorted(set(train) ^ set(test)):
     where = [
-      f'{name} is only in {"train" if name in train else test_root.name}'
-      for name in odd[:5]
-    ] + ['...'] * (len(odd) > 5)
+      f'{names.distinct(name)} is only in'
+      f' {"train" if name in train else test_root.name}'
+      for name in odd
+    ]
     raise InputError(
       f'config.data.dir={data.dir!r}: train and test differ in classes'
-      f' ({", ".join(where)}); both need the same class folders'
+      f' ({names.some(where, 5)}); both need the same class folders'
     )
   found = [*train.values(), *test.values()]
   paths = [str(path) for files in found for path in files]
@@ -206,21 +212,6 @@ def _image_folder(data: ml_collections.ConfigDict) -> Source:
     channels=3,
     name=_name_of(data),
   )
-
-
-def _class_files(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
-  """Returns the files of every class folder in `root`, both sorted."""
-  folders = sorted(
-    path for path in root.glob('*') if path.is_dir() and path.name[0] != '.'
-  )
-  if not folders:
-    raise InputError(
-      f'{root} holds no class folders; put its images in {root}/<class>/'
-    )
-  return {
-    folder.name: images_lib.find_images(folder, suffixes=None)
-    for folder in folders
-  }
 
 
 def _tfds(data: ml_collections.ConfigDict) -> Source:

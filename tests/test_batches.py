@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -173,6 +177,82 @@ def test_streamed_through_worker_processes_is_the_same(streams, recipe):
   whole = first(streamed(streams.train, recipe).starting_at(1), 5)
   workers = streamed(streams.train, recipe, workers=2)
   assert_same(first(workers.starting_at(1), 5), whole)
+
+
+WORKERS = """
+import itertools, os, signal, sys, time
+from absl import flags
+import jax
+from maskconnect_jax import batches, config, datasets, distributed, steps
+flags.FLAGS.mark_as_parsed()
+
+if __name__ == '__main__':
+  data = config.default().data
+  data.source, data.dir = 'folder', sys.argv[1]
+  data.image_size, data.crop = 16, 'resized'
+  mesh = distributed.make_mesh()
+  recipe = steps.Recipe(
+    temperature=lambda _: 1.0, network=None, optimizer=None, seed=0, pad=0,
+    flip=False, mean=(0.0,), std=(1.0,), mixup=0.0, label_smoothing=0.0,
+    average=0.0, batch_sharding=distributed.sharded(mesh))
+  stream = batches.Streamed(
+    datasets.load(data).train, recipe, 8, threads=1, workers=2)
+  kept = list(itertools.islice(stream.starting_at(0), 5))
+  if sys.argv[2] == 'killed':
+    going = stream.starting_at(0)
+    next(going)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def shared_memory():
+  return {path.name for path in Path('/dev/shm').glob('psm_*')}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path('/dev/shm').is_dir(), reason='Linux has it')
+@pytest.mark.parametrize('end', ['by itself', 'killed'])
+def test_workers_and_shared_memory_end_with_the_run(folder, tmp_path, end):
+  """The workers hold the standard error of the run: it closes with the last."""
+  (tmp_path / 'run.py').write_text(WORKERS)
+  before = shared_memory()
+  done = subprocess.run(
+    [sys.executable, 'run.py', folder, end],
+    cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+  )  # fmt: skip
+  if end == 'killed':
+    assert done.returncode == -signal.SIGKILL
+  else:
+    assert done.returncode == 0, done.stderr
+    assert 'leaked' not in done.stderr
+  assert shared_memory() <= before
+
+
+def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
+  """Without Grain, which takes long to start."""
+  (tmp_path / 'run.py').write_text("""
+import multiprocessing, os, signal, time
+
+def work(sending):
+  from maskconnect_jax import batches
+  batches._prepare_worker(0, 1)
+  sending.send(os.getpid())
+  time.sleep(100)
+
+if __name__ == '__main__':
+  receiving, sending = multiprocessing.Pipe(duplex=False)
+  spawning = multiprocessing.get_context('spawn')
+  spawning.Process(target=work, args=(sending,), daemon=True).start()
+  print(receiving.recv(), flush=True)
+  os.kill(os.getpid(), signal.SIGKILL)
+""")
+  # The worker has the standard output too: reading it waits for both.
+  done = subprocess.run(
+    [sys.executable, 'run.py'],
+    cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+  )  # fmt: skip
+  assert done.returncode == -signal.SIGKILL
+  assert int(done.stdout)
 
 
 @pytest.mark.parametrize('num_processes', [2, 4])

@@ -5,7 +5,9 @@ import gzip
 import hashlib
 import io
 import logging
+import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -455,14 +457,208 @@ def test_folder_with_different_classes(tmp_path):
     load(source='folder', dir=str(tmp_path))
 
 
+# What lies in a folder of images besides.
+
+
+def fields(root, **changes):
+  return {'source': 'folder', 'dir': str(root), 'image_size': 6} | changes
+
+
+STREAMED = {'crop': 'resized', 'skip_errors': True}
+
+
+def test_folder_with_a_named_pipe(tmp_path, caplog):
+  write_folder(tmp_path)
+  os.mkfifo(tmp_path / 'train' / 'cat' / 'pipe.png')
+  os.mkfifo(tmp_path / 'train' / 'pipe')
+  for more in ({}, {'skip_errors': True}, STREAMED):
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, 'absl'):
+      dataset = load(**fields(tmp_path, **more))
+    assert len(dataset.train) == 6
+    (record,) = caplog.records
+    said = record.getMessage()
+    assert 'left out 2: pipe (a named pipe), cat/pipe.png (a named' in said
+
+
+def test_idx_file_that_is_a_named_pipe(tmp_path):
+  write_mnist(tmp_path)
+  name = 't10k-images-idx3-ubyte'
+  (tmp_path / name).unlink()
+  os.mkfifo(tmp_path / name)
+  with pytest.raises(config.InputError, match=f'{name} is a named pipe'):
+    load(source='idx', dir=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+  'litter', ['@eaDir', '__MACOSX', 'lost+found', '$RECYCLE.BIN']
+)
+def test_folder_with_litter(tmp_path, caplog, litter):
+  written = write_folder(tmp_path)
+  for path in (*written, tmp_path / 'train' / 'x'):
+    (path.parent / litter).mkdir(exist_ok=True)
+    shutil.copy(next(iter(written)), path.parent / litter / 'thumb.jpg')
+  with caplog.at_level(logging.WARNING, 'absl'):
+    dataset = load(source='folder', dir=str(tmp_path))
+  assert dataset.classes == ('cat', 'dog')
+  assert (len(dataset.train), len(dataset.test)) == (6, 4)
+  assert not caplog.records
+
+
+def test_folder_of_linked_folders(tmp_path, caplog):
+  write_folder(tmp_path / 'store')
+  for path in (tmp_path / 'store').glob('*/*'):
+    own = tmp_path / 'set' / path.relative_to(tmp_path / 'store')
+    own.mkdir(parents=True)
+    (own / 'of last year').symlink_to(path)
+    (own / 'loop').symlink_to(own)
+    (own / 'all').symlink_to(own.parent)
+  with caplog.at_level(logging.WARNING, 'absl'):
+    dataset = load(source='folder', dir=str(tmp_path / 'set'))
+  expected = load(source='folder', dir=str(tmp_path / 'store'))
+  assert_splits_equal(dataset.train, expected.train)
+  assert_splits_equal(dataset.test, expected.test)
+  said = [record.getMessage() for record in caplog.records]
+  assert [line.count('a link to a folder') for line in said] == [4, 4]
+
+
+def test_folder_with_a_broken_link(tmp_path):
+  write_folder(tmp_path)
+  path = tmp_path / 'train' / 'cat' / 'gone.png'
+  path.symlink_to(tmp_path / 'nothing.png')
+  with pytest.raises(config.InputError, match=r'gone\.png cannot be read'):
+    load(source='folder', dir=str(tmp_path))
+  assert load(**fields(tmp_path, skip_errors=True)).skipped == 1
+
+
+def test_folder_with_a_class_that_is_a_broken_link(tmp_path):
+  write_folder(tmp_path)
+  for part in ('train', 'test'):
+    (tmp_path / part / 'elk').symlink_to(tmp_path / 'nothing')
+  with pytest.raises(config.InputError, match=r'1 images or broken .*\(elk\)'):
+    load(source='folder', dir=str(tmp_path))
+
+
+def test_images_beside_the_class_folders_are_not_lost(tmp_path, caplog):
+  written = write_folder(tmp_path)
+  (tmp_path / 'train' / 'labels.csv').write_text('file,label')
+  with caplog.at_level(logging.WARNING, 'absl'):
+    assert len(load(source='folder', dir=str(tmp_path)).train) == 6
+  (record,) = caplog.records
+  assert 'left out 1: labels.csv (no class folder)' in record.getMessage()
+  for i in range(5):
+    shutil.copy(next(iter(written)), tmp_path / 'train' / f'stray{i}')
+  with pytest.raises(
+    config.InputError, match=r'train holds 5 images .* \(stray0, .*, \.\.\.\)'
+  ):
+    load(source='folder', dir=str(tmp_path))
+
+
+def test_class_folders_in_two_forms_of_unicode(tmp_path):
+  composed, apart = 'caf\u00e9', 'cafe\u0301'
+  written = write_folder(tmp_path, classes=(composed, 'dog'))
+  (tmp_path / 'test' / composed).rename(tmp_path / 'test' / apart)
+  dataset = load(source='folder', dir=str(tmp_path))
+  assert dataset.classes == (composed, 'dog')
+  last = [p for p in written if p.parts[-3:-1] == ('test', composed)]
+  np.testing.assert_array_equal(
+    dataset.test.images[:2], [written[p] for p in last]
+  )
+  shutil.copytree(tmp_path / 'train' / composed, tmp_path / 'train' / apart)
+  with pytest.raises(config.InputError, match=r'twice.*cafe\\u0301.*caf\\xe9'):
+    load(source='folder', dir=str(tmp_path))
+
+
+@pytest.mark.parametrize('name', ['dog ', 'd\u200bog', 'dog\t', 'dog\xa0'])
+def test_class_folders_that_look_alike(tmp_path, name):
+  write_folder(tmp_path)
+  (tmp_path / 'test' / 'dog').rename(tmp_path / 'test' / name)
+  with pytest.raises(
+    config.InputError, match=f'dog is only in train.*{re.escape(repr(name))} is'
+  ) as error:
+    load(source='folder', dir=str(tmp_path))
+  assert '\n' not in str(error.value)
+
+
+def test_a_class_folder_whose_name_is_no_utf8(tmp_path):
+  name = os.fsdecode(b'k\xfche')
+  write_folder(tmp_path, classes=(name, 'dog'))
+  dataset = load(source='folder', dir=str(tmp_path))
+  assert dataset.classes == ('dog', name)
+
+
+def test_a_folder_called_as_an_image(tmp_path, caplog):
+  written = write_folder(tmp_path)
+  (tmp_path / 'train' / 'cat' / 'x.jpg').mkdir()
+  with caplog.at_level(logging.WARNING, 'absl'):
+    assert len(load(source='folder', dir=str(tmp_path)).train) == 6
+  assert 'cat/x.jpg (an empty folder)' in caplog.records[0].getMessage()
+  shutil.copy(next(iter(written)), tmp_path / 'train' / 'cat' / 'x.jpg')
+  assert len(load(source='folder', dir=str(tmp_path)).train) == 7
+
+
+@pytest.mark.parametrize('more', [{'skip_errors': True}, STREAMED])
+@pytest.mark.parametrize(
+  ('part', 'what', 'count'), [('train', 'training', 6), ('test', 'test', 4)]
+)
+def test_folder_of_which_one_part_does_not_decode(
+  tmp_path, more, part, what, count
+):
+  for path in write_folder(tmp_path):
+    if path.parts[-3] == part:
+      path.write_bytes(b'text')
+  with pytest.raises(
+    config.InputError,
+    match=rf'none of the {count} {what} images decodes: .*0\.png is not',
+  ) as error:
+    load(**fields(tmp_path, **more))
+  assert '\n' not in str(error.value)
+
+
+def test_a_stream_of_which_no_validation_image_decodes(tmp_path):
+  written = [p for p in write_folder(tmp_path) if 'train' in p.parts]
+  held = load(**fields(tmp_path, **STREAMED, validation=2)).validation
+  for number in held.chosen:
+    written[number].write_bytes(b'text')
+  with pytest.raises(config.InputError, match='2 validation images decodes'):
+    load(**fields(tmp_path, **STREAMED, validation=2))
+
+
+def test_a_stream_of_which_no_measured_image_decodes(tmp_path, monkeypatch):
+  written = [p for p in write_folder(tmp_path) if 'train' in p.parts]
+  written[0].write_bytes(b'text')
+  monkeypatch.setattr(datasets, '_MEASURED', 1)
+  dataset = load(**fields(tmp_path, **STREAMED))
+  with pytest.raises(
+    config.InputError, match=r'1 training .*config\.data\.mean'
+  ):
+    dataset.mean_and_std()
+
+
+@pytest.mark.parametrize('more', [{}, {'crop': 'resized'}])
+def test_the_bound_on_pixels_is_a_field(tmp_path, more):
+  written = write_folder(tmp_path)
+  large = next(iter(written))
+  Image.new('RGB', (30, 20)).save(large)
+  says = rf'{re.escape(str(large))}.*30x20.*config\.data\.max_pixels=599'
+  given = fields(tmp_path, max_pixels=599, **more)
+  with pytest.raises(config.InputError, match=says):
+    load(**given).train.sample()
+  assert len(load(**given | {'max_pixels': 600}).train.sample()) == 6
+  skipping = load(**given, skip_errors=True)
+  assert len(skipping.train.sample()) == 5
+
+
 @pytest.mark.parametrize('source', ['idx', 'folder', 'tfds'])
 def test_dir_that_cannot_be(tmp_path, source):
   missing, file, empty = (tmp_path / n for n in ('missing', 'file', 'empty'))
+  os.mkfifo(tmp_path / 'pipe')
   file.write_text('')
   empty.mkdir()
   for path, fault in (
     (missing, 'does not exist'),
     (file, 'is not a folder'),
+    (tmp_path / 'pipe', 'is not a folder'),
     (empty, 'is empty'),
   ):
     with pytest.raises(

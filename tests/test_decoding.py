@@ -243,6 +243,31 @@ def test_a_missing_file_is_named(tmp_path):
     decoding.evaluation_image(tmp_path / 'none.jpg', size=5, resize=0)
 
 
+def test_the_bound_on_pixels():
+  def read(content, **more):
+    one = decoding.training_image(
+      content, np.random.default_rng(0), size=20, **more
+    )
+    return one, decoding.evaluation_image(content, size=20, resize=0, **more)
+
+  for content in (JPEG, encoded(PHOTOGRAPH, 'PNG')):
+    read(content, max_pixels=500 * 375)
+    with pytest.raises(config.InputError, match='500x375.*max_pixels=187499'):
+      read(content, max_pixels=500 * 375 - 1)
+  read(np.asarray(PHOTOGRAPH), max_pixels=1)  # in memory already
+
+
+@pytest.mark.parametrize('suffix', ['PNG', 'WEBP'])
+def test_exif_that_makes_no_sense_turns_nothing(suffix):
+  content = encoded(
+    PHOTOGRAPH, suffix, exif=b'Exif\0\0this is not TIFF at all', lossless=True
+  )
+  np.testing.assert_array_equal(
+    decoding.evaluation_image(content, size=50, resize=60),
+    decoding.evaluation_image(np.asarray(PHOTOGRAPH), size=50, resize=60),
+  )
+
+
 def test_what_opencv_refuses_pillow_may_read(monkeypatch):
   expected = [
     decoding.training_image(JPEG, np.random.default_rng(0), size=size)

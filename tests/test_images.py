@@ -3,8 +3,10 @@
 import io
 import os
 import re
+import struct
 import threading
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -147,6 +149,11 @@ def test_resize_takes_height_then_width_and_leaves_equal_sizes(tmp_path):
     ((32, 32), (32, 32)),
     ((28, 28), (32, 32)),  # of the size asked for, yet not the centre
     ((24, 900), (32, 1200)),
+    ((1500, 90), (533, 32)),
+    ((2222, 33), (2154, 32)),
+    ((611, 37), (528, 32)),
+    ((40, 1111), (32, 888)),
+    ((997, 500), (63, 32)),
   ],
 )
 def test_centre_crop_is_resize_then_crop(shape, resized, channels):
@@ -157,8 +164,16 @@ def test_centre_crop_is_resize_then_crop(shape, resized, channels):
   expected = whole[top : top + 28, left : left + 28]
   cropped = images.to_array(pixels, channels=channels, size=(28, 28), resize=32)
   assert cropped.shape == (28, 28, channels)
-  # Pillow rounds the position of a box to single precision.
-  np.testing.assert_allclose(cropped.squeeze(), expected, atol=1)
+  np.testing.assert_array_equal(cropped.squeeze(), expected)
+
+
+def test_a_crop_of_a_very_long_image_takes_little_memory():
+  # Resized whole, it would be 256 x 12,800,000 pixels.
+  pixels = np.arange(50000, dtype=np.int64)[:, None] // 200
+  image = pixels.astype(np.uint8)
+  cropped = images.to_array(image, channels=1, size=(224, 224), resize=256)
+  assert cropped.shape == (224, 224, 1)
+  assert abs(int(cropped.mean()) - 125) <= 1
 
 
 def test_a_crop_larger_than_the_resized_image_is_refused():
@@ -243,24 +258,109 @@ def test_conversion_error_names_the_file(tmp_path):
     images.decode(tmp_path / 'f.tif', channels=3)
 
 
-def test_find_images(tmp_path):
-  for name in ('b.PNG', 'a.jpg', 'sub/c.webp', '.x.jpg', '.h/y.jpg', 'n.txt'):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_bytes(b'')
-  found = images.find_images(tmp_path)
-  assert [str(p.relative_to(tmp_path)) for p in found] == [
-    'a.jpg', 'b.PNG', 'sub/c.webp',
-  ]  # fmt: skip
-  found = images.find_images(str(tmp_path), suffixes=None)
-  assert [p.name for p in found] == ['a.jpg', 'b.PNG', 'n.txt', 'c.webp']
-  assert images.find_images(tmp_path / 'n.txt') == [tmp_path / 'n.txt']
+def test_a_name_of_several_lines_is_told_in_one(tmp_path):
+  path = tmp_path / os.fsdecode(b'a\nb\x1b\xe9.png')
+  path.write_bytes(b'text')
+  with pytest.raises(config.InputError, match=r'a\\nb\\x1b\\xe9\.png') as error:
+    images.decode(path, channels=3)
+  assert len(str(error.value).splitlines()) == 1
+  str(error.value).encode('utf-8')
 
 
-def test_find_images_says_what_is_missing(tmp_path):
-  with pytest.raises(config.InputError, match='none does not exist'):
-    images.find_images(tmp_path / 'none')
-  with pytest.raises(config.InputError, match=f'{tmp_path} holds no images'):
-    images.find_images(tmp_path)
+# How large an image may be.
+
+
+def png_header(width, height):
+  """A PNG of which nothing but the header is there."""
+
+  def chunk(name, content):
+    crc = zlib.crc32(name + content)
+    return (
+      struct.pack('>I', len(content)) + name + content + struct.pack('>I', crc)
+    )
+
+  header = struct.pack('>IIBBBBB', width, height, 1, 0, 0, 0, 0)
+  return (
+    b'\x89PNG\r\n\x1a\n'
+    + chunk(b'IHDR', header)
+    + chunk(b'IDAT', zlib.compress(b''))
+    + chunk(b'IEND', b'')
+  )
+
+
+# Warnings are errors in this suite: there is none.
+@pytest.mark.parametrize(
+  ('width', 'height'), [(13000, 13000), (20000, 10000), (200000, 200000)]
+)
+def test_a_huge_image_is_refused_by_its_header(tmp_path, width, height):
+  path = tmp_path / 'huge.png'
+  path.write_bytes(png_header(width, height))
+  for record in (path, path.read_bytes()):
+    with pytest.raises(
+      config.InputError,
+      match=f'{width}x{height} pixels .*config.data.max_pixels=128000000',
+    ) as error:
+      images.read(record, channels=3, size=(8, 8))
+    assert '\n' not in str(error.value)
+    assert 'damaged' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'suffix', ['png', 'jpg', 'webp', 'tif', 'gif', 'bmp', 'avif', 'jp2', 'tga']
+)
+def test_the_bound_on_pixels(tmp_path, monkeypatch, suffix):
+  # Pillow's own bound, which would warn of this image, is no matter.
+  monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 80)
+  path = save(tmp_path / f'a.{suffix}', np.zeros((10, 12, 3), np.uint8))
+  decoded = images.decode(path, channels=3, max_pixels=120)
+  assert decoded.shape == (10, 12, 3)
+  for size in (None, (4, 4)):
+    with pytest.raises(config.InputError, match=r'12x10 .*max_pixels=119'):
+      images.decode(path, channels=3, size=size, max_pixels=119)
+
+
+def test_what_is_in_memory_has_no_bound():
+  assert images.read(RGB, channels=3, max_pixels=1) is RGB
+
+
+# EXIF.
+
+
+NONSENSE = b'Exif\0\0this is not TIFF at all'
+# Orientation 6, and a table of further entries far beyond the end.
+HALF = (
+  b'Exif\0\0II*\0\x08\0\0\0\x02\0'
+  b'\x12\x01\x03\0\x01\0\0\0\x06\0\0\0'
+  b'\x69\x87\x04\0\x01\0\0\0\xff\xff\xff\0'
+  b'\0\0\0\0'
+)
+
+
+@pytest.mark.parametrize('suffix', ['png', 'webp'])
+@pytest.mark.parametrize('exif', [NONSENSE, NONSENSE[6:], b'Exif\0\0II', b''])
+def test_exif_that_makes_no_sense_turns_nothing(tmp_path, suffix, exif):
+  path = tmp_path / f'a.{suffix}'
+  options = {'lossless': True} if suffix == 'webp' else {}
+  save(path, RGB, exif=exif, **options)
+  np.testing.assert_array_equal(images.decode(path, channels=3), RGB)
+
+
+@pytest.mark.parametrize('suffix', ['png', 'webp'])
+def test_an_orientation_counts_whatever_else_is_wrong(tmp_path, suffix):
+  path = tmp_path / f'a.{suffix}'
+  options = {'lossless': True} if suffix == 'webp' else {}
+  save(path, RGB, exif=HALF, **options)
+  np.testing.assert_array_equal(
+    images.decode(path, channels=3), np.rot90(RGB, -1)
+  )
+
+
+def test_a_turned_tiff_is_turned_once(tmp_path):
+  path = save(tmp_path / 'a.tif', RGB, tiffinfo={0x0112: 6})
+  expected = np.rot90(RGB, -1)
+  np.testing.assert_array_equal(images.decode(path, channels=3), expected)
+  with Image.open(path) as image:  # not loaded yet
+    np.testing.assert_array_equal(images.to_array(image, channels=3), expected)
 
 
 def test_read_all_uses_threads_when_images_are_slow():

@@ -26,6 +26,8 @@ ARROWS: dict[str, set[str]] = {
   'main': {
     'arguments', 'describe', 'distributed', 'evaluation', 'files', 'images',
     'inference', 'report', 'summarize', 'sweep', 'train',
+    'describe', 'distributed', 'evaluation', 'files', 'image_files',
+    'inference', 'names', 'report', 'summarize', 'sweep', 'train',
   },
   'sweep': {'files', 'summarize', 'train'},
   'sweep': {'fields', 'files', 'summarize', 'train'},
@@ -59,6 +61,8 @@ ARROWS: dict[str, set[str]] = {
   'inference': {
     'checkpoint', 'files', 'image_inputs', 'images', 'model_record', 'models',
     'topology', 'wiring',
+    'checkpoint', 'files', 'image_headers', 'images', 'models', 'topology',
+    'wiring',
   },
   'model_record': {'files', 'limits', 'models', 'topology'},
   'models': {
@@ -72,9 +76,11 @@ ARROWS: dict[str, set[str]] = {
   'topology': {'files', 'limits'},
   'blocks': {'layers'},
   'batches': {'datasets', 'distributed', 'steps'},
-  'datasets': {'decoding', 'images', 'sources'},
-  'sources': {'decoding', 'images'},
-  'mini_imagenet': {'images'},
+  'datasets': {'decoding', 'images', 'names', 'sources'},
+  'sources': {'class_folders', 'decoding', 'image_headers', 'names'},
+  'class_folders': {'image_files', 'image_headers', 'names'},
+  'mini_imagenet': {'image_files', 'images', 'names'},
+  'image_files': {'image_headers', 'names'},
   'metrics': {'files'},
   'branch_plots': {'plots'},
   'plots': set(),
@@ -89,6 +95,7 @@ ARROWS: dict[str, set[str]] = {
   'connectivity': set(),
   'fields': set(),
   'decoding': {'images', 'randaugment'},
+  'decoding': {'image_headers', 'images', 'randaugment'},
   'distributed': set(),
   'errors': set(),
   'files': set(),
@@ -96,6 +103,10 @@ ARROWS: dict[str, set[str]] = {
   'images': set(),
   'layers': set(),
   'limits': set(),
+  'image_headers': set(),
+  'images': {'image_headers', 'names'},
+  'layers': set(),
+  'names': set(),
   'optimizer': set(),
   'randaugment': set(),
   'storage': set(),
@@ -105,7 +116,8 @@ BOTTOM = {'config', 'errors'}
 NEEDS_ORBAX = {'checkpoint'}
 ON_JAX = {'clu', 'flax', 'jax', 'jaxlib', 'optax'}  # orbax: see NEEDS_ORBAX
 WITHOUT_JAX = {
-  'datasets', 'decoding', 'images', 'mini_imagenet', 'randaugment', 'sources',
+  'class_folders', 'datasets', 'decoding', 'image_files', 'image_headers',
+  'images', 'mini_imagenet', 'names', 'randaugment', 'sources',
 }  # fmt: skip
 # Module -> all that it may import beside the standard library.
 ONLY = {'connectivity': {'jax', 'numpy'}}

@@ -291,6 +291,39 @@ def test_a_batch_of_another_shape(model):
       model.probabilities(batch)
 
 
+def test_a_pipe_is_refused(model, tmp_path):
+  os.mkfifo(tmp_path / 'pipe.png')
+  with pytest.raises(config.InputError, match=r'pipe\.png: .* a named pipe'):
+    model.predict([tmp_path / 'pipe.png'])
+
+
+def test_the_bound_on_pixels_goes_with_the_model(model, folder):
+  """A model of before, which has none, takes the default."""
+  path = folder / 'model.json'
+  record = json.loads(path.read_text())
+  assert record['preprocessing']['max_pixels'] == 128_000_000
+  record['preprocessing']['max_pixels'] = 63
+  path.write_text(json.dumps(record))
+  digit = folder / 'digit.png'
+  Image.fromarray(DIGITS[3]).save(digit)
+  with pytest.raises(config.InputError, match='8x8 pixels.*max_pixels=63'):
+    inference.load(folder).predict([digit])
+  del record['preprocessing']['max_pixels']
+  path.write_text(json.dumps(record))
+  np.testing.assert_array_equal(
+    inference.load(folder).predict([digit]), model.predict([digit])
+  )
+
+
+def test_classes_of_any_name_are_stored_and_read_back(folder):
+  classes = [os.fsdecode(b'k\xfche%d' % i) for i in range(8)] + ['a\n', 'é']
+  path = folder / 'model.json'
+  record = json.loads(path.read_text()) | {'classes': classes}
+  files.write_json(path, record)
+  path.read_text(encoding='utf-8')
+  assert inference.load(folder).classes == tuple(classes)
+
+
 def test_no_model(tmp_path):
   with pytest.raises(config.InputError, match='holds no model.json'):
     inference.load(tmp_path)

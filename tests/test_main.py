@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -311,8 +312,72 @@ def test_predict_names_what_it_cannot_read_and_goes_on(cli, finished, photos):
     str(photos / f'{name}.png')
     for name in ('a_grey', 'b_large', 'c_alpha', 'd_16')
   ]
-  (said,) = ran.err.splitlines()
+  note, said = ran.err.splitlines()
+  assert (
+    note == f'note: {photos}: left out 1: note.txt (no image that Pillow reads)'
+  )
   assert said.startswith(f'error: {photos / "b_cut.png"} is damaged or cut')
+
+
+def test_predict_shows_any_name_and_counts_what_is_no_image(
+  cli, finished, photos
+):
+  """Latin-1 names, names of several lines, a pipe, linked folders, AVIF."""
+  image = Image.fromarray(DIGITS[4]).convert('RGB')
+  photographs = photos.with_name('others')
+  photographs.mkdir()
+  for name in (
+    b'e\xe9.png',
+    b'f\nf.png',
+    b'g\t\x1b[31m.png',
+    b'h.avif',
+    b'i.jp2',
+  ):
+    image.save(photos / os.fsdecode(name))
+  image.save(photographs / 'k.png')
+  (photos / 'link').symlink_to(photographs)
+  (photos / os.fsdecode(b'd\xe9.png')).write_text('no image')
+  (photos / 'z').symlink_to(photos)
+  os.mkfifo(photos / 'pipe.png')
+  arguments = (
+    '--mode=predict', f'--workdir={finished.workdir}', f'--images={photos}',
+  )  # fmt: skip
+  shown = [
+    r'e\xe9.png', r'f\nf.png', r'g\t\x1b[31m.png', 'h.avif', 'i.jp2',
+    'link/k.png',
+  ]  # fmt: skip
+  ran = cli(*arguments)
+  assert ran.code == 2  # for the damaged one
+  lines = [line.split('\t') for line in ran.out.splitlines()]
+  assert [line[0] for line in lines][-6:] == [f'{photos}/{n}' for n in shown]
+  assert {len(line) for line in lines} == {3}
+  note, said = ran.err.splitlines()
+  assert said.startswith(rf'error: {photos}/d\xe9.png is not an image')
+  assert note == (
+    f'note: {photos}: left out 3: note.txt (no image that Pillow reads),'
+    ' pipe.png (a named pipe), z (a link to a folder that is read already)'
+  )
+  ran = cli(*arguments, '--json')
+  ran.out.encode('ascii')
+  records = [json.loads(line) for line in ran.out.splitlines()]
+  names = [record['image'].removeprefix(f'{photos}/') for record in records]
+  assert names[-6:-3] == [r'e\xe9.png', 'f\nf.png', 'g\t\x1b[31m.png']
+  assert len(names) == 10
+
+
+def test_predict_shows_any_class(cli, finished, photos, tmp_path):
+  shutil.copytree(finished.workdir / 'model', tmp_path / 'model')
+  path = tmp_path / 'model' / 'model.json'
+  record = json.loads(path.read_text())
+  record['classes'] = [os.fsdecode(b'\xe9%d' % i) for i in range(10)]
+  path.write_text(json.dumps(record))
+  arguments = (
+    '--mode=predict', f'--workdir={tmp_path}', f'--images={photos}',
+  )  # fmt: skip
+  for line in cli(*arguments).out.splitlines():
+    assert re.fullmatch(r'.*\t\\xe9\d\t[01]\.\d{4}', line)
+  for line in cli(*arguments, '--json').out.splitlines():
+    assert re.fullmatch(r'\\xe9\d', json.loads(line)['class'])
 
 
 def test_out_of_memory_is_one_line(refused, monkeypatch):
@@ -341,6 +406,8 @@ def test_predict_what_cannot_be(refused, finished, photos, tmp_path):
   bad(tmp_path / 'none.png', '')
   bad(photos / 'note.txt', 'not an image')
   bad(photos / 'deeper', 'image')
+  os.mkfifo(tmp_path / 'pipe.png')
+  bad(tmp_path / 'pipe.png', 'is a named pipe; give an image file')
   refused(
     f'--images={photos}', mode='predict', config=None, says='no model.json'
   )

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 import shutil
 from pathlib import Path
 
@@ -230,6 +231,41 @@ def test_images_that_cannot_be_used(folder, tmp_path, damage, message):
     mini_imagenet.prepare(builder)
   assert '\n' not in str(error.value)
   assert not (tmp_path / 'tfds').exists()
+
+
+def test_what_lies_in_the_folder_besides(folder, tmp_path, capsys):
+  expected = small(folder, data_dir=tmp_path / 'tfds').manifest
+  own = folder / CLASSES[0]
+  (own / '@eaDir').mkdir()
+  shutil.copy(next(own.glob('*.png')), own / '@eaDir' / 'thumb.jpg')
+  os.mkfifo(own / 'pipe.png')
+  (own / 'loop').symlink_to(folder)
+  other = tmp_path / 'other'
+  (folder / CLASSES[1]).rename(other)
+  (folder / CLASSES[1]).mkdir()
+  (folder / CLASSES[1] / 'linked').symlink_to(other)
+  assert small(folder, data_dir=tmp_path / 'tfds').manifest == expected
+  (said,) = capsys.readouterr().err.splitlines()
+  assert 'left out 2: n01532829/loop (a link to' in said
+  assert 'n01532829/pipe.png (a named pipe)' in said
+
+
+def test_a_listed_pipe_is_named(folder, tmp_path):
+  listed(folder, tmp_path / 'other')
+  (file, *_) = (tmp_path / 'other' / 'images').iterdir()
+  file.unlink()
+  os.mkfifo(file)
+  with pytest.raises(config.InputError, match=f'{file.name}.* a named pipe'):
+    small(tmp_path / 'other', data_dir=tmp_path, train=6).entries  # noqa: B018
+
+
+@pytest.mark.parametrize('name', [b'caf\xe9.png', b'a\nb.png'])
+def test_a_name_that_no_manifest_holds_is_refused(folder, tmp_path, name):
+  (file, *_) = (folder / CLASSES[0]).iterdir()
+  file.rename(file.with_name(os.fsdecode(name)))
+  with pytest.raises(config.InputError, match='no line of UTF-8') as error:
+    small(folder, data_dir=tmp_path, train=6).entries  # noqa: B018
+  assert '\n' not in str(error.value)
 
 
 def test_failing_in_between_leaves_nothing(folder, tmp_path):
