@@ -20,14 +20,14 @@ def replacing(path: Path) -> Iterator[Path]:
   """
   path.parent.mkdir(parents=True, exist_ok=True)
   temporary = temporary_of(path)
-  _remove(temporary)  # what a killed run may have left
+  remove(temporary)  # what a killed run may have left
   try:
     yield temporary
     if temporary.is_dir():  # a folder can only be renamed to a free name
-      _remove(path)
+      remove(path)
     os.replace(temporary, path)
   finally:
-    _remove(temporary)
+    remove(temporary)
 
 
 def temporary_of(path: Path) -> Path:
@@ -41,12 +41,21 @@ def write_text(path: Path, text: str) -> None:
     temporary.write_text(text, encoding='utf-8')
 
 
+def set_aside(path: Path) -> Path:
+  """Gives what is damaged another name, and returns that; keeps the newest."""
+  kept = path.with_name(f'{path.name}.damaged')
+  remove(kept)
+  os.replace(path, kept)
+  return kept
+
+
 def write_json(path: Path, record: Any) -> None:
   """Writes readable JSON atomically; a NaN or infinity is an error."""
   write_text(path, json.dumps(record, indent=2, allow_nan=False) + '\n')
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+  """Removes a file or a folder, if it is there."""
   if path.is_dir():
     shutil.rmtree(path)
   else:
