@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from maskconnect_jax import config as config_lib
-from maskconnect_jax import plots, summary_plots
+from maskconnect_jax import plots, summary_plots, workdirs
 from maskconnect_jax.config import InputError
 
 CAPTION = (
@@ -33,17 +33,27 @@ class Run:
     seed: of the run.
     fields: every other field of its config, by path.
     summary: the content of its summary.json.
+    inputs: the content of its inputs.json, or None.
   """
 
   workdir: Path
   seed: int
   fields: dict[str, Any]
   summary: dict[str, Any]
+  inputs: dict[str, Any] | None = None
 
   @property
   def device(self) -> str:
     """Such as '1 x cpu'."""
     return f'{self.summary["num_devices"]} x {self.summary["device"]}'
+
+  def same_but_for_seed(self, other: Run) -> bool:
+    """Whether they belong into one row; images are equal wherever they lie."""
+    ours, theirs = dict(self.fields), dict(other.fields)
+    if self.inputs and other.inputs:
+      ours['data.dir'] = self.inputs['data']
+      theirs['data.dir'] = other.inputs['data']
+    return ours == theirs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +211,7 @@ def summarize(folders: Sequence[Path]) -> Table:
       unfinished.append(workdir)
   groups: list[list[Run]] = []
   for run in finished:
-    group = next((g for g in groups if g[0].fields == run.fields), None)
+    group = next((g for g in groups if g[0].same_but_for_seed(run)), None)
     if group is None:
       groups.append([run])
       continue
@@ -247,7 +257,8 @@ def read(workdir: Path) -> Run:
   seed = fields.pop('seed')
   path = workdir / 'summary.json'
   try:
-    run = Run(workdir, seed, fields, json.loads(path.read_text('utf-8')))
+    summary = json.loads(path.read_text('utf-8'))
+    run = Run(workdir, seed, fields, summary, workdirs.read_inputs(workdir))
     Row('', [run]).record()
   except (ValueError, KeyError, TypeError) as error:
     raise InputError(

@@ -26,12 +26,12 @@ ARROWS: dict[str, set[str]] = {
     'describe', 'distributed', 'evaluation', 'files', 'images', 'inference',
     'report', 'summarize', 'sweep', 'train',
   },
-  'sweep': {'files', 'summarize', 'train'},
-  'summarize': {'plots', 'summary_plots'},
+  'sweep': {'files', 'locks', 'summarize', 'workdirs'},
+  'summarize': {'plots', 'summary_plots', 'workdirs'},
   'summary_plots': {'plots'},
   'train': {
     'batches', 'checkpoint', 'distributed', 'evaluation', 'experiment',
-    'files', 'metrics', 'report', 'steps', 'wiring',
+    'locks', 'metrics', 'report', 'steps', 'wiring', 'workdirs',
   },
   'report': {
     'branch_plots', 'topology', 'experiment', 'files', 'inference',
@@ -63,9 +63,10 @@ ARROWS: dict[str, set[str]] = {
   'topology': set(),
   'blocks': {'layers'},
   'batches': {'datasets', 'distributed', 'steps'},
-  'datasets': {'decoding', 'images', 'sources'},
-  'sources': {'decoding', 'images'},
+  'datasets': {'decoding', 'fingerprint', 'images', 'sources'},
+  'sources': {'decoding', 'fingerprint', 'images'},
   'mini_imagenet': {'images'},
+  'workdirs': {'files', 'fingerprint'},
   'metrics': {'files'},
   'branch_plots': {'plots'},
   'plots': set(),
@@ -77,8 +78,10 @@ ARROWS: dict[str, set[str]] = {
   'decoding': {'images', 'randaugment'},
   'distributed': set(),
   'files': set(),
+  'fingerprint': set(),
   'images': set(),
   'layers': set(),
+  'locks': set(),
   'optimizer': set(),
   'randaugment': set(),
 }  # fmt: skip
@@ -86,7 +89,8 @@ BOTTOM = 'config'
 NEEDS_ORBAX = {'checkpoint'}
 ON_JAX = {'clu', 'flax', 'jax', 'jaxlib', 'optax'}  # orbax: see NEEDS_ORBAX
 WITHOUT_JAX = {
-  'datasets', 'decoding', 'images', 'mini_imagenet', 'randaugment', 'sources',
+  'datasets', 'decoding', 'fingerprint', 'images', 'mini_imagenet',
+  'randaugment', 'sources',
 }  # fmt: skip
 # Module -> all that it may import beside the standard library.
 ONLY = {'connectivity': {'jax', 'numpy'}}
