@@ -19,6 +19,7 @@ from maskconnect_jax.config import InputError
 
 NAME = '.lock'
 SOFT_NAME = '.lock.process'
+PATIENCE = 5.0  # seconds: a process that was killed takes a while to end
 
 
 @contextlib.contextmanager
@@ -62,7 +63,7 @@ def _held(folder: Path) -> Iterator[None]:
     raise InputError(
       f'{folder} cannot be written ({error.strerror}); give another --workdir'
     ) from error
-  hard = filelock.FileLock(path, timeout=0, fallback_to_soft=False)
+  hard = filelock.FileLock(path, timeout=PATIENCE, fallback_to_soft=False)
   lock: filelock.BaseFileLock | None = hard
   try:
     try:
@@ -90,7 +91,7 @@ def _held(folder: Path) -> Iterator[None]:
 
 def _soft(path: Path, folder: Path) -> filelock.BaseFileLock | None:
   """Takes the file that stands in for a lock; None where that fails too."""
-  lock = filelock.SoftFileLock(path, timeout=0)
+  lock = filelock.SoftFileLock(path, timeout=PATIENCE)
   try:
     _take(lock, folder, f', or remove {path} if no process has')
   except OSError as error:

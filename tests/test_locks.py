@@ -5,6 +5,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -41,6 +42,11 @@ def holder():
     process.communicate()
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+  monkeypatch.setattr(locks, 'PATIENCE', 0.0)
+
+
 def refused(folder):
   with (
     pytest.raises(config.InputError, match='by another process') as raised,
@@ -74,6 +80,15 @@ def test_a_kill_ends_it(tmp_path, holder):
   process.wait()
   with locks.locked(tmp_path):
     pass
+
+
+def test_a_process_that_ends_is_waited_for(tmp_path, holder, monkeypatch):
+  process = holder('FileLock', tmp_path / locks.NAME)
+  monkeypatch.setattr(locks, 'PATIENCE', 60.0)
+  timer = threading.Timer(0.3, process.kill)
+  timer.start()
+  with locks.locked(tmp_path):
+    timer.join()
 
 
 def test_folders_that_stay_empty_go(tmp_path):

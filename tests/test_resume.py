@@ -388,8 +388,9 @@ def test_a_workdir_in_which_nothing_was_saved_takes_another_config(
   assert "duration ('4 steps' there, '8 steps' now)" in ran.err
 
 
-def test_one_run_at_a_time(tiny, tmp_path, finished, cli):
+def test_one_run_at_a_time(tiny, tmp_path, finished, cli, monkeypatch):
   """Of this config or another: one line, and nothing is touched."""
+  monkeypatch.setattr(locks, 'PATIENCE', 0.0)
   for workdir in (finished.workdir, tmp_path / 'new'):
     with locks.locked(workdir):
       before = {p: p.stat().st_mtime_ns for p in workdir.rglob('*')}

@@ -161,9 +161,12 @@ def test_a_member_of_another_config_is_refused_first(start, tmp_path, finished):
   assert not (workdir / 'base/seed6').exists()
 
 
-def test_nothing_begins_where_another_process_trains(start, tmp_path):
+def test_nothing_begins_where_another_process_trains(
+  start, tmp_path, monkeypatch
+):
   """A member, which outlives a sweep that is killed; or a whole sweep."""
   workdir = tmp_path / 'sweep'
+  monkeypatch.setattr(locks, 'PATIENCE', 0.0)
   for folder in (workdir / 'base/seed7', workdir):
     with locks.locked(folder):
       ran = start('--config.seeds=6,7')
