@@ -17,7 +17,7 @@ from typing import Any
 
 import ml_collections
 
-from maskconnect_jax import limits
+from maskconnect_jax import files, limits
 from maskconnect_jax.errors import InputError as InputError
 from maskconnect_jax.fields import (
   LARGEST_FLOAT32,
@@ -357,23 +357,21 @@ def stored(workdir: Path) -> ml_collections.ConfigDict:
       f'{workdir} holds no config.json; give the workdir of a run, or --config'
     )
   config = default()
+  remedy = 'give another --workdir'
+  record = files.read_json(path, dict[str, Any], remedy=remedy)
   try:
-    record = json.loads(path.read_text(encoding='utf-8'))
     with config.ignore_type():  # JSON has lists where the config has tuples
       config.update(record)
     check_values(flat(config))
   except (
     AttributeError,
     KeyError,
-    OSError,
     OverflowError,
     RecursionError,
     TypeError,
     ValueError,
   ) as error:
-    raise InputError(
-      f'{path} is damaged ({error}); give another --workdir'
-    ) from error
+    raise InputError(f'{path} is damaged ({error}); {remedy}') from error
   return config
 
 

@@ -17,13 +17,14 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from maskconnect_jax import decoding, names, sources
+from maskconnect_jax import decoding, fingerprint, names, sources
 from maskconnect_jax import images as images_lib
 from maskconnect_jax.config import InputError
 from maskconnect_jax.sources import Source
 
 _MEASURED = 1024  # images of a stream that mean and std are measured on
 _TRIES = 100  # records in a row that may be damaged
+_UNKNOWN = fingerprint.Identity(0, 0, (), '', str)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +165,8 @@ class Dataset:
     test: what the result is measured on.
     classes: name of each label.
     skipped: files left out because they do not decode.
+    identity: what tells the set from another; of all records, also of those
+      that are neither trained nor tested on here.
   """
 
   train: Split | Stream
@@ -171,6 +174,7 @@ class Dataset:
   test: Split | Stream
   classes: tuple[str, ...]
   skipped: int = 0
+  identity: fingerprint.Identity = _UNKNOWN
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -234,6 +238,7 @@ def load(data: ml_collections.ConfigDict) -> Dataset:
   gigabytes = len(source) * source.channels * data.image_size**2 / 1e9
   streamed = data.crop == 'resized' or gigabytes > data.memory_gb
   dataset = (_streamed if streamed else _in_memory)(source, data)
+  dataset = dataclasses.replace(dataset, identity=source.identity)
   if data.validation:
     rest, held = _evenly('validation', dataset.train, data.validation)
     dataset = dataclasses.replace(dataset, train=rest, validation=held)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import unicodedata
 from typing import Any
 
@@ -40,12 +41,19 @@ class Scores:
   loss: float
   count: int
 
-  def named(self, prefix: str) -> dict[str, float]:
-    """Returns {'test_accuracy': ..., ...} for the prefix 'test'."""
-    return {
+  def named(self, prefix: str) -> dict[str, float | None]:
+    """Returns {'test_accuracy': ..., ...} for the prefix 'test'.
+
+    What is not finite, which JSON has no number for, is None.
+    """
+    named = {
       f'{prefix}_accuracy': self.accuracy,
       f'{prefix}_top5_accuracy': self.top5_accuracy,
       f'{prefix}_loss': self.loss,
+    }
+    return {
+      name: value if math.isfinite(value) else None
+      for name, value in named.items()
     }
 
 

@@ -60,7 +60,7 @@ def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
   temporary, old = temporary_of(path), path.with_name(f'.{path.name}.old')
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    _remove(temporary)  # what a killed run may have left
+    remove(temporary)  # what a killed run may have left
     try:
       yield temporary
       if temporary.is_dir():  # a folder can only be renamed to a free name
@@ -68,7 +68,7 @@ def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
       else:
         os.replace(temporary, path)
     finally:
-      _remove(temporary)
+      remove(temporary)
   except OSError as error:
     raise unwritten(path, error, size) from error
 
@@ -83,6 +83,14 @@ def write_text(path: Path, text: str) -> None:
   content = text.encode('utf-8')
   with replacing(path, len(content)) as temporary:
     temporary.write_bytes(content)
+
+
+def set_aside(path: Path) -> Path:
+  """Gives what is damaged another name, and returns that; keeps the newest."""
+  kept = path.with_name(f'{path.name}.damaged')
+  remove(kept)
+  os.replace(path, kept)
+  return kept
 
 
 def write_json(path: Path, record: Any) -> None:
@@ -218,7 +226,7 @@ def unwritten(
 
 def _swap(temporary: Path, path: Path, old: Path) -> None:
   """Puts one folder in the place of another, which stays unless it succeeds."""
-  _remove(old)
+  remove(old)
   try:
     if os.path.lexists(path):
       os.rename(path, old)
@@ -227,10 +235,11 @@ def _swap(temporary: Path, path: Path, old: Path) -> None:
     if os.path.lexists(old) and not os.path.lexists(path):
       os.rename(old, path)
     raise
-  _remove(old)
+  remove(old)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+  """Removes a file or a folder, if it is there; of a link, the link."""
   if path.is_dir() and not path.is_symlink():
     shutil.rmtree(path)
   else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import socket
 import sys
 import time
@@ -14,10 +15,12 @@ from typing import Any
 import jax
 import numpy as np
 import tqdm
+from absl import logging
 from tensorboardX import record_writer, summary
 from tensorboardX.proto import event_pb2
 
 from maskconnect_jax import files
+from maskconnect_jax.config import InputError
 
 PLAIN_SECONDS = 10.0  # between lines when the output is no terminal
 FLUSH_SECONDS = 120.0  # between writes of TensorBoard's events to the disk
@@ -40,10 +43,20 @@ class MetricsWriter:
     if not enabled:
       return
     self._path = workdir / 'metrics.jsonl'
-    kept = [record for record in read(workdir) if record['step'] <= start_step]
-    files.write_text(
-      self._path, ''.join(json.dumps(record) + '\n' for record in kept)
-    )
+    records, damaged = _parse(self._path)
+    kept = [record for record in records if record['step'] <= start_step]
+    if damaged:
+      aside = _keep_lines(self._path, list(damaged.values()))
+      logging.warning(
+        '%s: %s damaged and now in %s; the other %d are kept',
+        self._path,
+        f'line {next(iter(damaged))} is'
+        if len(damaged) == 1
+        else f'{len(damaged)} lines from line {next(iter(damaged))} on are',
+        aside.name,
+        len(records),
+      )
+    files.write_text(self._path, ''.join(map(_line, kept)))
     # Absolute: a relative "s3:x" would be a bucket to tensorboardX.
     self._folder = (workdir / 'tensorboard').absolute()
     with self._failing_at(self._path):
@@ -61,21 +74,23 @@ class MetricsWriter:
         session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START),
       )
 
-  def write(self, step: int, phase: str, values: dict[str, float]) -> None:
+  def write(self, step: int, phase: str, values: dict[str, Any]) -> None:
     """Writes one line {"step": ..., "phase": ..., **values}.
+
+    What is not finite is null there, and left out of TensorBoard.
 
     Raises:
       InputError: it cannot be written, as on a full disk.
     """
     if not self._enabled:
       return
-    record = {'step': step, 'phase': phase, **values}
     with self._failing_at(self._path):
-      self._file.write(json.dumps(record) + '\n')
+      self._file.write(_line({'step': step, 'phase': phase, **values}))
       self._file.flush()
     with self._failing_at(self._folder):
       for name, value in values.items():
-        self._add(step, summary=summary.scalar(name, value))
+        if value is not None and math.isfinite(value):
+          self._add(step, summary=summary.scalar(name, value))
 
   def close(self) -> None:
     """Flushes both. Raises InputError as `write`, unless that has done so."""
@@ -108,17 +123,53 @@ class MetricsWriter:
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
-  """Returns the records of metrics.jsonl; a line cut by a kill is left out."""
-  path = workdir / 'metrics.jsonl'
+  """Returns the records of metrics.jsonl; damaged lines are left out."""
+  return _parse(workdir / 'metrics.jsonl')[0]
+
+
+def _parse(path: Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
+  """Returns the records of a file, and its damaged lines by their number.
+
+  The end of a last line that a kill cut short is neither.
+  """
+  records: list[dict[str, Any]] = []
+  damaged: dict[int, bytes] = {}
   if not path.exists():
-    return []
-  records = []
-  for line in path.read_text(encoding='utf-8').splitlines():
+    return records, damaged
+  *lines, rest = path.read_bytes().split(b'\n')
+  for number, line in enumerate([*lines, rest], 1):
     try:
-      records.append(json.loads(line))
-    except json.JSONDecodeError:
-      break
-  return records
+      record = json.loads(line)
+    except (ValueError, RecursionError):
+      record = None
+    if (
+      isinstance(record, dict)
+      and type(record.get('step')) is int
+      and not any(isinstance(value, dict | list) for value in record.values())
+    ):
+      records.append(record)
+    elif number <= len(lines) and line.strip():
+      damaged[number] = line
+  return records, damaged
+
+
+def _keep_lines(path: Path, lines: list[bytes]) -> Path:
+  """Adds lines to what was set aside of a file before; returns where."""
+  aside = path.with_name(f'{path.name}.damaged')
+  before = aside.read_bytes() if aside.is_file() else b''
+  with files.replacing(aside) as temporary:
+    temporary.write_bytes(before + b''.join(line + b'\n' for line in lines))
+  return aside
+
+
+def _line(record: dict[str, Any]) -> str:
+  finite = {
+    name: None
+    if isinstance(value, float) and not math.isfinite(value)
+    else value
+    for name, value in record.items()
+  }
+  return json.dumps(finite, allow_nan=False) + '\n'
 
 
 class Throughput:
@@ -169,7 +220,7 @@ class Progress:
       else None
     )
 
-  def update(self, step: int, phase: str, values: dict[str, float]) -> None:
+  def update(self, step: int, phase: str, values: dict[str, Any]) -> None:
     """Shows the step and what was logged there."""
     shown = {
       'loss': f'{values["loss"]:.3f}',
@@ -211,17 +262,52 @@ class Progress:
 class MaskHistory:
   """The real mask at every logged step, in real_masks.npz."""
 
-  def __init__(self, workdir: Path, start: int) -> None:
-    """Reads what a cut run recorded up to `start`."""
+  def __init__(
+    self,
+    workdir: Path,
+    start: int,
+    shape: tuple[int, ...] | None = None,
+    *,
+    enabled: bool = True,
+  ) -> None:
+    """Reads what a cut run recorded up to `start`.
+
+    A file that is damaged, or of other masks, is named and set aside; the
+    record then begins at `start`.
+
+    Args:
+      workdir: of the run.
+      start: steps already done.
+      shape: of the run's mask; None: as the file has it.
+      enabled: False on all but one process, which then move and write nothing.
+    """
     self._path = workdir / 'real_masks.npz'
+    self._enabled = enabled
     self._records: list[tuple[int, np.ndarray]] = []
-    if start and self._path.exists():
-      with np.load(self._path) as file:
-        self._records = [
-          (int(step), mask)
-          for step, mask in zip(file['steps'], file['masks'], strict=True)
-          if step <= start
-        ]
+    if not (start and self._path.exists()):
+      return
+    try:
+      steps, masks = read_masks(self._path)
+      if shape is not None and masks.shape[1:] != shape:
+        raise InputError(
+          f'{self._path} is damaged (masks of shape {masks.shape[1:]}, not'
+          f' {shape})'
+        )
+    except InputError as error:
+      if enabled:
+        aside = files.set_aside(self._path).name
+        logging.warning(
+          '%s; now %s. The record of the mask begins anew after step %d',
+          error,
+          aside,
+          start,
+        )
+      return
+    self._records = [
+      (int(step), mask)
+      for step, mask in zip(steps, masks, strict=True)
+      if step <= start
+    ]
 
   def add(self, step: int, masks: Any) -> None:
     """Records r [L, L] after `step`."""
@@ -243,9 +329,34 @@ class MaskHistory:
 
   def save(self) -> None:
     """Writes the file, if there is something to write."""
-    if self._records:
+    if self._enabled and self._records:
       with (
         files.replacing(self._path) as temporary,
         temporary.open('wb') as file,
       ):
         np.savez_compressed(file, steps=self.steps, masks=self.masks)
+
+
+def read_masks(path: Path) -> tuple[np.ndarray, np.ndarray]:
+  """Returns what a real_masks.npz holds.
+
+  Returns:
+    Steps, int64 [T]; masks, float32 [T, L, L] or [T, L - 1, C, C].
+
+  Raises:
+    InputError: it is missing or damaged.
+  """
+  try:
+    with np.load(path) as file:
+      steps, masks = file['steps'], file['masks']
+    if (
+      steps.ndim != 1
+      or steps.dtype.kind != 'i'
+      or masks.dtype != np.float32
+      or masks.shape[:1] != steps.shape
+      or not np.isfinite(masks).all()
+    ):
+      raise ValueError('not a mask for each step')
+  except Exception as error:  # whatever a broken archive makes NumPy raise
+    raise InputError(f'{path} is damaged ({error!r})') from error
+  return steps, masks

@@ -272,7 +272,8 @@ def save(
     rendered[target.with_name(f'{target.name}.{suffix}')] = buffer.getvalue()
   target.parent.mkdir(parents=True, exist_ok=True)
   for place, content in rendered.items():
-    beside = place.with_name(f'.{place.name}.{os.getpid()}.tmp')
+    # As in files.py: what a killed process left is written over.
+    beside = place.with_name(f'.{place.name}.tmp')
     try:
       beside.write_bytes(content)
       os.replace(beside, place)

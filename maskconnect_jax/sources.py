@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import os
 import pathlib
 import zlib
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from collections.abc import Callable
 import ml_collections
 import numpy as np
 
-from maskconnect_jax import class_folders, image_headers, names
+from maskconnect_jax import class_folders, fingerprint, image_headers, names
 from maskconnect_jax.config import InputError, given_path
 from maskconnect_jax.decoding import Record
 
@@ -32,6 +33,7 @@ class Source:
     classes: name of each class.
     channels: 1 (grey) or 3 (RGB).
     name: what to call it in a message, by the field that chose it.
+    digest: see `fingerprint.Identity`.
   """
 
   read: Callable[[int], tuple[Record, int]]
@@ -40,9 +42,17 @@ class Source:
   classes: tuple[str, ...]
   channels: int
   name: str
+  digest: Callable[[], str] = str
 
   def __len__(self) -> int:
     return self.num_train + self.num_test
+
+  @property
+  def identity(self) -> fingerprint.Identity:
+    """What tells this data set from another; holds no records."""
+    return fingerprint.Identity(
+      self.num_train, self.num_test, self.classes, self.name, self.digest
+    )
 
 
 def open_source(data: ml_collections.ConfigDict) -> Source:
@@ -86,6 +96,7 @@ def _digits(data: ml_collections.ConfigDict) -> Source:
     classes=tuple(map(str, bunch.target_names)),
     channels=1,
     name=_name_of(data),
+    digest=fingerprint.of_arrays([pixels[order], bunch.target[order]]),
   )
 
 
@@ -117,6 +128,7 @@ def _idx(data: ml_collections.ConfigDict) -> Source:
     classes=tuple(map(str, range(num_classes))),
     channels=1,
     name=_name_of(data),
+    digest=fingerprint.of_arrays([*pixels, *labels]),
   )
 
 
@@ -204,6 +216,13 @@ def _image_folder(data: ml_collections.ConfigDict) -> Source:
     np.tile(np.arange(len(train)), 2), [len(files) for files in found]
   )
   num_train = sum(map(len, train.values()))
+  bases = len(str(root / 'train')), len(str(test_root))
+
+  def named(i: int) -> tuple[str, str]:
+    part = int(i >= num_train)
+    below = paths[i][bases[part] :].replace(os.sep, '/')
+    return ('train', 'test')[part] + below, paths[i]
+
   return Source(
     lambda i: (paths[i], int(labels[i])),
     num_train=num_train,
@@ -211,6 +230,7 @@ def _image_folder(data: ml_collections.ConfigDict) -> Source:
     classes=tuple(train),
     channels=3,
     name=_name_of(data),
+    digest=lambda: fingerprint.of_files(map(named, range(len(paths)))),
   )
 
 
@@ -278,6 +298,11 @@ def _tfds(data: ml_collections.ConfigDict) -> Source:
       '.download_and_prepare()"'
     ) from error
 
+  infos = [builder.info.splits[split] for split in ('train', held_out)]
+  described = [
+    f'{info.shard_lengths} {info.num_bytes}'.encode() for info in infos
+  ]
+
   def read(i: int) -> tuple[Record, int]:
     example = train[i] if i < len(train) else test[i - len(train)]
     return example['image'], int(example['label'])
@@ -289,6 +314,7 @@ def _tfds(data: ml_collections.ConfigDict) -> Source:
     classes=tuple(features['label'].names),
     channels=1 if features['image'].shape[-1] == 1 else 3,
     name=_name_of(data),
+    digest=lambda: fingerprint.of_parts(described),
   )
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import msgspec
 
 from maskconnect_jax import config as config_lib
-from maskconnect_jax import files, plots, summary_plots
+from maskconnect_jax import files, plots, summary_plots, workdirs
 from maskconnect_jax.config import InputError
 
 CAPTION = (
@@ -50,17 +50,27 @@ class Run:
     seed: of the run.
     fields: every other field of its config, by path.
     summary: the content of its summary.json.
+    inputs: the content of its inputs.json, or None.
   """
 
   workdir: Path
   seed: int
   fields: dict[str, Any]
   summary: dict[str, Any]
+  inputs: dict[str, Any] | None = None
 
   @property
   def device(self) -> str:
     """Such as '1 x cpu'."""
     return f'{self.summary["num_devices"]} x {self.summary["device"]}'
+
+  def same_but_for_seed(self, other: Run) -> bool:
+    """Whether they belong into one row; images are equal wherever they lie."""
+    ours, theirs = dict(self.fields), dict(other.fields)
+    if self.inputs and other.inputs:
+      ours['data.dir'] = self.inputs['data']
+      theirs['data.dir'] = other.inputs['data']
+    return ours == theirs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +235,7 @@ def summarize(folders: Sequence[Path]) -> Table:
       unfinished.append(workdir)
   groups: list[list[Run]] = []
   for run in finished:
-    group = next((g for g in groups if g[0].fields == run.fields), None)
+    group = next((g for g in groups if g[0].same_but_for_seed(run)), None)
     if group is None:
       groups.append([run])
       continue
@@ -274,7 +284,7 @@ def read(workdir: Path) -> Run:
   record = files.read_json(path, dict[str, Any], remedy=remedy)
   try:
     files.of_kind(record, Summary)
-    run = Run(workdir, seed, fields, record)
+    run = Run(workdir, seed, fields, record, workdirs.read_inputs(workdir))
     if fields['data.validation'] and record.get('validation_accuracy') is None:
       raise InputError('validation_accuracy is missing')
   except InputError as error:

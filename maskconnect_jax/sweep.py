@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import os
 import re
@@ -29,7 +28,7 @@ from absl import flags
 from ml_collections.config_flags import tuple_parser
 
 from maskconnect_jax import config as config_lib
-from maskconnect_jax import fields, files, summarize, train
+from maskconnect_jax import fields, files, locks, summarize, workdirs
 from maskconnect_jax.config import InputError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -80,17 +79,28 @@ def sweep(
 
   Raises:
     InputError: a member cannot be trained as it is given, raised before
-      anything runs; or another process trains it already.
+      anything runs; or another process trains it already, or runs this sweep.
   """
   config_lib.check(config)
   everyone = members(config, workdir)
   tables = workdir / 'table.csv', workdir / 'table.md'
   for path in tables:
     files.check_output(path)
+    workdirs.check_is_table(path)
   for member in everyone:
     config_lib.given_path(member.workdir, '--workdir')
     config_lib.check(member.config)
-    train.check_workdir(member.config, member.workdir)
+    workdirs.check(member.config, member.workdir)
+  with locks.locked(workdir):
+    workdirs.remove_leftovers(workdir, [path.name for path in tables])
+    for member in everyone:
+      if member.workdir.exists() and not member.finished:
+        with locks.locked(member.workdir):
+          pass  # nobody trains it
+    return _sweep(everyone, workdir, parallel)
+
+
+def _sweep(everyone: list[Member], workdir: Path, parallel: int | None) -> int:
   waiting = [member for member in everyone if not member.finished]
   finished = len(everyone) - len(waiting)
   say(f'{finished} of {len(everyone)} members finished')
@@ -102,8 +112,8 @@ def sweep(
       say('stopped; the same command goes on')
       return 128 + number
   table = summarize.summarize([member.workdir for member in everyone])
-  for path, text in zip(tables, (table.csv(), table.markdown()), strict=True):
-    files.write_text(path, text)
+  files.write_text(workdir / 'table.csv', table.csv())
+  files.write_text(workdir / 'table.md', table.markdown())
   print(table.markdown(), end='')
   for failure in failures:
     say(failure)
@@ -326,21 +336,13 @@ def start(
   """Starts a member, or lets it go on, in a process group of its own.
 
   So Ctrl-C does not reach it, which would lose what was done since the last
-  checkpoint; and it outlives a sweep that is killed. Its log is therefore
-  locked for as long as it runs.
+  checkpoint; and it outlives a sweep that is killed. It has the lock of its
+  workdir for as long as it runs.
   """
-  member.workdir.mkdir(parents=True, exist_ok=True)
+  with locks.locked(member.workdir):
+    workdirs.check(member.config, member.workdir)
+    workdirs.write_config(member.config, member.workdir)
   with (member.workdir / 'log.txt').open('ab') as log:
-    try:
-      fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      raise InputError(
-        f'{member.workdir} is being trained by another process already; wait'
-        ' for it, or end it'
-      ) from error
-    files.write_text(
-      member.workdir / 'config.json', member.config.to_json(indent=2) + '\n'
-    )
     return subprocess.Popen(
       [
         sys.executable,

@@ -1,7 +1,8 @@
 """The run: data, step, evaluate, save, log; then freeze, fine-tune, prune.
 
 What a workdir starts from, the first that applies:
-  1. its own newest whole checkpoint, if config.json says the same config;
+  1. its own newest whole checkpoint, if config.json says the same config and
+     inputs.json the same images;
   2. the seed.
 """
 
@@ -28,11 +29,12 @@ from maskconnect_jax import (
   distributed,
   evaluation,
   experiment,
-  files,
+  locks,
   metrics,
   report,
   steps,
   wiring,
+  workdirs,
 )
 from maskconnect_jax import (
   config as config_lib,
@@ -72,16 +74,27 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
   workdir = config_lib.given_path(workdir, '--workdir')
   config_lib.check(config)
   config_lib.check_is_one_run(config)
-  check_workdir(config, workdir)
-  job = experiment.build(config)
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise InputError(
-      f'{workdir} cannot be made ({error.strerror}); give another --workdir'
-    ) from error
-  plan, recipe = job.plan, job.recipe
+  workdirs.check(config, workdir)
   primary = jax.process_index() == 0
+  with locks.locked(workdir, enabled=primary):
+    # Once more: a run that had the lock until now may have left something.
+    workdirs.check(config, workdir)
+    return _train(config, workdir, primary)
+
+
+def _train(
+  config: ml_collections.ConfigDict, workdir: Path, primary: bool
+) -> Result:
+  job = experiment.build(config)
+  given = config.connectivity.rule == 'fixed_given'
+  inputs = workdirs.checked_inputs(
+    workdir, job.dataset.identity, job.model.topology if given else None
+  )
+  if primary:
+    workdirs.remove_leftovers(workdir)
+    if not (workdir / 'config.json').exists():
+      workdirs.write_config(config, workdir)  # says whose the folder is
+  plan, recipe = job.plan, job.recipe
   everywhere = distributed.replicated(job.mesh)
 
   # Start: the newest checkpoint, or the seed.
@@ -94,9 +107,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
     state, progress = loaded
   start = int(state.step)
   if primary:
-    files.write_text(workdir / 'config.json', config.to_json(indent=2) + '\n')
+    workdirs.write_config(config, workdir)
+    workdirs.write_inputs(inputs, workdir)
   writer = metrics.MetricsWriter(workdir, start, enabled=primary)
-  history = metrics.MaskHistory(workdir, start)
+  shapes = [leaf.shape for leaf in jax.tree.leaves(state.masks)]
+  history = metrics.MaskHistory(workdir, start, *shapes, enabled=primary)
   bar = metrics.Progress(plan.total, start, enabled=primary)
   bar.say(experiment.duration_in_words(job))
   if note := experiment.note_on_fan_in(job):
@@ -150,7 +165,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
         continue
 
       means = average(pending, done, checkpoints)
-      record = {
+      record: dict[str, Any] = {
         'epoch': done / plan.per_epoch,
         **means,
         'learning_rate': float(rates[0](step)),
@@ -175,8 +190,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
           'train_seconds': clock.seconds,
           'damaged': sorted(damaged),
         }
-        if primary:
-          history.save()
+        history.save()
         checkpoints.save(done, state, progress, accuracy)
       if interrupted:
         break
@@ -208,34 +222,20 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
     accuracies |= evaluate(
       recipe.network, state.variables(), job.dataset.validation
     ).named('validation')
+  if lost := [
+    name
+    for name, value in accuracies.items()
+    if name.endswith('_loss') and value is None
+  ]:
+    bar.say(
+      f'{", ".join(lost)} is not finite, and null in summary.json: the run'
+      ' diverged. Try a lower config.optimizer.learning_rate or a longer'
+      ' config.optimizer.warmup'
+    )
   skipped = job.dataset.skipped + len(damaged) + len(test) - tested.count
   summary = report.summarize(job, frozen, pruned, accuracies, skipped, clock)
   report.write(workdir, job, frozen, pruned, summary, history)
   return Result(summary, state, pruned)
-
-
-def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
-  """Raises InputError if another config wrote what is in this workdir.
-
-  Where no step was saved there is nothing to lose, and the new config stands.
-  """
-  if not (workdir / 'config.json').exists():
-    return
-  theirs = config_lib.essential(config_lib.stored(workdir))
-  ours = config_lib.essential(config)
-  differing = [
-    f'{name} ({theirs[name]!r} there, {ours[name]!r} now)'
-    for name in sorted(ours)
-    if theirs[name] != ours[name]
-  ]
-  saved = (workdir / 'summary.json').exists() or any(
-    path.name.isdigit() for path in (workdir / 'checkpoints').glob('*')
-  )
-  if differing and saved:
-    raise InputError(
-      f'{workdir} was written by another config: {", ".join(differing)};'
-      ' give another --workdir'
-    )
 
 
 def compile_step(

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +120,10 @@ def read(workdir: Path) -> Trajectory:
   valid, start = _at_the_start(config)
   path = workdir / 'real_masks.npz'
   try:
-    history = metrics.MaskHistory(workdir, sys.maxsize)
-    masks = np.stack([start, *history.masks])
-    steps = np.array([0, *history.steps])
-  except (KeyError, OSError, ValueError, zipfile.BadZipFile) as error:
+    later, recorded = metrics.read_masks(path)
+    masks = np.stack([start, *recorded])
+    steps = np.array([0, *later])
+  except ValueError as error:  # an InputError, or of another shape
     raise InputError(
       f'{path} is missing, damaged or of another network than config.json'
       f' ({error}); train again, or leave the run out'
@@ -189,7 +187,7 @@ def _at_the_start(
 
 def _plan(workdir: Path, config: ml_collections.ConfigDict) -> experiment.Plan:
   """Returns the run's durations; its log says how long an epoch is."""
-  records = metrics.read(workdir)
+  records = [record for record in metrics.read(workdir) if record.get('epoch')]
   if not records:
     raise InputError(
       f'{workdir} holds no metrics.jsonl that says how long an epoch is; train'

@@ -32,10 +32,12 @@ ARROWS: dict[str, set[str]] = {
   'sweep': {'files', 'summarize', 'train'},
   'sweep': {'fields', 'files', 'summarize', 'train'},
   'summarize': {'files', 'plots', 'summary_plots'},
+  'sweep': {'files', 'locks', 'summarize', 'workdirs'},
+  'summarize': {'plots', 'summary_plots', 'workdirs'},
   'summary_plots': {'plots'},
   'train': {
     'batches', 'checkpoint', 'distributed', 'evaluation', 'experiment',
-    'files', 'metrics', 'report', 'steps', 'wiring',
+    'locks', 'metrics', 'report', 'steps', 'wiring', 'workdirs',
   },
   'report': {
     'branch_plots', 'topology', 'experiment', 'files', 'inference',
@@ -81,6 +83,10 @@ ARROWS: dict[str, set[str]] = {
   'class_folders': {'image_files', 'image_headers', 'names'},
   'mini_imagenet': {'image_files', 'images', 'names'},
   'image_files': {'image_headers', 'names'},
+  'datasets': {'decoding', 'fingerprint', 'images', 'sources'},
+  'sources': {'decoding', 'fingerprint', 'images'},
+  'mini_imagenet': {'images'},
+  'workdirs': {'files', 'fingerprint'},
   'metrics': {'files'},
   'branch_plots': {'plots'},
   'plots': set(),
@@ -107,6 +113,10 @@ ARROWS: dict[str, set[str]] = {
   'images': {'image_headers', 'names'},
   'layers': set(),
   'names': set(),
+  'fingerprint': set(),
+  'images': set(),
+  'layers': set(),
+  'locks': set(),
   'optimizer': set(),
   'randaugment': set(),
   'storage': set(),
@@ -118,6 +128,8 @@ ON_JAX = {'clu', 'flax', 'jax', 'jaxlib', 'optax'}  # orbax: see NEEDS_ORBAX
 WITHOUT_JAX = {
   'class_folders', 'datasets', 'decoding', 'image_files', 'image_headers',
   'images', 'mini_imagenet', 'names', 'randaugment', 'sources',
+  'datasets', 'decoding', 'fingerprint', 'images', 'mini_imagenet',
+  'randaugment', 'sources',
 }  # fmt: skip
 # Module -> all that it may import beside the standard library.
 ONLY = {'connectivity': {'jax', 'numpy'}}

@@ -70,6 +70,53 @@ def test_a_full_disk(file, small_disk, tmp_path, capfd):
   assert capfd.readouterr().err == ''
 
 
+NO_RECORDS = [
+  b'{"step": 4, "lo', b'\xff\xfe', b'\0\0\0', b'7', b'[]', b'null', b'"text"',
+  b'{"loss": 1}', b'{"step": "4"}', b'{"step": true}', b'{"step": 4.0}',
+  b'{"step": 4, "nested": [NaN]}', b'[' * 100_000,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize('line', NO_RECORDS, ids=lambda line: str(line[:15]))
+def test_a_damaged_line_loses_no_other(line, tmp_path, caplog):
+  path = tmp_path / 'metrics.jsonl'
+  whole = [b'{"step": %d, "loss": 0.5}' % step for step in (2, 6, 8)]
+  path.write_bytes(b'\n'.join([whole[0], line, *whole[1:], b'']))
+  assert [r['step'] for r in metrics.read(tmp_path)] == [2, 6, 8]
+  assert path.read_bytes().count(b'\n') == 4  # reading changes nothing
+  metrics.MetricsWriter(tmp_path, 6).close()
+  assert path.read_bytes() == b'\n'.join([*whole[:2], b''])
+  assert (tmp_path / 'metrics.jsonl.damaged').read_bytes() == line + b'\n'
+  (message,) = caplog.messages
+  assert f'{path}: line 2 is damaged and now in metrics.jsonl.dam' in message
+  metrics.MetricsWriter(tmp_path, 6).close()
+  assert len(caplog.messages) == 1
+
+
+def test_damaged_lines_gather(tmp_path, caplog):
+  for line in ('one', 'two'):
+    with (tmp_path / 'metrics.jsonl').open('a') as file:
+      file.write(f'{line}\n{line}\n')
+    metrics.MetricsWriter(tmp_path, 6).close()
+  aside = tmp_path / 'metrics.jsonl.damaged'
+  assert aside.read_text() == 'one\none\ntwo\ntwo\n'
+  assert '2 lines from line 1 on are damaged' in caplog.messages[0]
+
+
+def test_no_line_holds_what_json_has_not(tmp_path):
+  (tmp_path / 'metrics.jsonl').write_text(  # by an earlier version
+    '{"step": 2, "test_loss": NaN, "loss": 1e999}\n'
+  )
+  writer = metrics.MetricsWriter(tmp_path, 2)
+  writer.write(4, 'train', {'a': float('inf'), 'b': None, 'c': 1.5})
+  writer.close()
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  assert lines == [
+    '{"step": 2, "test_loss": null, "loss": null}',
+    '{"step": 4, "phase": "train", "a": null, "b": null, "c": 1.5}',
+  ]
+
+
 def test_only_one_process_writes(tmp_path):
   writer = metrics.MetricsWriter(tmp_path, 0, enabled=False)
   writer.write(2, 'train', VALUES)
@@ -151,6 +198,58 @@ def test_mask_history(tmp_path):
     np.testing.assert_array_equal(file['masks'][:, 0, 0], [2, 4, 60])
   # A run that starts anew does not take over what is there.
   assert len(metrics.MaskHistory(tmp_path, 0)) == 0
+
+
+def archive(**arrays):
+  def write(path):
+    np.savez(path, **arrays)
+
+  return write
+
+
+STEPS, MASKS = np.arange(2), np.zeros((2, 3, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+  'write',
+  [
+    lambda path: path.write_bytes(b''),
+    lambda path: path.write_bytes(b'no archive'),
+    lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    lambda path: path.write_bytes(path.read_bytes()[:100]),
+    lambda path: path.write_bytes(
+      path.read_bytes().replace(b'\x93NUMPY', b'\x93NUMPi')
+    ),
+    lambda path: np.save(path.open('wb'), MASKS),
+    archive(steps=STEPS),
+    archive(steps=STEPS, masks=np.zeros((2, 4, 4), np.float32)),
+    archive(steps=STEPS, masks=MASKS[:1]),
+    archive(steps=STEPS, masks=MASKS * np.float32('nan')),
+    archive(steps=STEPS, masks=MASKS.astype(str)),
+    archive(steps=STEPS, masks=np.array([None, {}])),
+    archive(steps=np.float32(3), masks=MASKS),
+  ],
+)
+@pytest.mark.filterwarnings('ignore:unclosed file:ResourceWarning')
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_a_damaged_history_begins_anew(write, tmp_path, caplog):
+  path = tmp_path / 'real_masks.npz'
+  archive(steps=STEPS, masks=MASKS)(path)
+  assert len(metrics.MaskHistory(tmp_path, 4, (3, 3))) == 2
+  write(path)
+  damaged = path.read_bytes()
+  others = metrics.MaskHistory(tmp_path, 4, (3, 3), enabled=False)
+  assert len(others) == 0
+  assert path.read_bytes() == damaged
+  history = metrics.MaskHistory(tmp_path, 4, (3, 3))
+  assert len(history) == 0
+  (message,) = caplog.messages
+  assert f'{path} is damaged' in message
+  assert (tmp_path / 'real_masks.npz.damaged').read_bytes() == damaged
+  history.add(6, {'mask': MASKS[0]})
+  history.save()
+  assert len(metrics.MaskHistory(tmp_path, 6, (3, 3))) == 1
+  assert len(caplog.messages) == 1
 
 
 def test_a_history_holds_one_mask(tmp_path):

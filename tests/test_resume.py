@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskconnect_jax import config, metrics, models, train
+from maskconnect_jax import config, locks, metrics, models, train
 
 # Runs the command line, but kills itself (kill -9) right after the line of a
 # step is written, or right after a save has been started in the background.
@@ -386,6 +386,22 @@ def test_a_workdir_in_which_nothing_was_saved_takes_another_config(
   assert stored['optimizer']['learning_rate'] == 0.1
   ran = cli(*arguments, '--config.duration=8 steps')
   assert "duration ('4 steps' there, '8 steps' now)" in ran.err
+
+
+def test_one_run_at_a_time(tiny, tmp_path, finished, cli, monkeypatch):
+  """Of this config or another: one line, and nothing is touched."""
+  monkeypatch.setattr(locks, 'PATIENCE', 0.0)
+  for workdir in (finished.workdir, tmp_path / 'new'):
+    with locks.locked(workdir):
+      before = {p: p.stat().st_mtime_ns for p in workdir.rglob('*')}
+      for seed in (6, 1) if workdir != finished.workdir else (6,):
+        ran = cli(
+          f'--config={tiny}', f'--workdir={workdir}', f'--config.seed={seed}'
+        )
+        assert ran.code == 2
+        assert ran.err.startswith(f'error: {workdir} is being trained by an')
+        assert ran.err.count('\n') == 1
+      assert {p: p.stat().st_mtime_ns for p in workdir.rglob('*')} == before
 
 
 def test_a_workdir_that_cannot_be_made(tiny, tmp_path, cli):

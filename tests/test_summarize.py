@@ -285,6 +285,24 @@ def test_a_field_that_did_not_exist_yet_has_its_default(run, tmp_path):
   assert len(summarize.summarize([tmp_path]).rows) == 1
 
 
+def test_images_that_lie_elsewhere_are_the_same_row(run, tmp_path):
+  def inputs(digest):
+    data = {'train': 3, 'test': 2, 'classes': ['a', 'b'], 'digest': digest}
+    return {
+      'schema': 'maskconnect_jax.inputs/1', 'data': data, 'topology': None
+    }  # fmt: skip
+
+  for seed, digest in enumerate(('one', 'one', 'two', None)):
+    workdir = run(f'{seed}', 0.5, seed=seed, data__dir=f'/job{seed}')
+    if digest:
+      (workdir / 'inputs.json').write_text(json.dumps(inputs(digest)))
+  run('4', 0.5, seed=4, data__dir='/job0')  # known by its config alone
+  table = summarize.summarize([tmp_path])
+  assert [[r.seed for r in row.runs] for row in table.rows] == [
+    [0, 1, 4], [2], [3],
+  ]  # fmt: skip
+
+
 def test_refusals(run, tmp_path, cli):
   def refused(*arguments):
     ran = cli('--mode=summarize', *arguments)

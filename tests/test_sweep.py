@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from maskconnect_jax import config as config_lib
-from maskconnect_jax import sweep, train
+from maskconnect_jax import locks, sweep, train
 
 ROOT = Path(__file__).parents[1]
 
@@ -246,6 +246,35 @@ def test_a_member_of_another_config_is_refused_first(start, tmp_path, finished):
   ran = start('--config.seeds=6,7')
   assert ran.code == 2
   assert 'base/seed7 was written by another config: seed (6 there' in ran.err
+  assert not (workdir / 'base/seed6').exists()
+
+
+def test_nothing_begins_where_another_process_trains(
+  start, tmp_path, monkeypatch
+):
+  """A member, which outlives a sweep that is killed; or a whole sweep."""
+  workdir = tmp_path / 'sweep'
+  monkeypatch.setattr(locks, 'PATIENCE', 0.0)
+  for folder in (workdir / 'base/seed7', workdir):
+    with locks.locked(folder):
+      ran = start('--config.seeds=6,7')
+    assert ran.code == 2
+    assert f'error: {folder} is being trained by another process' in ran.err
+    assert not (workdir / 'base/seed6').exists()
+
+
+def test_what_is_somebody_elses_is_refused_first(start, tmp_path):
+  workdir = tmp_path / 'sweep'
+  workdir.mkdir()
+  (workdir / 'table.md').write_text('# My table')
+  assert 'table.md is no table of a sweep' in start().err
+  (workdir / 'table.md').unlink()
+  model = workdir / 'base/seed7/model/net.py'
+  model.parent.mkdir(parents=True)
+  model.touch()
+  ran = start('--config.seeds=6,7')
+  assert ran.code == 2
+  assert "base/seed7 holds 'model', and no" in ran.err
   assert not (workdir / 'base/seed6').exists()
 
 

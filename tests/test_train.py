@@ -83,8 +83,8 @@ def reached(sources):
 def test_everything_is_there(finished):
   names = {path.name for path in finished.workdir.iterdir()}
   assert names == {
-    'checkpoints', 'config.json', 'figures', 'metrics.jsonl', 'model',
-    'real_masks.npz', 'summary.json', 'tensorboard', 'topology.json',
+    'checkpoints', 'config.json', 'figures', 'inputs.json', 'metrics.jsonl',
+    'model', 'real_masks.npz', 'summary.json', 'tensorboard', 'topology.json',
   }  # fmt: skip
   assert not [p for p in finished.workdir.rglob('*') if '.tmp' in p.name]
 
@@ -414,6 +414,27 @@ def test_an_update_that_is_not_finite_is_not_saved(
   breaking('nothing', 0)
   summary = train.train(tiny_config, tmp_path).summary
   assert summary['test_accuracy'] == finished.summary['test_accuracy']
+
+
+def test_a_test_loss_that_is_not_finite(tiny_config, tmp_path, capsys):
+  """The weights are, so the run counts as finished; JSON has no NaN."""
+  tiny_config.optimizer.learning_rate = 1e4
+  tiny_config.optimizer.schedule = 'constant'
+  tiny_config.optimizer.weight_decay = 0.0
+  tiny_config.connectivity.rule = 'fixed_prev'
+  tiny_config.duration = '2 steps'
+  tiny_config.evaluate_every = '1 steps'
+  result = train.train(tiny_config, tmp_path)
+  assert result.summary['test_loss'] is None
+  assert read_json(tmp_path, 'summary.json') == result.summary
+  assert 0 <= result.summary['test_accuracy'] <= 1
+  assert lines(tmp_path)[-1]['test_loss'] is None
+  for path in tmp_path.rglob('*.json*'):
+    assert 'NaN' not in path.read_text(), path
+    assert 'Infinity' not in path.read_text(), path
+  assert maskconnect_jax.load(tmp_path).image_shape == (8, 8, 1)
+  err = capsys.readouterr().err
+  assert 'test_loss is not finite, and null in summary.json' in err
 
 
 class Nothing:
