@@ -371,7 +371,7 @@ def stored(workdir: Path) -> ml_collections.ConfigDict:
     TypeError,
     ValueError,
   ) as error:
-    raise InputError(f'{path} is damaged ({error}); {remedy}') from error
+    raise InputError(f'{path} is damaged: {error}; {remedy}') from error
   return config
 
 

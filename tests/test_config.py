@@ -111,12 +111,22 @@ def changed(path, value):
     ('connectivity.rule', 'lerned', 'not one of learned, fixed_prev'),
     ('connectivity.gradient', 'some', 'not one of all, drawn'),
     ('model.dtype', 'float16', 'not one of float32, bfloat16'),
-    ('connectivity.fan_in', 0, 'fan_in=0 must be at least 1'),
-    ('batch_size', -8, 'batch_size=-8 must be at least 1'),
-    ('model.width', 10**7, 'width=10000000 must be at most 8192'),
-    ('data.image_size', 10**6, 'image_size=1000000 must be at most 8192'),
-    ('data.pad', 10**6, 'pad=1000000 must be at most 8192'),
-    ('connectivity.fan_in', 2**40, 'fan_in=.* must be at most 2147483647'),
+    (
+      'model.width',
+      10**7,
+      r'width=10000000 must be a whole number in \[0, 8192\]',
+    ),
+    (
+      'data.image_size',
+      10**6,
+      r'=1000000 must be a whole number in \[0, 81',
+    ),
+    ('data.pad', 10**6, r'pad=1000000 must be a whole number in \[0, 8192\]'),
+    (
+      'connectivity.fan_in',
+      2**40,
+      r'must be a whole number in \[1, 2147',
+    ),
     ('connectivity.fan_in', 0, r'fan_in=0 must be a whole number in \[1, 2'),
     ('batch_size', -8, r'batch_size=-8 must be a whole number in \[1, 2'),
     ('connectivity.gradient_every', 3, 'must divide config.batch_size=128'),
@@ -229,8 +239,9 @@ def test_values_of_another_type_or_out_of_range(path, values, tmp_path):
     (tmp_path / 'config.json').write_text(text)
     with pytest.raises(config_lib.InputError, match='is damaged') as error:
       config_lib.stored(tmp_path)
-    assert f'config.{path}' in str(error.value), value
-    assert '\n' not in str(error.value)
+    said = str(error.value)
+    assert f'config.{path}' in said or 'is no finite number' in said, value
+    assert '\n' not in said
 
 
 @pytest.mark.parametrize(
@@ -287,7 +298,7 @@ def test_a_stored_config_that_is_none(text, tmp_path):
   path.write_bytes(text.encode('utf-8', 'surrogatepass'))
   with pytest.raises(config_lib.InputError) as error:
     config_lib.stored(tmp_path)
-  assert str(error.value).startswith(f'{path} is damaged (')
+  assert str(error.value).startswith(f'{path} is damaged: ')
   assert '\n' not in str(error.value)
 
 

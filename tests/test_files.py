@@ -1,6 +1,5 @@
 """Files are replaced whole or not at all."""
 
-import errno
 import json
 import math
 import os
@@ -96,27 +95,6 @@ def test_outputs_that_cannot_be(tmp_path):
     with pytest.raises(InputError, match=says) as error:
       files.check_output(tmp_path / name)
     assert str(error.value).startswith(f'{tmp_path / name} ')
-
-
-def test_an_error_of_the_system_names_the_file(tmp_path):
-  (tmp_path / 'folder').mkdir()
-  (tmp_path / 'file').write_text('')
-  with pytest.raises(OSError, match='folder') as error:
-    files.write_text(tmp_path / 'folder', 'x')
-  assert error.value.filename == str(tmp_path / 'folder')
-  with pytest.raises(OSError, match='file') as error:
-    files.write_text(tmp_path / 'file/below', 'x')
-  assert error.value.filename.startswith(str(tmp_path / 'file'))
-
-  def full():
-    with files.replacing(tmp_path / 'new') as temporary:
-      temporary.write_text('half')
-      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as write() does
-
-  with pytest.raises(OSError, match='No space') as error:
-    full()
-  assert error.value.filename == str(tmp_path / 'new')
-  assert sorted(path.name for path in tmp_path.iterdir()) == ['file', 'folder']
 
 
 def test_json(tmp_path):

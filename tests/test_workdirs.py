@@ -7,6 +7,7 @@ import struct
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from maskconnect_jax import config as config_lib
 from maskconnect_jax import files, sources, train, workdirs
@@ -277,7 +278,7 @@ def test_train_refuses_other_classes(tiny_config, tmp_path):
         path = tmp_path / 'data' / part / label / f'{i}.png'
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 255, (8, 8, 3), np.uint8)
-        sources.images_lib.Image.fromarray(pixels).save(path)
+        Image.fromarray(pixels).save(path)
   workdir = run_of(tiny_config, tmp_path / 'data', tmp_path)
   renamed(tmp_path / 'data')
   before = {path: path.lstat().st_mtime_ns for path in workdir.rglob('*')}
