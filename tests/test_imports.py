@@ -23,10 +23,13 @@ FILES = sorted(ROOT.rglob('*.py'))
 ARROWS: dict[str, set[str]] = {
   '__init__': {'inference', 'models', 'stack', 'wiring'},
   'main': {
-    'describe', 'distributed', 'evaluation', 'files', 'images', 'inference',
-    'report', 'summarize', 'sweep', 'train',
+    'command', 'compilation_cache', 'describe', 'distributed', 'evaluation',
+    'files', 'images', 'inference', 'report', 'summarize', 'sweep', 'train',
   },
-  'sweep': {'files', 'summarize', 'train'},
+  'sweep': {'command', 'files', 'signals', 'summarize', 'train'},
+  'command': {'signals'},
+  'signals': set(),
+  'compilation_cache': set(),
   'summarize': {'plots', 'summary_plots'},
   'summary_plots': {'plots'},
   'train': {
@@ -37,7 +40,9 @@ ARROWS: dict[str, set[str]] = {
     'branch_plots', 'topology', 'experiment', 'files', 'inference',
     'metrics', 'models', 'plots',
   },
-  'dynamics': {'dynamics_plots', 'plots', 'summarize', 'trajectories'},
+  'dynamics': {
+    'command', 'dynamics_plots', 'plots', 'summarize', 'trajectories',
+  },
   'dynamics_plots': {'plots'},
   'trajectories': {
     'connectivity', 'experiment', 'metrics', 'models', 'topology',
@@ -65,7 +70,7 @@ ARROWS: dict[str, set[str]] = {
   'batches': {'datasets', 'distributed', 'steps'},
   'datasets': {'decoding', 'images', 'sources'},
   'sources': {'decoding', 'images'},
-  'mini_imagenet': {'images'},
+  'mini_imagenet': {'command', 'images', 'signals'},
   'metrics': {'files'},
   'branch_plots': {'plots'},
   'plots': set(),
@@ -75,7 +80,7 @@ ARROWS: dict[str, set[str]] = {
   'config': set(),
   'connectivity': set(),
   'decoding': {'images', 'randaugment'},
-  'distributed': set(),
+  'distributed': {'signals'},
   'files': set(),
   'images': set(),
   'layers': set(),
@@ -89,7 +94,7 @@ WITHOUT_JAX = {
   'datasets', 'decoding', 'images', 'mini_imagenet', 'randaugment', 'sources',
 }  # fmt: skip
 # Module -> all that it may import beside the standard library.
-ONLY = {'connectivity': {'jax', 'numpy'}}
+ONLY = {'command': set(), 'connectivity': {'jax', 'numpy'}, 'signals': set()}
 
 
 def imported(tree: ast.AST) -> Iterator[tuple[int, str]]:
