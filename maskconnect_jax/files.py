@@ -36,9 +36,9 @@ def temporary_of(path: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-  """Writes a text file atomically."""
+  """Writes a text file atomically; a name that is no UTF-8 is escaped."""
   with replacing(path) as temporary:
-    temporary.write_text(text, encoding='utf-8')
+    temporary.write_text(text, encoding='utf-8', errors='backslashreplace')
 
 
 def write_json(path: Path, record: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -16,6 +17,9 @@ import tqdm
 from maskconnect_jax import files
 
 PLAIN_SECONDS = 10.0  # between lines when the output is no terminal
+
+# A closed pipe, a terminal that hung up, a full disk, a closed stream.
+_UNSEEN = contextlib.suppress(OSError, ValueError)
 
 
 class MetricsWriter:
@@ -105,11 +109,15 @@ class Throughput:
 
 
 class Progress:
-  """One bar on a terminal; elsewhere a plain line every few seconds."""
+  """One bar on a terminal; elsewhere a plain line every few seconds.
+
+  What cannot be shown, since the terminal has gone, is dropped.
+  """
 
   def __init__(self, total: int, start: int, *, enabled: bool = True) -> None:
     """Shows `start` of `total` steps as done; nothing unless enabled."""
-    self._total, self._start, self._enabled = total, start, enabled
+    self._total, self._start = total, start
+    self._enabled = enabled and sys.stderr is not None
     self._begun = self._printed = time.monotonic()
     self._bar = (
       tqdm.tqdm(
@@ -119,7 +127,7 @@ class Progress:
         dynamic_ncols=True,
         smoothing=0.1,
       )
-      if enabled and sys.stderr.isatty()
+      if self._enabled and sys.stderr.isatty()
       else None
     )
 
@@ -134,7 +142,8 @@ class Progress:
     if self._bar is not None:
       self._bar.set_description(phase, refresh=False)
       self._bar.set_postfix(shown, refresh=False)
-      self._bar.update(step - self._bar.n)
+      with _UNSEEN:
+        self._bar.update(step - self._bar.n)
       return
     now = time.monotonic()
     if now - self._printed < PLAIN_SECONDS and step < self._total:
@@ -151,15 +160,17 @@ class Progress:
 
   def say(self, line: str) -> None:
     """Prints a line without breaking the bar."""
-    if self._bar is not None:
-      self._bar.write(line, file=sys.stderr)
-    elif self._enabled:
-      print(line, file=sys.stderr, flush=True)
+    with _UNSEEN:
+      if self._bar is not None:
+        self._bar.write(line, file=sys.stderr)
+      elif self._enabled:
+        print(line, file=sys.stderr, flush=True)
 
   def close(self) -> None:
     """Leaves the bar as it stands."""
     if self._bar is not None:
-      self._bar.close()
+      with _UNSEEN:
+        self._bar.close()
 
 
 class MaskHistory:

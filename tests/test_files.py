@@ -1,6 +1,7 @@
 """Files are replaced whole or not at all."""
 
 import json
+import os
 
 import pytest
 
@@ -82,3 +83,8 @@ def test_json(tmp_path):
     with pytest.raises(ValueError, match='not JSON compliant'):
       files.write_json(path, {'a': bad})
   assert json.loads(path.read_text())['a'] == [1, 2.5]
+
+
+def test_a_name_that_is_no_utf8_is_escaped(tmp_path):
+  files.write_text(tmp_path / 'a', os.fsdecode(b'\xc3\xa9 \xe9'))
+  assert (tmp_path / 'a').read_bytes() == b'\xc3\xa9 \\udce9'
