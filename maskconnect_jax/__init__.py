@@ -1,9 +1,15 @@
 """MaskConnect: residual networks that learn their own connectivity, in JAX."""
 
-from maskconnect_jax.inference import load
-from maskconnect_jax.models import create_model, list_models
-from maskconnect_jax.stack import MaskedStack
-from maskconnect_jax.wiring import freeze, prune
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from maskconnect_jax.inference import load
+  from maskconnect_jax.models import create_model, list_models
+  from maskconnect_jax.stack import MaskedStack
+  from maskconnect_jax.wiring import freeze, prune
 
 __all__ = [
   'MaskedStack',
@@ -13,3 +19,27 @@ __all__ = [
   'load',
   'prune',
 ]
+
+# Imported at their first use: a command is to answer signals before the
+# seconds that importing JAX takes.
+_MODULES = {
+  'MaskedStack': 'stack',
+  'create_model': 'models',
+  'freeze': 'wiring',
+  'list_models': 'models',
+  'load': 'inference',
+  'prune': 'wiring',
+}
+
+
+def __getattr__(name: str) -> Any:
+  """Returns what `__all__` names."""
+  if name not in _MODULES:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  value = getattr(importlib.import_module(f'{__name__}.{_MODULES[name]}'), name)
+  globals()[name] = value
+  return value
+
+
+def __dir__() -> list[str]:
+  return sorted([*globals(), *__all__])

@@ -5,6 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -14,29 +20,156 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from maskconnect_jax import signals
 from maskconnect_jax.config import InputError
+
+# The key of what ended a process, in the store that all processes share.
+_FAILURE = 'maskconnect_jax/failure'
+_POLL_SECONDS = 1.0
+_WAIT_SECONDS = 15.0  # for the others to have read it
+_JOIN_SECONDS = 40  # for what fails to meet those that have begun
+
+_ending = threading.Lock()
 
 
 def initialize() -> None:
   """Joins the other processes of a pod or a cluster.
 
   Slurm, Open MPI, Cloud TPU and Kubernetes are recognised by JAX; elsewhere
-  set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+  set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. From here
+  on this process ends when another one fails, with the other's line.
 
   Raises:
     InputError: JAX cannot tell who the others are.
   """
-  count, number = (
-    int(os.environ[name]) if name in os.environ else None
-    for name in ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
-  )
+  _join()
+  threading.Thread(target=_listen, daemon=True).start()
+
+
+def _join(**options: Any) -> None:
   try:
-    jax.distributed.initialize(num_processes=count, process_id=number)
+    count, number = (
+      int(os.environ[name]) if name in os.environ else None
+      for name in ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
+    )
+    jax.distributed.initialize(
+      num_processes=count, process_id=number, **options
+    )
   except ValueError as error:
     raise InputError(
       f'--multihost finds no other processes ({error}); start it under Slurm,'
       ' Open MPI, Cloud TPU or Kubernetes, or set JAX_COORDINATOR_ADDRESS,'
       ' JAX_NUM_PROCESSES and JAX_PROCESS_ID'
+    ) from error
+
+
+@contextlib.contextmanager
+def failing_together() -> Iterator[None]:
+  """Ends all processes of a run of several with what one of them raises.
+
+  To be inside of whatever waits for the others when it is closed.
+  """
+  try:
+    yield
+  except InputError as error:
+    if jax.distributed.is_initialized():
+      print(f'error: {error}', file=sys.stderr)
+      fail(str(error), joining=False)
+    raise
+  except Exception as error:
+    if jax.distributed.is_initialized():
+      traceback.print_exc()
+      text = (str(error) or 'no more is known').splitlines()[0]
+      fail(f'{type(error).__name__}: {text}', joining=False)
+    raise
+
+
+def fail(message: str, *, joining: bool) -> None:
+  """Ends all processes of a run of several; returns where there is but one.
+
+  The others may wait for this one anywhere, also on a device. So no computation
+  tells them, but the store of the service that they have joined.
+
+  Args:
+    message: what ended this process, which has said so itself.
+    joining: whether the others may be waiting for this one to join them.
+  """
+  if joining and not jax.distributed.is_initialized():
+    with contextlib.suppress(InputError, jax.errors.JaxRuntimeError):
+      _join(initialization_timeout=_JOIN_SECONDS)
+  if not jax.distributed.is_initialized():
+    return
+  if not _ending.acquire(blocking=False):
+    time.sleep(2 * _WAIT_SECONDS)  # `_listen` is ending this process
+  _silence()
+  client, number, _ = _service()
+  # If another process was first, its line stands.
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    client.key_value_set(
+      _FAILURE, f'process {number} ({socket.gethostname()}): {message}'
+    )
+  _leave()
+
+
+def _listen() -> None:
+  """Ends this process when another one has failed."""
+  client, *_ = _service()
+  while True:
+    time.sleep(_POLL_SECONDS)
+    try:
+      message = client.key_value_try_get(_FAILURE)
+    except jax.errors.JaxRuntimeError as error:
+      if 'NOT_FOUND' in str(error):
+        continue
+      return  # the service has ended
+    if _ending.acquire(blocking=False):
+      print(f'error: {message}', file=sys.stderr)
+      _silence()
+      _leave()
+    return
+
+
+def _leave() -> None:
+  """Ends this process; the one that runs the service goes last."""
+  client, number, count = _service()
+  with contextlib.suppress(jax.errors.JaxRuntimeError):
+    client.key_value_set(f'{_FAILURE}/seen/{number}', '')
+    # The one who failed waits too: a device of another may miss it else, and
+    # that one tell of a connection instead.
+    until = time.monotonic() + _WAIT_SECONDS
+    for other in range(count):
+      left = max(1, int(1000 * (until - time.monotonic())))
+      client.blocking_key_value_get(f'{_FAILURE}/seen/{other}', left)
+  if number == 0:
+    time.sleep(_POLL_SECONDS)
+  os._exit(2)
+
+
+def _silence() -> None:
+  """Keeps off stderr what the end of one process makes of the others."""
+  sys.stderr.flush()
+  os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def _service() -> tuple[Any, int, int]:
+  # JAX has no public name for its store; Orbax reaches it here as well.
+  state = jax._src.distributed.global_state
+  return state.client, state.process_id, state.num_processes
+
+
+def check_platform() -> None:
+  """Raises InputError if JAX finds no devices, such as those it was told to."""
+  try:
+    jax.devices()
+  # An AssertionError without a word: of a platform that is not installed.
+  except (RuntimeError, AssertionError) as error:
+    asked = os.environ.get('JAX_PLATFORMS', '')
+    reason = (str(error) or 'it is not there').splitlines()[0].rstrip('.')
+    raise InputError(
+      f'JAX_PLATFORMS={asked} cannot be used on this machine ({reason}); unset'
+      ' it, or install JAX for it'
+      if asked
+      else f'JAX finds no devices ({reason})'
     ) from error
 
 
@@ -101,29 +234,27 @@ class Preemption:
   Used as a context manager around the loop; `requested(step)` then tells, on
   all processes at the same step, that it is time to save and stop. A second
   Ctrl-C stops at once; of several processes already the first one does.
+
+  Until the first step is done there is nothing to save, and signals are left to
+  whoever has them: compiling takes minutes.
   """
 
   def __init__(self) -> None:
     self._signalled = 0
-    self._previous: dict[int, Any] = {}
+    self._told = False
+    self._handlers = contextlib.ExitStack()
+    self._begun = False
 
   def __enter__(self) -> Preemption:
     # With jax.distributed its own service owns the signal and agrees on a step.
     self._coordinated = jax.process_count() > 1
-    if self._coordinated:
-      return self
-    for number in (signal.SIGTERM, signal.SIGINT):
-      # A shell lets what it runs in the background ignore SIGINT.
-      if signal.getsignal(number) == signal.SIG_IGN:
-        continue
-      with contextlib.suppress(ValueError):  # in a thread, as some notebooks
-        self._previous[number] = signal.signal(number, self._on_signal)
     return self
 
-  def __exit__(self, *exception: object) -> None:
-    for number, handler in self._previous.items():
-      # One that was not Python's is not known, and cannot be put back.
-      signal.signal(number, signal.SIG_DFL if handler is None else handler)
+  def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    self._handlers.close()
+    if self._signalled and not self._told and kind is None:
+      # It came too late for a step: for whoever has the signals from here on.
+      signal.raise_signal(self._signalled)
 
   def _on_signal(self, number: int, frame: FrameType | None) -> None:
     del frame
@@ -137,9 +268,17 @@ class Preemption:
         '; once more stops at once' * (number == signal.SIGINT),
       )
 
+  def noticed(self) -> bool:
+    """Whether a signal has come; of several processes none can say."""
+    return self._signalled != 0
+
   def requested(self, step: int) -> int:
     """Returns the signal for which to save and stop after `step`, else 0."""
     if self._coordinated:
       reached = multihost_utils.reached_preemption_sync_point(step)
       return signal.SIGTERM if reached else 0
+    if not self._begun:
+      self._begun = True
+      self._handlers.enter_context(signals.caught(self._on_signal))
+    self._told = self.noticed()
     return self._signalled

@@ -40,6 +40,11 @@ standard deviation of the mean over P pairs is thus sqrt(variance / P).
 
 from __future__ import annotations
 
+if __name__ == '__main__':  # before the seconds that importing JAX takes
+  from maskconnect_jax import command
+
+  command.begin()
+
 import argparse
 import dataclasses
 import itertools
@@ -50,7 +55,13 @@ from pathlib import Path
 
 import numpy as np
 
-from maskconnect_jax import dynamics_plots, plots, summarize, trajectories
+from maskconnect_jax import (
+  command,
+  dynamics_plots,
+  plots,
+  summarize,
+  trajectories,
+)
 from maskconnect_jax.config import InputError, given_path
 from maskconnect_jax.trajectories import Trajectory
 
@@ -233,10 +244,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
   except InputError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
-  print(text, end='')
-  if others := [run for run in found if run not in masked]:
-    names = ', '.join(map(str, others))
-    print(f'\nWithout a recorded real mask, and in no row: {names}.')
+  with command.results():
+    print(text, end='')
+    if others := [run for run in found if run not in masked]:
+      names = ', '.join(map(str, others))
+      print(f'\nWithout a recorded real mask, and in no row: {names}.')
 
 
 def _table(head: list[str], rows: Sequence[list[str]]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import unicodedata
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -57,6 +58,10 @@ class Scores:
     }
 
 
+class Stopped(Exception):
+  """A measurement was left, since the run is to stop."""
+
+
 class Evaluator:
   """Scores networks on splits, on all devices."""
 
@@ -67,12 +72,22 @@ class Evaluator:
     mesh: jax.sharding.Mesh,
     *,
     threads: int,
+    stopping: Callable[[], bool] = lambda: False,
   ) -> None:
-    """batch_size: examples at once, at most; rounded up to all devices."""
+    """Takes how to measure.
+
+    Args:
+      recipe: of the run.
+      batch_size: examples at once, at most; rounded up to all devices.
+      mesh: all devices.
+      threads: that decode.
+      stopping: asked before each batch; once it is true, nothing is measured.
+    """
     self._recipe = recipe
     self._batch_size = batch_size
     self._mesh = mesh
     self._threads = threads
+    self._stopping = stopping
     self._step = jax.jit(steps.eval_step, static_argnums=0)
 
   def __call__(
@@ -91,6 +106,9 @@ class Evaluator:
       split: the examples.
       draw_at: each batch draws a mask from r, as this training step would,
         instead of taking the topology or the top-K.
+
+    Raises:
+      Stopped: the run is to stop.
     """
     recipe = dataclasses.replace(self._recipe, network=network)
     # Of a small split no more than it has: the rest would be filling.
@@ -100,6 +118,8 @@ class Evaluator:
     for index, batch in enumerate(
       batches.evaluation_batches(split, size, self._mesh, threads=self._threads)
     ):
+      if self._stopping():
+        raise Stopped
       start = index * size
       drawn = draw_at is not None
       key = recipe.key(steps.EVALUATION_MASK, start) if drawn else None

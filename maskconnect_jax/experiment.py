@@ -47,6 +47,23 @@ class Plan:
       return 'train'
     return 'connectivity' if step < self.freeze else 'fine-tune'
 
+  def saves(self, done: int) -> bool:
+    """Whether a checkpoint is due after so many steps."""
+    return done == self.total or done % self.checkpoint_every == 0
+
+  def evaluates(self, done: int) -> bool:
+    """Whether an evaluation is due."""
+    return done == self.total or done % self.evaluate_every == 0
+
+  def records(self, done: int) -> bool:
+    """Whether a line of the log is due; it is with each of the above."""
+    return (
+      self.saves(done)
+      or self.evaluates(done)
+      or done % self.log_every == 0
+      or done == self.freeze
+    )
+
 
 def make_plan(config: ml_collections.ConfigDict, num_examples: int) -> Plan:
   """Turns the durations of a config into steps.

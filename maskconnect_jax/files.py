@@ -79,8 +79,11 @@ def temporary_of(path: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-  """Writes a text file atomically. Raises InputError as `replacing`."""
-  content = text.encode('utf-8')
+  """Writes a text file atomically; a name that is no UTF-8 is escaped.
+
+  Raises InputError as `replacing`.
+  """
+  content = text.encode('utf-8', 'backslashreplace')
   with replacing(path, len(content)) as temporary:
     temporary.write_bytes(content)
 

@@ -18,23 +18,29 @@ Any config field is overridden by --config.FIELD=VALUE, such as
 
 from __future__ import annotations
 
+if __name__ == '__main__':  # before the seconds that importing JAX takes
+  from maskconnect_jax import command
+
+  command.begin()
+
 import gc
 import json
-import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 import ml_collections
 import numpy as np
-import platformdirs
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from maskconnect_jax import (
   arguments,
+  command,
+  compilation_cache,
   describe,
   distributed,
   evaluation,
@@ -114,7 +120,7 @@ MULTIHOST = flags.DEFINE_bool(
 
 
 def main(argv: Sequence[str]) -> None:
-  """Runs one mode."""
+  """Runs one mode, in this process and in those it joins."""
   if len(argv) > 1:
     raise InputError(f'{argv[1]!r} is no flag; write --flag=value')
   if MULTIHOST.value:
@@ -123,6 +129,14 @@ def main(argv: Sequence[str]) -> None:
         f'--mode={MODE.value} is for one machine; omit --multihost'
       )
     distributed.initialize()
+  with distributed.failing_together():
+    run_mode()
+
+
+def run_mode() -> None:
+  """Runs what --mode says."""
+  if MODE.value not in ('sweep', 'summarize'):  # which compute nothing here
+    distributed.check_platform()
   {
     'train': run_train,
     'evaluate': run_evaluate,
@@ -140,7 +154,7 @@ def run_train() -> None:
   if result.interrupted:
     sys.exit(128 + result.interrupted)
   if jax.process_index() == 0:
-    print(report.table(result.summary, workdir))
+    command.tell(report.table(result.summary, workdir))
 
 
 def run_evaluate() -> None:
@@ -188,21 +202,19 @@ def run_predict() -> None:
     for (path, _), row in zip(part, rows, strict=True):
       best = int(row.argmax())
       if JSON.value:
-        print(
-          json.dumps(
-            {
-              'image': names.encodable(path),
-              'class': classes[best],
-              'probability': float(row[best]),
-              'probabilities': dict(zip(classes, row.tolist(), strict=True)),
-            }
-          )
-        )
+        record = {
+          'image': names.encodable(path),
+          'class': classes[best],
+          'probability': float(row[best]),
+          'probabilities': dict(zip(classes, row.tolist(), strict=True)),
+        }
+        print(json.dumps(files.finite(record), allow_nan=False))
       else:
         print(
           f'{names.one_line(path)}\t{names.one_line(classes[best])}'
           f'\t{row[best]:.4f}'
         )
+    sys.stdout.flush()  # what is done is not lost to a signal
   if unread:
     sys.exit(2)
 
@@ -302,55 +314,47 @@ def _one_line(error: Exception) -> str:
   return str(error).splitlines()[0].rstrip('.')
 
 
-def use_compilation_cache() -> None:
-  """Keeps compiled programs, so that the same run starts faster next time."""
-  own = {
-    'jax_compilation_cache_dir': str(
-      platformdirs.user_cache_path('maskconnect_jax') / 'xla'
-    ),
-    # Building a network compiles many programs of less than JAX's 1 second.
-    'jax_persistent_cache_min_compile_time_secs': 0.0,
-  }
-  for name, value in own.items():
-    if name.upper() not in os.environ:
-      jax.config.update(name, value)
-
-
 def run() -> None:
   """Entry point: bad input is one line on stderr and exit status 2."""
   logging.set_verbosity(logging.WARNING)
   logging.use_absl_handler()
-  use_compilation_cache()
+  compilation_cache.use()
   # What imports have made stays: looking through it again and again is a fifth
   # of the time that a step takes to trace.
   gc.freeze()
   try:
-    app.run(main, flags_parser=parse_flags)
+    with command.results():
+      app.run(main, flags_parser=parse_flags)
   except InputError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
+    _fail(str(error))
   except jax.errors.JaxRuntimeError as error:
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    print(
-      f'error: {str(error).splitlines()[0]} Lower config.batch_size,'
+    _fail(
+      f'{str(error).splitlines()[0]} Lower config.batch_size,'
       ' config.eval_batch_size or config.data.image_size; a block-level run'
-      ' takes less with config.model.remat=block',
-      file=sys.stderr,
+      ' takes less with config.model.remat=block'
     )
-    sys.exit(2)
   except OSError as error:
     # Of the system, not of the program: a folder that cannot be written to, a
     # file that cannot be read.
     if error.filename is None:
       raise
-    print(f'error: {error.filename}: {error.strerror}', file=sys.stderr)
-    sys.exit(2)
+    _fail(f'{error.filename}: {error.strerror}')
   except KeyboardInterrupt:
     print(
       'interrupted; a run goes on from its newest checkpoint', file=sys.stderr
     )
     sys.exit(128 + signal.SIGINT)
+
+
+def _fail(message: str) -> NoReturn:
+  """Ends with one line, and has the other processes of a run end with it."""
+  print(f'error: {message}', file=sys.stderr)
+  # What cannot be parsed may be wrong on this host alone.
+  joining = any(a.lstrip('-') == 'multihost' for a in sys.argv[1:])
+  distributed.fail(message, joining=joining)
+  sys.exit(2)
 
 
 if __name__ == '__main__':

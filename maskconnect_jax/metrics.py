@@ -25,6 +25,9 @@ from maskconnect_jax.config import InputError
 PLAIN_SECONDS = 10.0  # between lines when the output is no terminal
 FLUSH_SECONDS = 120.0  # between writes of TensorBoard's events to the disk
 
+# A closed pipe, a terminal that hung up, a full disk, a closed stream.
+_UNSEEN = contextlib.suppress(OSError, ValueError)
+
 
 class MetricsWriter:
   """Appends each logged step to metrics.jsonl and to TensorBoard events."""
@@ -202,11 +205,15 @@ class Throughput:
 
 
 class Progress:
-  """One bar on a terminal; elsewhere a plain line every few seconds."""
+  """One bar on a terminal; elsewhere a plain line every few seconds.
+
+  What cannot be shown, since the terminal has gone, is dropped.
+  """
 
   def __init__(self, total: int, start: int, *, enabled: bool = True) -> None:
     """Shows `start` of `total` steps as done; nothing unless enabled."""
-    self._total, self._start, self._enabled = total, start, enabled
+    self._total, self._start = total, start
+    self._enabled = enabled and sys.stderr is not None
     self._begun = self._printed = time.monotonic()
     self._bar = (
       tqdm.tqdm(
@@ -216,7 +223,7 @@ class Progress:
         dynamic_ncols=True,
         smoothing=0.1,
       )
-      if enabled and sys.stderr.isatty()
+      if self._enabled and sys.stderr.isatty()
       else None
     )
 
@@ -231,7 +238,8 @@ class Progress:
     if self._bar is not None:
       self._bar.set_description(phase, refresh=False)
       self._bar.set_postfix(shown, refresh=False)
-      self._bar.update(step - self._bar.n)
+      with _UNSEEN:
+        self._bar.update(step - self._bar.n)
       return
     now = time.monotonic()
     if now - self._printed < PLAIN_SECONDS and step < self._total:
@@ -248,15 +256,17 @@ class Progress:
 
   def say(self, line: str) -> None:
     """Prints a line without breaking the bar."""
-    if self._bar is not None:
-      self._bar.write(line, file=sys.stderr)
-    elif self._enabled:
-      print(line, file=sys.stderr, flush=True)
+    with _UNSEEN:
+      if self._bar is not None:
+        self._bar.write(line, file=sys.stderr)
+      elif self._enabled:
+        print(line, file=sys.stderr, flush=True)
 
   def close(self) -> None:
     """Leaves the bar as it stands."""
     if self._bar is not None:
-      self._bar.close()
+      with _UNSEEN:
+        self._bar.close()
 
 
 class MaskHistory:

@@ -38,21 +38,26 @@ same one have the same images in the same split. --expect=SHA256 insists on one.
 
 from __future__ import annotations
 
+if __name__ == '__main__':  # before the seconds that importing TFDS takes
+  from maskconnect_jax import command
+
+  command.begin()
+
 import argparse
 import concurrent.futures
 import csv
 import functools
 import hashlib
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple, NoReturn
 
 import tqdm
 
-from maskconnect_jax import image_files, names
+from maskconnect_jax import command, image_files, names, signals
 from maskconnect_jax import images as images_lib
 from maskconnect_jax.config import InputError, given_path
 
@@ -387,19 +392,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
   given = parser.parse_args(arguments)
   try:
     builder = MiniImagenet(given.images, data_dir=given.data_dir)
-    prepare(builder, given.expect)
+    with signals.caught(_interrupt):  # TFDS removes what is half done
+      prepare(builder, given.expect)
   except InputError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
-  except KeyboardInterrupt:
-    print('interrupted; nothing is prepared', file=sys.stderr)
-    sys.exit(128 + signal.SIGINT)
   splits = builder.info.splits
-  print(
-    f'{builder.data_path}: {splits["train"].num_examples} training and'
-    f' {splits["test"].num_examples} test images\n'
-    f'manifest SHA-256 {builder.digest}'
-  )
+  with command.results():
+    print(
+      f'{builder.data_path}: {splits["train"].num_examples} training and'
+      f' {splits["test"].num_examples} test images\n'
+      f'manifest SHA-256 {builder.digest}'
+    )
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+  del frame
+  print('interrupted; nothing is prepared', file=sys.stderr)
+  sys.exit(128 + number)
 
 
 if __name__ == '__main__':

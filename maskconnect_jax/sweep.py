@@ -12,14 +12,12 @@ import dataclasses
 import hashlib
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import ml_collections
@@ -27,11 +25,18 @@ import tqdm
 from absl import flags
 from ml_collections.config_flags import tuple_parser
 
+from maskconnect_jax import (
+  command,
+  fields,
+  files,
+  locks,
+  signals,
+  summarize,
+  workdirs,
+)
 from maskconnect_jax import config as config_lib
-from maskconnect_jax import fields, files, locks, summarize, workdirs
 from maskconnect_jax.config import InputError
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL_SECONDS = 0.2
 PARSERS = {
   bool: flags.BooleanParser(),
@@ -103,10 +108,10 @@ def sweep(
 def _sweep(everyone: list[Member], workdir: Path, parallel: int | None) -> int:
   waiting = [member for member in everyone if not member.finished]
   finished = len(everyone) - len(waiting)
+  slots = environments(*devices(), parallel) if waiting else []
   say(f'{finished} of {len(everyone)} members finished')
   failures: list[str] = []
   if waiting:
-    slots = environments(*devices(), parallel)
     failures, number = run_members(waiting, slots)
     if number:
       say('stopped; the same command goes on')
@@ -114,7 +119,7 @@ def _sweep(everyone: list[Member], workdir: Path, parallel: int | None) -> int:
   table = summarize.summarize([member.workdir for member in everyone])
   files.write_text(workdir / 'table.csv', table.csv())
   files.write_text(workdir / 'table.md', table.markdown())
-  print(table.markdown(), end='')
+  command.tell(table.markdown().rstrip('\n'))
   for failure in failures:
     say(failure)
   return 1 if failures else 0
@@ -230,14 +235,18 @@ def devices() -> tuple[str, int]:
     [
       sys.executable,
       '-c',
-      'import jax; print(jax.default_backend(), jax.local_device_count())',
+      'from maskconnect_jax import distributed as d; d.check_platform();'
+      ' import jax; print(jax.default_backend(), jax.local_device_count())',
     ],
     capture_output=True,
-    text=True,
+    encoding='utf-8',
+    errors='replace',
     check=False,
   )
   if looked.returncode:
-    raise InputError(f'JAX finds no devices: {last_line(looked.stderr)}')
+    # The last line of a traceback: the error's name and what it says.
+    said = last_line(looked.stderr)
+    raise InputError(said.removeprefix(f'{InputError.__module__}.InputError: '))
   platform, count = last_line(looked.stdout).split()
   return platform, int(count)
 
@@ -363,17 +372,8 @@ def start(
 def caught_signals() -> Iterator[list[int]]:
   """Collects the signals that ask to stop, instead of stopping."""
   caught: list[int] = []
-
-  def handler(number: int, frame: FrameType | None) -> None:
-    del frame
-    caught.append(number)
-
-  previous = {number: signal.signal(number, handler) for number in SIGNALS}
-  try:
+  with signals.caught(lambda number, frame: caught.append(number)):
     yield caught
-  finally:
-    for number, before in previous.items():
-      signal.signal(number, before)
 
 
 def outcome(member: Member, status: int) -> str:

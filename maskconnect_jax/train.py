@@ -121,77 +121,106 @@ def _train(
 
   batches = experiment.training_batches(job)
   damaged = set(progress['damaged'])
+  preemption = distributed.Preemption()
   evaluate = evaluation.Evaluator(
-    recipe, config.eval_batch_size, job.mesh, threads=config.data.threads
+    recipe,
+    config.eval_batch_size,
+    job.mesh,
+    threads=config.data.threads,
+    stopping=preemption.noticed,
   )
   watched, split = experiment.held_out(job)
   rates = experiment.make_schedules(config, plan)
   clock = metrics.Throughput(progress['images'], progress['train_seconds'])
-  pending: list[dict[str, jax.Array]] = []
+  # What a stop left out of the log, so that it cannot be told from a run that
+  # went through: the steps since a record, or also the last one's evaluation.
+  pending: list[dict[str, Any]] = [
+    {name: np.float32(number) for name, number in values.items()}
+    for values in progress.pop('unlogged', [])
+  ]
+  owed = bool(pending) and plan.records(start)
+  timed = 0  # of those pending, by the clock
   interrupted = 0
   if plan.freeze and start > plan.freeze:
     recipe = frozen_recipe(recipe, state)
   train_step: Any = None
   upcoming = batches.starting_at(start)
 
+  def save(done: int, accuracy: float | None) -> None:
+    check_finite(state, done, checkpoints)
+    damaged.update(batches.damaged)
+    progress.update(
+      images=clock.images,
+      train_seconds=clock.seconds,
+      damaged=sorted(damaged),
+    )
+    if primary:
+      history.save()
+    unlogged = {'unlogged': in_numbers(pending)} if pending else {}
+    checkpoints.save(done, state, progress | unlogged, accuracy)
+
   with (
-    distributed.Preemption() as preemption,
+    preemption,
     contextlib.closing(checkpoints),
     contextlib.closing(writer),
     contextlib.closing(bar),
+    distributed.failing_together(),
   ):
-    for step in range(start, plan.total):
-      if plan.freeze and step == plan.freeze:
-        recipe, state = freeze(job, state, batches, evaluate, progress)
-        bar.say(report.at_freeze(watched, progress, step))
-        train_step = None
-      if not pending:
-        clock.start()
-      batch = next(upcoming)
-      if train_step is None:
-        clock.stop(0)
-        train_step = compile_step(recipe, state, batch, bar)
-        clock.start()
-      state, values = train_step(state, *batch)
-      pending.append(values)
-
+    for step in range(start - owed, plan.total):
       done, phase = step + 1, plan.phase(step)
+      if done > start:
+        if plan.freeze and step == plan.freeze:
+          try:
+            recipe, state = freeze(job, state, batches, evaluate, progress)
+          except evaluation.Stopped:
+            interrupted = preemption.requested(step)
+            if step > start and not plan.saves(step):
+              save(step, None)
+            break
+          bar.say(report.at_freeze(watched, progress, step))
+          train_step = None
+        if not timed:
+          clock.start()
+        batch = next(upcoming)
+        if train_step is None:
+          clock.stop(0)
+          train_step = compile_step(recipe, state, batch, bar)
+          clock.start()
+        state, values = train_step(state, *batch)
+        pending.append(values)
+        timed += 1
+
       interrupted = preemption.requested(done)
-      at_end = done == plan.total or interrupted != 0
-      saving = at_end or done % plan.checkpoint_every == 0
-      evaluating = done == plan.total or done % plan.evaluate_every == 0
-      logging = done % plan.log_every == 0 or done == plan.freeze
-      if not (saving or evaluating or logging):
+      if not (interrupted or plan.records(done)):
         continue
 
-      means = average(pending, done, checkpoints)
       record: dict[str, Any] = {
         'epoch': done / plan.per_epoch,
-        **means,
+        **average(pending, done, checkpoints),
         'learning_rate': float(rates[0](step)),
         'mask_learning_rate': float(rates[1](step)),
-        'images_per_second': clock.stop(len(pending) * config.batch_size),
+        'images_per_second': clock.stop(timed * config.batch_size)
+        or clock.images_per_second,
       }
-      pending = []
+      timed = 0
       accuracy = None
-      if evaluating:
-        scores = evaluate(recipe.network, state.variables(), split)
-        record |= scores.named(watched)
-        accuracy = scores.accuracy
-      if phase == 'connectivity':
-        history.add(done, state.masks)
-      writer.write(done, phase, record)
-      bar.update(done, phase, record)
-      if saving:
-        check_finite(state, done, checkpoints)
-        damaged |= batches.damaged
-        progress |= {
-          'images': clock.images,
-          'train_seconds': clock.seconds,
-          'damaged': sorted(damaged),
-        }
-        history.save()
-        checkpoints.save(done, state, progress, accuracy)
+      whole = plan.records(done)
+      if whole and plan.evaluates(done):
+        try:
+          scores = evaluate(recipe.network, state.variables(), split)
+        except evaluation.Stopped:
+          interrupted, whole = preemption.requested(done), False
+        else:
+          record |= scores.named(watched)
+          accuracy = scores.accuracy
+      if whole:
+        pending = []
+        if phase == 'connectivity':
+          history.add(done, state.masks)
+        writer.write(done, phase, record)
+        bar.update(done, phase, record)
+      if interrupted or plan.saves(done):
+        save(done, accuracy)
       if interrupted:
         break
 
@@ -314,7 +343,7 @@ def measured_anew(
 
 
 def average(
-  pending: list[dict[str, jax.Array]],
+  pending: list[dict[str, Any]],
   done: int,
   checkpoints: checkpoint.Checkpoints,
 ) -> dict[str, float]:
@@ -327,6 +356,14 @@ def average(
     name: float(np.mean([value[name] for value in values]))
     for name in ('loss', 'accuracy')
   }
+
+
+def in_numbers(pending: list[dict[str, Any]]) -> list[dict[str, float]]:
+  """Returns what steps gave as JSON keeps it; a float32 comes back the same."""
+  return [
+    {name: float(value) for name, value in values.items()}
+    for values in jax.device_get(pending)
+  ]
 
 
 def check_finite(

@@ -238,3 +238,8 @@ def test_an_interrupt_between_the_renames(call, tmp_path, monkeypatch):
     write()
   assert [child.name for child in path.iterdir()] == ['old']
   assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_name_that_is_no_utf8_is_escaped(tmp_path):
+  files.write_text(tmp_path / 'a', os.fsdecode(b'\xc3\xa9 \xe9'))
+  assert (tmp_path / 'a').read_bytes() == b'\xc3\xa9 \\udce9'

@@ -18,26 +18,20 @@ PACKAGE = 'maskconnect_jax'
 ROOT = Path(__file__).parents[1] / PACKAGE
 FILES = sorted(ROOT.rglob('*.py'))
 
-# Module -> the modules of this package that it may import. At the bottom are
-# `config` and `errors`: everything but connectivity, which imports jax alone,
-# may import them.
+# Module -> the modules of this package that it may import. `config` is at the
+# bottom: everything but connectivity, which imports jax alone, may import it.
 ARROWS: dict[str, set[str]] = {
   '__init__': {'inference', 'models', 'stack', 'wiring'},
   'main': {
-    'arguments', 'describe', 'distributed', 'evaluation', 'files', 'images',
-    'inference', 'report', 'summarize', 'sweep', 'train',
-    'describe', 'distributed', 'evaluation', 'files', 'image_files',
-    'inference', 'names', 'report', 'summarize', 'sweep', 'train',
+    'describe', 'distributed', 'evaluation', 'files', 'images', 'inference',
+    'report', 'summarize', 'sweep', 'train',
   },
   'sweep': {'files', 'summarize', 'train'},
-  'sweep': {'fields', 'files', 'summarize', 'train'},
-  'summarize': {'files', 'plots', 'summary_plots'},
-  'sweep': {'files', 'locks', 'summarize', 'workdirs'},
-  'summarize': {'plots', 'summary_plots', 'workdirs'},
+  'summarize': {'plots', 'summary_plots'},
   'summary_plots': {'plots'},
   'train': {
     'batches', 'checkpoint', 'distributed', 'evaluation', 'experiment',
-    'locks', 'metrics', 'report', 'steps', 'wiring', 'workdirs',
+    'files', 'metrics', 'report', 'steps', 'wiring',
   },
   'report': {
     'branch_plots', 'topology', 'experiment', 'files', 'inference',
@@ -52,84 +46,47 @@ ARROWS: dict[str, set[str]] = {
     'connectivity', 'distributed', 'experiment', 'models', 'steps',
   },
   'evaluation': {
-    'batches', 'datasets', 'decoding', 'distributed', 'inference', 'sources',
-    'steps',
+    'batches', 'datasets', 'distributed', 'inference', 'steps',
   },
   'experiment': {
-    'batches', 'datasets', 'distributed', 'fields', 'models', 'optimizer',
-    'steps', 'topology', 'wiring',
+    'batches', 'datasets', 'distributed', 'models', 'optimizer', 'steps',
+    'topology', 'wiring',
   },
   'steps': {'augment', 'layers', 'wiring'},
   'inference': {
-    'checkpoint', 'files', 'image_inputs', 'images', 'model_record', 'models',
-    'topology', 'wiring',
-    'checkpoint', 'files', 'image_headers', 'images', 'models', 'topology',
-    'wiring',
+    'checkpoint', 'files', 'images', 'models', 'topology', 'wiring',
   },
-  'model_record': {'files', 'limits', 'models', 'topology'},
-  'models': {
-    'blocks', 'branches', 'connectivity', 'layers', 'limits', 'stack',
-  },
-  'branches': {'connectivity', 'layers', 'limits', 'wiring'},
-  'stack': {
-    'aggregate', 'connectivity', 'layers', 'limits', 'topology', 'wiring',
-  },
-  'wiring': {'connectivity', 'limits', 'topology'},
-  'topology': {'files', 'limits'},
+  'models': {'blocks', 'branches', 'connectivity', 'layers', 'stack'},
+  'branches': {'connectivity', 'layers', 'wiring'},
+  'stack': {'aggregate', 'connectivity', 'layers', 'topology', 'wiring'},
+  'wiring': {'connectivity', 'topology'},
+  'topology': set(),
   'blocks': {'layers'},
   'batches': {'datasets', 'distributed', 'steps'},
-  'datasets': {'decoding', 'images', 'names', 'sources'},
-  'sources': {'class_folders', 'decoding', 'image_headers', 'names'},
-  'class_folders': {'image_files', 'image_headers', 'names'},
-  'mini_imagenet': {'image_files', 'images', 'names'},
-  'image_files': {'image_headers', 'names'},
-  'datasets': {'decoding', 'fingerprint', 'images', 'sources'},
-  'sources': {'decoding', 'fingerprint', 'images'},
+  'datasets': {'decoding', 'images', 'sources'},
+  'sources': {'decoding', 'images'},
   'mini_imagenet': {'images'},
-  'workdirs': {'files', 'fingerprint'},
   'metrics': {'files'},
   'branch_plots': {'plots'},
   'plots': set(),
   'aggregate': {'config'},
-  'arguments': {'fields'},
   'augment': set(),
   'checkpoint': set(),
-  'config': {'limits'},
-  'checkpoint': {'files', 'storage', 'stored'},
   'config': set(),
-  'config': {'fields'},
   'connectivity': set(),
-  'fields': set(),
   'decoding': {'images', 'randaugment'},
-  'decoding': {'image_headers', 'images', 'randaugment'},
   'distributed': set(),
-  'errors': set(),
   'files': set(),
-  'image_inputs': {'limits'},
   'images': set(),
   'layers': set(),
-  'limits': set(),
-  'image_headers': set(),
-  'images': {'image_headers', 'names'},
-  'layers': set(),
-  'names': set(),
-  'fingerprint': set(),
-  'images': set(),
-  'layers': set(),
-  'locks': set(),
   'optimizer': set(),
   'randaugment': set(),
-  'storage': set(),
-  'stored': set(),
 }  # fmt: skip
-BOTTOM = {'config', 'errors'}
+BOTTOM = 'config'
 NEEDS_ORBAX = {'checkpoint'}
 ON_JAX = {'clu', 'flax', 'jax', 'jaxlib', 'optax'}  # orbax: see NEEDS_ORBAX
 WITHOUT_JAX = {
-  'class_folders', 'datasets', 'decoding', 'image_files', 'image_headers',
-  'images', 'mini_imagenet', 'names', 'randaugment', 'sources',
-  'datasets', 'decoding', 'fingerprint', 'images', 'mini_imagenet',
-  'randaugment', 'sources',
+  'datasets', 'decoding', 'images', 'mini_imagenet', 'randaugment', 'sources',
 }  # fmt: skip
 # Module -> all that it may import beside the standard library.
 ONLY = {'connectivity': {'jax', 'numpy'}}
@@ -170,7 +127,7 @@ def problems(module: str, source: str) -> list[str]:
       target = rest.partition('.')[0]
       if target not in ARROWS:
         target = '__init__'  # from maskconnect_jax import create_model
-      bottom = target in BOTTOM and module not in ONLY
+      bottom = target == BOTTOM and module not in ONLY
       wrong = not bottom and target not in ARROWS[module]
     else:
       wrong = (

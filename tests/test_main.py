@@ -16,7 +16,7 @@ import sklearn.datasets
 from PIL import Image
 
 import maskconnect_jax
-from maskconnect_jax import experiment, main
+from maskconnect_jax import experiment
 
 DIGITS = np.rint(sklearn.datasets.load_digits().images * 255 / 16).astype(
   np.uint8
@@ -466,23 +466,23 @@ def test_diverged(cli, tiny, tmp_path):
   assert 'Traceback' not in ran.err
 
 
-def test_the_cache_keeps_all_programs_but_where_the_environment_says(
-  monkeypatch,
-):
-  names = (
-    'jax_compilation_cache_dir',
-    'jax_persistent_cache_min_compile_time_secs',
-  )
-  before = {name: getattr(jax.config, name) for name in names}
-  try:
-    monkeypatch.delenv(names[0].upper(), raising=False)
-    monkeypatch.setenv(names[1].upper(), '7')
-    main.use_compilation_cache()
-    assert 'maskconnect_jax' in jax.config.jax_compilation_cache_dir
-    assert getattr(jax.config, names[1]) == before[names[1]]
-    monkeypatch.delenv(names[1].upper())
-    main.use_compilation_cache()
-    assert getattr(jax.config, names[1]) == 0
-  finally:
-    for name, value in before.items():
-      jax.config.update(name, value)
+@pytest.mark.parametrize('mode', ['describe', 'sweep'])
+def test_a_platform_that_is_not_there(mode, tiny, tmp_path):
+  """JAX is asked once in a process, so it is one of its own."""
+  workdir = tmp_path / 'workdir'
+  ran = subprocess.run(
+    [
+      sys.executable, '-m', 'maskconnect_jax.main', f'--mode={mode}',
+      f'--config={tiny}', f'--workdir={workdir}',
+    ],
+    cwd=os.path.dirname(os.path.dirname(__file__)),
+    env=os.environ | {'JAX_PLATFORMS': 'cuda'},
+    capture_output=True,
+    text=True,
+    timeout=200,
+    check=False,
+  )  # fmt: skip
+  assert (ran.returncode, ran.stdout) == (2, '')
+  (line,) = ran.stderr.splitlines()
+  assert line.startswith('error: JAX_PLATFORMS=cuda cannot be used on this')
+  assert not workdir.exists()

@@ -1,7 +1,10 @@
 """Lines, events, rates and the record of masks, also of a run that was cut."""
 
+import contextlib
 import gc
+import io
 import json
+import os
 import sys
 import time
 
@@ -180,6 +183,33 @@ def test_bar_on_a_terminal(monkeypatch, capsys):
   assert '40/100' in shown
   assert 'train' in shown
   assert 'loss=2.500' in shown
+
+
+@pytest.mark.parametrize('terminal', [True, False])
+@pytest.mark.parametrize('how', ['full', 'broken', 'closed', 'none'])
+def test_what_cannot_be_shown_ends_nothing(how, terminal, monkeypatch):
+  """A terminal that hung up, a pipe or stream that was closed, a full disk."""
+  reader, writer = os.pipe()
+  os.close(reader)
+  with (
+    open('/dev/full', 'w') as full,
+    open(writer, 'w', closefd=False) as broken,
+  ):
+    closed = io.StringIO()
+    closed.isatty = lambda: terminal
+    streams = {'full': full, 'broken': broken, 'closed': closed, 'none': None}
+    stream = streams[how]
+    monkeypatch.setattr(sys, 'stderr', stream)
+    bar = metrics.Progress(4, 0)
+    closed.close()
+    bar.say('a line')
+    for step in range(1, 5):
+      bar.update(step, 'train', VALUES)
+    bar.close()
+    for file in (full, broken):  # what they hold back cannot be written either
+      with contextlib.suppress(OSError):
+        file.close()
+  os.close(writer)
 
 
 def test_mask_history(tmp_path):

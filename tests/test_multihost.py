@@ -22,7 +22,7 @@ def free_port():
     return server.getsockname()[1]
 
 
-def command(tiny, workdir, data, **environment):
+def command(tiny, workdir, data, *more, **environment):
   inherited = {
     name: value for name, value in os.environ.items() if name != 'XLA_FLAGS'
   }
@@ -38,7 +38,7 @@ def command(tiny, workdir, data, **environment):
       '--config.data.image_size=8', '--config.data.crop=resized',
       '--config.data.eval_resize=10', '--config.eval_batch_size=8',
       '--config.data.mixup=0.1', '--config.data.flip=true',
-      '--config.checkpoint_every=2 steps',
+      '--config.checkpoint_every=2 steps', *more,
     ],
     env=inherited | {'XLA_FLAGS': flag} | environment,
     cwd=ROOT,
@@ -99,4 +99,53 @@ def test_two_processes_train_what_one_trains(tiny, tmp_path, arrays_in):
   for name, array in states[0].items():
     np.testing.assert_allclose(
       array, states[1][name], rtol=1e-3, atol=1e-4, err_msg=name
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('bad', [0, 1])
+@pytest.mark.parametrize(
+  ('more', 'says'),
+  [
+    (['--config.sede=1'], 'config.sede is not a config field'),
+    (['--config.data.dir=/nonexistent'], "config.data.dir='/nonexistent'"),
+    (['--config.data.dir={damaged}'], 'is damaged or cut short'),
+  ],
+)
+def test_what_is_wrong_on_one_host_ends_all(bad, more, says, tiny, tmp_path):
+  """In one line each, which names the host that failed, and why."""
+  for name, size in (('data', None), ('damaged', 100)):
+    for i in range(160):
+      split, path = ('train', 'val')[i % 8 == 0], f'{i // 8 % 2}/{i}.jpg'
+      path = tmp_path / name / split / path
+      path.parent.mkdir(parents=True, exist_ok=True)
+      Image.new('RGB', (20, 24), (i, 0, 0)).save(path)
+      if size:
+        path.write_bytes(path.read_bytes()[:size])
+  port = free_port()
+  started = []
+  for process in range(2):
+    extra = [a.format(damaged=tmp_path / 'damaged') for a in more]
+    started.append(
+      command(
+        tiny,
+        tmp_path / 'run',
+        tmp_path / 'data',
+        *(extra if process == bad else []),
+        JAX_CPU_COLLECTIVES_IMPLEMENTATION='gloo',
+        JAX_COORDINATOR_ADDRESS=f'localhost:{port}',
+        JAX_NUM_PROCESSES='2',
+        JAX_PROCESS_ID=str(process),
+      )
+    )
+  outputs = [process.communicate(timeout=100)[0] for process in started]
+  assert [process.returncode for process in started] == [2, 2], outputs
+  for process, output in enumerate(outputs):
+    (line,) = [line for line in output.splitlines() if 'error' in line]
+    assert says in line
+    assert 'Traceback' not in output
+    assert line.startswith(
+      'error: '
+      if process == bad
+      else f'error: process {bad} ({socket.gethostname()}): '
     )

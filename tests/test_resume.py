@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskconnect_jax import config, locks, metrics, models, train
+from maskconnect_jax import (
+  config,
+  distributed,
+  locks,
+  metrics,
+  models,
+  signals,
+  train,
+)
 
 # Runs the command line, but kills itself (kill -9) right after the line of a
 # step is written, or right after a save has been started in the background.
@@ -278,9 +286,54 @@ def test_a_signal_saves_and_stops(
   ran = cli(f'--config={tiny}', f'--workdir={workdir}')
   assert ran.code == 0
   assert 'going on from step 13 of 24' in ran.err
-  assert_same_end(workdir, same_lines=False)
-  found = [record['step'] for record in lines(workdir)]
-  assert found == [2, 4, 6, 8, 10, 12, 13, *range(14, 25, 2)]
+  assert_same_end(workdir)
+
+
+@pytest.mark.usefixtures('ctrl_c')
+def test_a_signal_in_an_evaluation_and_at_the_freeze(
+  tiny_config, tmp_path, assert_same_end
+):
+  """The state is saved, and the log of both cuts is that of a run without."""
+  tiny_config.evaluate_every = '6 steps'  # no checkpoint is due there
+  tiny_config.log_every = '3 steps'
+  tiny_config.connectivity.phase = '10 steps'  # nor here
+  whole = train.train(tiny_config, tmp_path / 'whole')
+  whole = SimpleNamespace(workdir=tmp_path / 'whole', summary=whole.summary)
+  workdir = tmp_path / 'run'
+  for number, module, name, step in (
+    (signal.SIGINT, train.evaluation.batches, 'evaluation_batches', 6),
+    (signal.SIGTERM, train, 'freeze', 10),
+  ):
+    real = getattr(module, name)
+
+    def stopping(*arguments, number=number, real=real, **more):
+      os.kill(os.getpid(), number)
+      return real(*arguments, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(module, name, stopping)
+      assert train.train(tiny_config, workdir).interrupted == number
+    assert steps(workdir)[-1] == step
+    assert lines(workdir)[-1]['step'] < step or name == 'freeze'
+  train.train(tiny_config, workdir)
+  assert_same_end(workdir, whole=whole)
+
+
+def test_a_signal_for_which_no_step_is_left_is_passed_on():
+  came = []
+  with signals.caught(lambda number, frame: came.append(number)):
+    with distributed.Preemption() as preemption:
+      os.kill(os.getpid(), signal.SIGTERM)
+      assert came == [signal.SIGTERM]  # before the first step
+      assert preemption.requested(1) == 0
+      os.kill(os.getpid(), signal.SIGHUP)
+      assert len(came) == 1
+    assert came == [signal.SIGTERM, signal.SIGHUP]
+    with distributed.Preemption() as preemption:
+      preemption.requested(1)
+      os.kill(os.getpid(), signal.SIGHUP)
+      assert preemption.requested(2) == signal.SIGHUP
+    assert len(came) == 2
 
 
 def test_finished_run_trains_nothing(
