@@ -90,6 +90,7 @@ def sweep(
   for member in everyone:
     config_lib.given_path(member.workdir, '--workdir')
     config_lib.check(member.config)
+    config_lib.check_files(member.config)
     train.check_workdir(member.config, member.workdir)
   waiting = [member for member in everyone if not member.finished]
   finished = len(everyone) - len(waiting)

@@ -135,6 +135,18 @@ def start(cli, tiny, tmp_path):
       ['config.variants=data.dir=/a/b', 'config.variants=data.dir=/a b'],
       'would share the folder dir=-a-b',
     ),
+    (
+      ['config.variants=', 'config.variants=data.source=idx data.dir=/no/such'],
+      "config.data.dir='/no/such' does not exist",
+    ),
+    (
+      [
+        'config.variants=',
+        'config.variants=connectivity.rule=fixed_given'
+        ' connectivity.topology=~/no.json',
+      ],
+      "config.connectivity.topology='~/no.json' does not exist",
+    ),
     (  # one folder where cases are not told apart
       ['config.variants=data.dir=/a/B', 'config.variants=data.dir=/a/b'],
       'would share the folder dir=-a-b',
