@@ -322,6 +322,17 @@ def check_is_one_run(config: ml_collections.ConfigDict) -> None:
       )
 
 
+def check_files(config: ml_collections.ConfigDict) -> None:
+  """Raises InputError if what a field names as a path is not there."""
+  for path, value in flat(config).items():
+    unused = path == 'data.dir' and config.data.source == 'digits'
+    if not isinstance(FIELDS[path], File) or not value or unused:
+      continue
+    name = f'config.{path}'
+    if not given_path(value, name).exists():
+      raise InputError(f'{name}={shown(value)} does not exist')
+
+
 def check_choice(path: str, value: Any, name: str) -> None:
   """Raises InputError, calling it `name`, if a field cannot have a value."""
   if fault := FIELDS[path].wrong(value):

@@ -95,6 +95,7 @@ def sweep(
   for member in everyone:
     config_lib.given_path(member.workdir, '--workdir')
     config_lib.check(member.config)
+    config_lib.check_files(member.config)
     workdirs.check(member.config, member.workdir)
   with locks.locked(workdir):
     workdirs.remove_leftovers(workdir, [path.name for path in tables])

@@ -110,7 +110,7 @@ def start(cli, tiny, tmp_path):
   ('arguments', 'says'),
   [
     (['config.seeds=0,1,0'], ['config.seeds=(0, 1, 0)', 'different whole']),
-    (['config.seeds=0,a'], ["config.seeds=(0, 'a')", 'each a whole number in']),
+    (['config.seeds=0,a'], ["config.seeds=('0,a',)", 'each a whole number in']),
     (['config.seeds=-1'], 'config.seeds=(-1,)'),
     (['config.seeds=4294967296'], 'each a whole number in [0, 4294967295]'),
     (['config.variants=batch_size=0'], 'batch_size=0 must be'),
@@ -135,16 +135,28 @@ def start(cli, tiny, tmp_path):
       ['config.variants=data.dir=/a/b', 'config.variants=data.dir=/a b'],
       'would share the folder dir=-a-b',
     ),
+    (
+      ['config.variants=', 'config.variants=data.source=idx data.dir=/no/such'],
+      "config.data.dir='/no/such' does not exist",
+    ),
+    (
+      [
+        'config.variants=',
+        'config.variants=connectivity.rule=fixed_given'
+        ' connectivity.topology=~/no.json',
+      ],
+      "config.connectivity.topology='~/no.json' does not exist",
+    ),
     (  # one folder where cases are not told apart
       ['config.variants=data.dir=/a/B', 'config.variants=data.dir=/a/b'],
       'would share the folder dir=-a-b',
     ),
     (  # or Unicode's forms
       [
-        'config.variants=data.name=\u1e69',
-        'config.variants=data.name=s\u0323\u0307',
+        'config.variants=data.name=\uac00',
+        'config.variants=data.name=\u1100\u1161',
       ],
-      'the same row, or would share the folder name=',
+      'the same row, or would share the folder data.name=',
     ),
     (
       ['config.variants=', 'config.variants=connectivity.rule=lerned'],
@@ -176,7 +188,8 @@ LONG = (
   ' connectivity.temperature=0.1 connectivity.initial=0.5 masks.momentum=0.0'
   ' connectivity.initial_spread=0.0 connectivity.batchnorm_batches=2'
   ' masks.learning_rate=1.0 optimizer.weight_decay=0.0005 data.flip=False'
-  ' optimizer.label_smoothing=0.1 optimizer.average=0.99 data.mixup='
+  ' optimizer.label_smoothing=0.1 optimizer.average=0.99 model.width=16'
+  ' optimizer.learning_rate=0.05 optimizer.warmup=5 epochs data.mixup='
 )
 
 
