@@ -117,7 +117,7 @@ def test_no_model(tmp_path):
     (lambda record: record.pop('topology'), 'model.json is damaged'),
     (lambda record: record.update(schema='other/9'), "schema 'other/9' is not"),
     (lambda record: record['architecture'].update(x=1), 'json is damaged'),
-    (lambda record: record['architecture'].update(width=4), 'whole set of'),
+    (lambda record: record['architecture'].update(width=4), 'another network'),
     (
       lambda record: record['topology']['blocks'][0].update(sources=[5]),
       'only sources 0..0 come before',
