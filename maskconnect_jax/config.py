@@ -25,6 +25,7 @@ CHOICES = {
   'connectivity.gradient': ('all', 'drawn', 'centered', 'normalized'),
   'connectivity.scale': ('mean', 'sum'),
   'model.remat': ('none', 'block'),
+  'model.version': ('1', '2'),
   'connectivity.adapter': ('pool', 'projection', 'same_stage'),
   'masks.schedule': ('constant', 'cosine', 'step'),
   'optimizer.schedule': ('constant', 'cosine', 'step'),
@@ -87,6 +88,7 @@ def default() -> ml_collections.ConfigDict:
   config.model.width = 0  # channels of the first stage; 0: the network's own
   config.model.dtype = 'float32'  # of the activations; the rest is float32
   config.model.remat = 'none'  # or 'block': computed again, not kept
+  config.model.version = '2'  # see `models.VERSION`; a workdir keeps its own
 
   # The rows of "Decided here" (README) are these fields. phase, gradient and
   # temperature, and the masks' rate, are what docs/results.md picked.
@@ -300,7 +302,7 @@ def check_choice(path: str, value: Any, name: str) -> None:
 def stored(workdir: Path) -> ml_collections.ConfigDict:
   """Returns the config that a workdir was written with.
 
-  Fields that did not exist yet have their defaults.
+  Fields that did not exist yet have their defaults, but model.version is '1'.
 
   Raises:
     InputError: there is none, or it is damaged.
@@ -315,6 +317,8 @@ def stored(workdir: Path) -> ml_collections.ConfigDict:
     record = json.loads(path.read_text(encoding='utf-8'))
     with config.ignore_type():  # JSON has lists where the config has tuples
       config.update(record)
+    if 'version' not in record.get('model', {}):
+      config.model.version = '1'
   except (AttributeError, KeyError, TypeError, ValueError) as error:
     raise InputError(
       f'{path} is damaged ({error}); give another --workdir'

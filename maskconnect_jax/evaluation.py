@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from maskconnect_jax import batches, datasets, inference, steps
+from maskconnect_jax import batches, datasets, inference, steps, streams
 from maskconnect_jax.config import InputError
 from maskconnect_jax.datasets import Split, Stream
 
@@ -84,7 +84,7 @@ class Evaluator:
     ):
       start = index * size
       drawn = draw_at is not None
-      key = recipe.key(steps.EVALUATION_MASK, start) if drawn else None
+      key = recipe.key(streams.EVALUATION_MASK, start) if drawn else None
       found = self._step(recipe, variables, *batch, key, draw_at or 0)
       # Waits, lest batches pile up on a device that is slower than its host.
       sums.append(jax.device_get(found))

@@ -228,6 +228,7 @@ def architecture_of(
     'initial_spread': own.initial_spread,
     'seed': config.seed,
     'level': own.level,
+    'version': config.model.version,
   }
   if own.level == 'branch':
     architecture['identity'] = own.branch_identity

@@ -65,7 +65,7 @@ def save(
     return
   record = {
     'schema': MODEL_SCHEMA,
-    'architecture': architecture,
+    'architecture': {'version': model.version} | architecture,
     'topology': model.topology.to_dict(),
     'digest': checkpoint.digest(arrays),
     'classes': list(classes),
@@ -109,7 +109,8 @@ def load(folder: str | Path) -> Classifier:
     if record['schema'] != MODEL_SCHEMA:
       raise ValueError(f'schema {record["schema"]!r} is not {MODEL_SCHEMA!r}')
     frozen = topology.from_dict(record['topology'])
-    architecture = record['architecture'] | {'rule': 'fixed_prev'}
+    given = {'version': '1'} | record['architecture']  # had no name then
+    architecture = given | {'rule': 'fixed_prev'}
     abstract = nnx.eval_shape(
       lambda: wiring.prune(
         wiring.freeze(models.create_model(**architecture), frozen)

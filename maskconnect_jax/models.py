@@ -16,11 +16,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from maskconnect_jax import connectivity, layers
+from maskconnect_jax import connectivity, layers, streams
 from maskconnect_jax.blocks import BasicBlock, Bottleneck
 from maskconnect_jax.branches import BranchBlock, BranchStack
 from maskconnect_jax.config import InputError, check_choice
 from maskconnect_jax.stack import MaskedStack
+
+# Of what the same options and weights compute, and of what a seed draws. Models
+# and workdirs of a version before keep it.
+#   '1': kernels, random topology and first real mask are drawn one after the
+#     other from a single stream; the branch form's head reads the plain sum.
+#   '2': see `streams.of_network` and `BranchResNeXt.pool`.
+VERSION = '2'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +150,7 @@ class Network(nnx.Module):
   Attributes:
     stack: the wiring, a `MaskedStack` or a `BranchStack`.
     stages: of each block, from 0, for drawings.
+    version: see `VERSION`.
   """
 
   def __init__(
@@ -154,10 +162,13 @@ class Network(nnx.Module):
     width: int | None = None,
     dtype: DTypeLike = jnp.float32,
     seed: int = 0,
+    version: str = VERSION,
     **wiring: Any,
   ) -> None:
     """Builds the network; the arguments are those of `create_model`."""
-    rngs = nnx.Rngs(seed)
+    check_choice('model.version', version, 'version')
+    self.version = version
+    rngs = nnx.Rngs(seed) if version == '1' else streams.of_network(seed)
     dtype = jnp.dtype(dtype)
     width = width or architecture.width
     self.stem = Stem(
@@ -290,8 +301,13 @@ class BranchResNeXt(Network):
     return BranchStack(blocks, rngs=rngs, **wiring), features
 
   def pool(self, x: jax.Array) -> jax.Array:
-    """The stack has pooled already: see `Streams.pooled`."""
-    return x
+    """Returns the sum of the last branches over C s; it is pooled already.
+
+    See `branches`: so the head reads the stem's output once, as blocks do.
+    """
+    if self.version == '1':
+      return x
+    return x / (self.stack.blocks[-1].branches * self.stack.identity)
 
 
 def count_parameters(model: Any) -> int:
@@ -396,7 +412,8 @@ def create_model(
     **options: rule ('learned', 'fixed_prev', 'fixed_random', 'fixed_all'),
       in_channels (3), width (of the first stage; the network's own), dtype
       ('float32' or 'bfloat16', of the activations), gradient (see
-      `draw_through`), initial, initial_spread, seed; with level 'block' also
+      `draw_through`), initial, initial_spread, seed, version ('2', or '1' for
+      what was trained before; see `VERSION`); with level 'block' also
       stem_source, adapter ('pool', 'projection', 'same_stage'), scale
       ('mean', 'sum'), gradient_every (1) and remat ('none', 'block'), see
       `MaskedStack`; with level 'branch' identity ('1/K', '1/C').

@@ -84,6 +84,7 @@ def sweep(
   everyone = members(config, workdir)
   for member in everyone:
     config_lib.check(member.config)
+    train.keep_version(member.config, member.workdir)
     train.check_workdir(member.config, member.workdir)
   waiting = [member for member in everyone if not member.finished]
   finished = len(everyone) - len(waiting)

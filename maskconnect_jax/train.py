@@ -72,6 +72,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
   workdir = Path(workdir)
   config_lib.check(config)
   config_lib.check_is_one_run(config)
+  config = config.copy_and_resolve_references()
+  keep_version(config, workdir)
   check_workdir(config, workdir)
   job = experiment.build(config)
   try:
@@ -214,6 +216,22 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
   return Result(summary, state, pruned)
 
 
+def keep_version(config: ml_collections.ConfigDict, workdir: Path) -> None:
+  """Sets config.model.version to that of what is saved in a workdir.
+
+  So a run that was begun with a version before goes on with the same command.
+  """
+  if (workdir / 'config.json').exists() and is_saved(workdir):
+    config.model.version = config_lib.stored(workdir).model.version
+
+
+def is_saved(workdir: Path) -> bool:
+  """Returns whether a workdir has a step to go on from, or is finished."""
+  return (workdir / 'summary.json').exists() or any(
+    path.name.isdigit() for path in (workdir / 'checkpoints').glob('*')
+  )
+
+
 def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
   """Raises InputError if another config wrote what is in this workdir.
 
@@ -228,10 +246,7 @@ def check_workdir(config: ml_collections.ConfigDict, workdir: Path) -> None:
     for name in sorted(ours)
     if theirs[name] != ours[name]
   ]
-  saved = (workdir / 'summary.json').exists() or any(
-    path.name.isdigit() for path in (workdir / 'checkpoints').glob('*')
-  )
-  if differing and saved:
+  if differing and is_saved(workdir):
     raise InputError(
       f'{workdir} was written by another config: {", ".join(differing)};'
       ' give another --workdir'
