@@ -3,7 +3,9 @@
 An experiment (`configs/*.py`) starts from `default()` and sets what it needs.
 Any field can be overridden from the command line:
 `--config.connectivity.fan_in=4`. Durations are strings, in whatever unit reads
-best: '60 epochs', '400 steps', '1e6 examples' or '50%' of the whole run.
+best: '60 epochs', '400 steps', '1e6 examples' or '50%' of the whole run. An
+epoch is as many steps as whole batches fit into the training images; the images
+that are left over, others in each epoch, are not seen in it.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ CHOICES = {
   'connectivity.scale': ('mean', 'sum'),
   'model.remat': ('none', 'block'),
   'model.version': ('1', '2'),
+  'model.matmul_precision': ('default', 'high', 'highest'),
   'connectivity.adapter': ('pool', 'projection', 'same_stage'),
   'masks.schedule': ('constant', 'cosine', 'step'),
   'optimizer.schedule': ('constant', 'cosine', 'step'),
@@ -87,6 +90,7 @@ def default() -> ml_collections.ConfigDict:
   config.model.name = 'resnet38'  # list_models() names them
   config.model.width = 0  # channels of the first stage; 0: the network's own
   config.model.dtype = 'float32'  # of the activations; the rest is float32
+  config.model.matmul_precision = 'default'  # see `create_model`
   config.model.remat = 'none'  # or 'block': computed again, not kept
   config.model.version = '2'  # see `models.VERSION`; a workdir keeps its own
 
@@ -383,7 +387,7 @@ def to_steps(
     text: '60 epochs', '400 steps', '1e6 examples', or '50%' of `total`.
     batch_size: examples in a step.
     num_examples: examples in the training set; an epoch is
-      `num_examples // batch_size` steps.
+      `num_examples // batch_size` steps, which drops the remainder.
     total: steps of the whole run, needed for '%'.
     name: the field, for the message.
 

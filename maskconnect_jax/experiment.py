@@ -229,6 +229,7 @@ def architecture_of(
     'seed': config.seed,
     'level': own.level,
     'version': config.model.version,
+    'matmul_precision': config.model.matmul_precision,
   }
   if own.level == 'branch':
     architecture['identity'] = own.branch_identity

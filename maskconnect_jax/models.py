@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import fnmatch
@@ -151,6 +152,7 @@ class Network(nnx.Module):
     stack: the wiring, a `MaskedStack` or a `BranchStack`.
     stages: of each block, from 0, for drawings.
     version: see `VERSION`.
+    matmul_precision: see `create_model`.
   """
 
   def __init__(
@@ -163,11 +165,14 @@ class Network(nnx.Module):
     dtype: DTypeLike = jnp.float32,
     seed: int = 0,
     version: str = VERSION,
+    matmul_precision: str = 'default',
     **wiring: Any,
   ) -> None:
     """Builds the network; the arguments are those of `create_model`."""
     check_choice('model.version', version, 'version')
+    check_choice('model.matmul_precision', matmul_precision, 'matmul_precision')
     self.version = version
+    self.matmul_precision = matmul_precision
     rngs = nnx.Rngs(seed) if version == '1' else streams.of_network(seed)
     dtype = jnp.dtype(dtype)
     width = width or architecture.width
@@ -221,8 +226,15 @@ class Network(nnx.Module):
       mask: b from `draw`; None takes the topology or the top-K of r.
       train: whether BatchNorm takes the batch's statistics and keeps them.
     """
-    x = self.stem(images, train=train)
-    return self.head(self.pool(self.stack(x, mask, train=train)))
+    # The products of the backward pass take it over from these.
+    precise = (
+      contextlib.nullcontext()
+      if self.matmul_precision == 'default'
+      else jax.default_matmul_precision(self.matmul_precision)
+    )
+    with precise:
+      x = self.stem(images, train=train)
+      return self.head(self.pool(self.stack(x, mask, train=train)))
 
   def pool(self, x: jax.Array) -> jax.Array:
     """Returns the mean over space, float32 [N, features]."""
@@ -413,7 +425,12 @@ def create_model(
       in_channels (3), width (of the first stage; the network's own), dtype
       ('float32' or 'bfloat16', of the activations), gradient (see
       `draw_through`), initial, initial_spread, seed, version ('2', or '1' for
-      what was trained before; see `VERSION`); with level 'block' also
+      what was trained before; see `VERSION`), matmul_precision (of the products
+      of float32 in convolutions and matrices: 'default' is the device's, which
+      on GPUs from Ampere on may be TF32 and on TPUs is bfloat16, unless
+      JAX_DEFAULT_MATMUL_PRECISION says otherwise; 'high' is TF32, or three
+      passes of bfloat16; 'highest' is float32; a CPU has float32 alone, and
+      masks and statistics are always of float32); with level 'block' also
       stem_source, adapter ('pool', 'projection', 'same_stage'), scale
       ('mean', 'sum'), gradient_every (1) and remat ('none', 'block'), see
       `MaskedStack`; with level 'branch' identity ('1/K', '1/C').
