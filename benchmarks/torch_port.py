@@ -35,7 +35,7 @@ from common import Form
 from flax import nnx
 
 from maskconnect_jax import config as config_lib
-from maskconnect_jax import connectivity, experiment, models, steps
+from maskconnect_jax import connectivity, experiment, models, steps, streams
 
 try:
   import torch
@@ -172,7 +172,7 @@ def real_mask(step: common.TrainingStep) -> jax.Array:
 def draw(step: common.TrainingStep) -> jax.Array:
   """Returns b of the step to come, [L, L]."""
   recipe, stack = step.job.recipe, step.job.model.stack
-  key = recipe.key(steps.MASK, step.state.step)
+  key = recipe.key(streams.MASK, step.state.step)
   return connectivity.draw(key, real_mask(step), stack.valid, stack.fan_in)
 
 
@@ -187,7 +187,7 @@ def mask_gradient(
 
   def loss_of(masks: Any) -> jax.Array:
     model = nnx.merge(recipe.network, state.weights, masks, state.statistics)
-    mask = model.draw(recipe.key(steps.MASK, state.step))
+    mask = model.draw(recipe.key(streams.MASK, state.step))
     inputs = steps.augmented(recipe, images, state.step)
     logits = model(inputs, mask, train=True)
     return jnp.mean(

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskconnect_jax import distributed, steps
+from maskconnect_jax import distributed, steps, streams
 from maskconnect_jax.datasets import Split, Stream
 
 
@@ -51,7 +51,7 @@ class Resident:
 
     def order(step: Any) -> jax.Array:
       return jax.random.permutation(
-        recipe.key(steps.ORDER, step), len(split)
+        recipe.key(streams.ORDER, step), len(split)
       ).astype(jnp.int32)
 
     def take(arrays: Any, order: jax.Array, start: Any) -> Any:

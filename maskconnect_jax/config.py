@@ -3,7 +3,9 @@
 An experiment (`configs/*.py`) starts from `default()` and sets what it needs.
 Any field can be overridden from the command line:
 `--config.connectivity.fan_in=4`. Durations are strings, in whatever unit reads
-best: '60 epochs', '400 steps', '1e6 examples' or '50%' of the whole run.
+best: '60 epochs', '400 steps', '1e6 examples' or '50%' of the whole run. An
+epoch is as many steps as whole batches fit into the training images; the images
+that are left over, others in each epoch, are not seen in it.
 """
 
 from __future__ import annotations
@@ -58,6 +60,8 @@ FIELDS: dict[str, Field] = {
   'model.width': whole(0, limits.MAX_WIDTH),
   'model.dtype': Choice(('float32', 'bfloat16')),
   'model.remat': Choice(('none', 'block')),
+  'model.version': Choice(('1', '2')),
+  'model.matmul_precision': Choice(('default', 'high', 'highest')),
   'connectivity.rule': Choice((*RULES, 'fixed_given')),
   'connectivity.topology': File(),
   'connectivity.shuffled': Switch(),
@@ -158,7 +162,9 @@ def default() -> ml_collections.ConfigDict:
   config.model.name = 'resnet38'  # list_models() names them
   config.model.width = 0  # channels of the first stage; 0: the network's own
   config.model.dtype = 'float32'  # of the activations; the rest is float32
+  config.model.matmul_precision = 'default'  # see `create_model`
   config.model.remat = 'none'  # or 'block': computed again, not kept
+  config.model.version = '2'  # see `models.VERSION`; a workdir keeps its own
 
   # The rows of "Decided here" (README) are these fields. phase, gradient and
   # temperature, and the masks' rate, are what docs/results.md picked.
@@ -357,7 +363,7 @@ def given_path(path: str | os.PathLike[str], name: str) -> Path:
 def stored(workdir: Path) -> ml_collections.ConfigDict:
   """Returns the config that a workdir was written with.
 
-  Fields that did not exist yet have their defaults.
+  Fields that did not exist yet have their defaults, but model.version is '1'.
 
   Raises:
     InputError: there is none, or it is damaged.
@@ -373,6 +379,8 @@ def stored(workdir: Path) -> ml_collections.ConfigDict:
   try:
     with config.ignore_type():  # JSON has lists where the config has tuples
       config.update(record)
+    if 'version' not in record.get('model', {}):
+      config.model.version = '1'
     check_values(flat(config))
   except (
     AttributeError,
@@ -421,7 +429,7 @@ def to_steps(
     text: '60 epochs', '400 steps', '1e6 examples', or '50%' of `total`.
     batch_size: examples in a step.
     num_examples: examples in the training set; an epoch is
-      `num_examples // batch_size` steps.
+      `num_examples // batch_size` steps, which drops the remainder.
     total: steps of the whole run, needed for '%'.
     name: the field, for the message.
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -85,6 +87,8 @@ def describe(config: ml_collections.ConfigDict) -> str:
       f' {len(dataset.validation) if dataset.validation else 0:,} validation,'
       f' {len(dataset.test):,} test images',
       f'run          {experiment.duration_in_words(job)}',
+      f'forward      {_giga(forward_products(model, dataset.image_shape))}'
+      ' multiply-adds an image, padding included, as papers count them',
       f'an image     {cost["flops"] / share / 1e6:,.1f} MFLOP to train on,'
       f' {memory.temp_size_in_bytes / share / 1e6:,.2f} MB of activations',
       f'a step       {cost["flops"] / 1e6:,.1f} MFLOP,'
@@ -96,6 +100,56 @@ def describe(config: ml_collections.ConfigDict) -> str:
       f' steps (measured; {job.mesh.size} x {jax.devices()[0].device_kind})',
     ]
   )
+
+
+def forward_products(model: models.Network, shape: Sequence[int]) -> int:
+  """Returns the multiply-adds of a forward pass over one image.
+
+  As papers count them: of convolutions and matrix products, those with padding
+  included; BatchNorm, sums and pooling are left out.
+
+  Args:
+    model: any network.
+    shape: (height, width, channels) of the image.
+  """
+
+  def of_images(count: int) -> int:
+    images = jax.ShapeDtypeStruct((count, *shape), np.float32)
+    network, state = nnx.split(model)
+    jaxpr = jax.make_jaxpr(
+      lambda state, images: nnx.merge(network, state)(images)
+    )(state, images)
+    return _products(jaxpr.jaxpr)
+
+  # Products of kernels with kernels are done once, however many images.
+  return of_images(2) - of_images(1)
+
+
+def _giga(count: int) -> str:
+  return f'{count / 1e9:,.2f} G' if count >= 1e9 else f'{count / 1e6:,.2f} M'
+
+
+def _products(jaxpr: Any) -> int:
+  total = 0
+  for equation in jaxpr.eqns:
+    params, out = equation.params, equation.outvars[0].aval
+    if equation.primitive.name == 'conv_general_dilated':
+      kernel = equation.invars[1].aval
+      features = kernel.shape[params['dimension_numbers'].rhs_spec[0]]
+      total += out.size * kernel.size // features
+    elif equation.primitive.name == 'dot_general':
+      (contracted, _), _ = params['dimension_numbers']
+      left = equation.invars[0].aval
+      total += out.size * math.prod(left.shape[i] for i in contracted)
+    elif equation.primitive.name == 'cond':
+      # Of `platform_dependent`: the last is the plain form, of any platform.
+      total += _products(params['branches'][-1].jaxpr)
+    else:
+      for value in params.values():
+        inner = getattr(value, 'jaxpr', value)
+        if hasattr(inner, 'eqns'):
+          total += _products(inner)
+  return total
 
 
 def _time_of_a_step(compiled: Any, state: Any, batch: Any) -> float:

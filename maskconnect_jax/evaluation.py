@@ -21,6 +21,7 @@ from maskconnect_jax import (
   inference,
   sources,
   steps,
+  streams,
 )
 from maskconnect_jax.config import InputError
 from maskconnect_jax.datasets import Split, Stream
@@ -122,7 +123,7 @@ class Evaluator:
         raise Stopped
       start = index * size
       drawn = draw_at is not None
-      key = recipe.key(steps.EVALUATION_MASK, start) if drawn else None
+      key = recipe.key(streams.EVALUATION_MASK, start) if drawn else None
       found = self._step(recipe, variables, *batch, key, draw_at or 0)
       # Waits, lest batches pile up on a device that is slower than its host.
       sums.append(jax.device_get(found))

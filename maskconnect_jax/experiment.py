@@ -250,6 +250,8 @@ def architecture_of(
     'initial_spread': own.initial_spread,
     'seed': config.seed,
     'level': own.level,
+    'version': config.model.version,
+    'matmul_precision': config.model.matmul_precision,
   }
   if own.level == 'branch':
     architecture['identity'] = own.branch_identity

@@ -73,7 +73,7 @@ def save(
     return
   record = {
     'schema': model_record.SCHEMA,
-    'architecture': architecture,
+    'architecture': {'version': model.version} | architecture,
     'topology': model.topology.to_dict(),
     'digest': checkpoint.digest(arrays),
     'classes': list(classes),
@@ -119,7 +119,8 @@ def load(folder: str | Path) -> Classifier:
   stored = checkpoint.stored_arrays(arrays_folder)
   model_record.check_blocks(arrays_folder, frozen, stored)
   # The rule and the seed decide what a network starts from, and no shape.
-  architecture = record['architecture'] | {'rule': 'fixed_prev', 'seed': 0}
+  given = {'version': '1'} | record['architecture']  # had no name then
+  architecture = given | {'rule': 'fixed_prev', 'seed': 0}
   try:
     abstract = nnx.eval_shape(
       lambda: wiring.prune(

@@ -90,6 +90,18 @@ class BatchNorm(nnx.Module):
   Under jit with a sharded batch XLA takes the statistics over the whole batch,
   on all devices.
 
+  The variance is E[x^2] - E[x]^2, in one pass over x. Its relative error is at
+  most about 2^-20 (1 + mean^2 / variance): 1e-6 where the mean is near 0, 1 %
+  where it is 100 standard deviations away, and no digit is left at 1,000. What
+  comes from a convolution with He's kernels stays within a few.
+
+  The running variance averages the batch's own, over n values, which is biased;
+  PyTorch's averages n / (n - 1) times that, with the same momentum (there
+  called 0.1) and epsilon. Weights published for PyTorch evaluate as there if
+  `var` is given their `running_var` as it is. To hand over weights, or to go on
+  as PyTorch would, multiply what the batch adds to `var` by n / (n - 1), with
+  n = images * height * width.
+
   Attributes:
     scale, bias: float32 [features].
     mean, var: the running averages, float32 [features].

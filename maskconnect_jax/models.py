@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import fnmatch
@@ -17,11 +18,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from maskconnect_jax import connectivity, layers, limits
+from maskconnect_jax import connectivity, layers, limits, streams
 from maskconnect_jax.blocks import BasicBlock, Bottleneck
 from maskconnect_jax.branches import BranchBlock, BranchStack
 from maskconnect_jax.config import InputError, check_choice
 from maskconnect_jax.stack import MaskedStack
+
+# Of what the same options and weights compute, and of what a seed draws. Models
+# and workdirs of a version before keep it.
+#   '1': kernels, random topology and first real mask are drawn one after the
+#     other from a single stream; the branch form's head reads the plain sum.
+#   '2': see `streams.of_network` and `BranchResNeXt.pool`.
+VERSION = '2'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +178,8 @@ class Network(nnx.Module):
   Attributes:
     stack: the wiring, a `MaskedStack` or a `BranchStack`.
     stages: of each block, from 0, for drawings.
+    version: see `VERSION`.
+    matmul_precision: see `create_model`.
   """
 
   def __init__(
@@ -181,6 +191,8 @@ class Network(nnx.Module):
     width: int | None = None,
     dtype: DTypeLike = jnp.float32,
     seed: int = 0,
+    version: str = VERSION,
+    matmul_precision: str = 'default',
     **wiring: Any,
   ) -> None:
     """Builds the network; the arguments are those of `create_model`."""
@@ -191,7 +203,12 @@ class Network(nnx.Module):
     limits.whole('width', width, 1, limits.MAX_WIDTH)
     architecture.check_size(width)
     dtype = _activations(dtype)
-    rngs = nnx.Rngs(limits.whole('seed', seed, -(2**63), 2**63 - 1))
+    check_choice('model.version', version, 'version')
+    check_choice('model.matmul_precision', matmul_precision, 'matmul_precision')
+    self.version = version
+    self.matmul_precision = matmul_precision
+    seed = limits.whole('seed', seed, -(2**63), 2**63 - 1)
+    rngs = nnx.Rngs(seed) if version == '1' else streams.of_network(seed)
     self.stem = Stem(
       in_channels,
       width,
@@ -242,8 +259,15 @@ class Network(nnx.Module):
       mask: b from `draw`; None takes the topology or the top-K of r.
       train: whether BatchNorm takes the batch's statistics and keeps them.
     """
-    x = self.stem(images, train=train)
-    return self.head(self.pool(self.stack(x, mask, train=train)))
+    # The products of the backward pass take it over from these.
+    precise = (
+      contextlib.nullcontext()
+      if self.matmul_precision == 'default'
+      else jax.default_matmul_precision(self.matmul_precision)
+    )
+    with precise:
+      x = self.stem(images, train=train)
+      return self.head(self.pool(self.stack(x, mask, train=train)))
 
   def pool(self, x: jax.Array) -> jax.Array:
     """Returns the mean over space, float32 [N, features]."""
@@ -323,8 +347,13 @@ class BranchResNeXt(Network):
     return BranchStack(blocks, rngs=rngs, **wiring), features
 
   def pool(self, x: jax.Array) -> jax.Array:
-    """The stack has pooled already: see `Streams.pooled`."""
-    return x
+    """Returns the sum of the last branches over C s; it is pooled already.
+
+    See `branches`: so the head reads the stem's output once, as blocks do.
+    """
+    if self.version == '1':
+      return x
+    return x / (self.stack.blocks[-1].branches * self.stack.identity)
 
 
 def _activations(dtype: DTypeLike) -> jnp.dtype:
@@ -473,7 +502,13 @@ def create_model(
     **options: rule ('learned', 'fixed_prev', 'fixed_random', 'fixed_all'),
       in_channels (3), width (of the first stage; the network's own), dtype
       ('float32' or 'bfloat16', of the activations), gradient (see
-      `draw_through`), initial, initial_spread, seed; with level 'block' also
+      `draw_through`), initial, initial_spread, seed, version ('2', or '1' for
+      what was trained before; see `VERSION`), matmul_precision (of the products
+      of float32 in convolutions and matrices: 'default' is the device's, which
+      on GPUs from Ampere on may be TF32 and on TPUs is bfloat16, unless
+      JAX_DEFAULT_MATMUL_PRECISION says otherwise; 'high' is TF32, or three
+      passes of bfloat16; 'highest' is float32; a CPU has float32 alone, and
+      masks and statistics are always of float32); with level 'block' also
       stem_source, adapter ('pool', 'projection', 'same_stage'), scale
       ('mean', 'sum'), gradient_every (1) and remat ('none', 'block'), see
       `MaskedStack`; with level 'branch' identity ('1/K', '1/C').

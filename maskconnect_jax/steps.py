@@ -15,11 +15,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from maskconnect_jax import augment, layers
+from maskconnect_jax import augment, layers, streams
 from maskconnect_jax.wiring import RealMask
-
-# The streams of random numbers: fold_in(fold_in(key(seed), stream), step).
-ORDER, CROP, FLIP, MASK, EVALUATION_MASK, MIXUP = range(6)
 
 
 @jax.tree_util.register_dataclass
@@ -81,9 +78,8 @@ class Recipe:
   batch_sharding: jax.sharding.NamedSharding
 
   def key(self, stream: int, step: jax.Array | int) -> jax.Array:
-    """Returns the key of one stream at one step."""
-    root = jax.random.fold_in(jax.random.key(self.seed), stream)
-    return jax.random.fold_in(root, step)
+    """Returns the key of one of `streams` at one step."""
+    return streams.at_step(self.seed, stream, step)
 
   def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
     """Tells layers that shard by hand, inside the step, which mesh it is."""
@@ -129,9 +125,11 @@ def augmented(recipe: Recipe, images: jax.Array, step: jax.Array) -> jax.Array:
   """
   batch = augment.normalize(images, recipe.mean, recipe.std)
   if recipe.pad:
-    batch = augment.random_crop(recipe.key(CROP, step), batch, recipe.pad)
+    batch = augment.random_crop(
+      recipe.key(streams.CROP, step), batch, recipe.pad
+    )
   if recipe.flip:
-    batch = augment.random_flip(recipe.key(FLIP, step), batch)
+    batch = augment.random_flip(recipe.key(streams.FLIP, step), batch)
   return batch
 
 
@@ -157,7 +155,7 @@ def train_step(
       recipe.network, params['weights'], params['masks'], state.statistics
     )
     mask = model.draw(
-      recipe.key(MASK, state.step), recipe.temperature(state.step)
+      recipe.key(streams.MASK, state.step), recipe.temperature(state.step)
     )
     targets = optax.smooth_labels(
       jax.nn.one_hot(labels, model.head.out_features), recipe.label_smoothing
@@ -165,7 +163,7 @@ def train_step(
     mixed = inputs
     if recipe.mixup:
       mixed, targets = augment.mixup(
-        recipe.key(MIXUP, state.step), inputs, targets, recipe.mixup
+        recipe.key(streams.MIXUP, state.step), inputs, targets, recipe.mixup
       )
     logits = model(mixed, mask, train=True)
     loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))

@@ -96,6 +96,7 @@ def sweep(
     config_lib.given_path(member.workdir, '--workdir')
     config_lib.check(member.config)
     config_lib.check_files(member.config)
+    workdirs.keep_version(member.config, member.workdir)
     workdirs.check(member.config, member.workdir)
   with locks.locked(workdir):
     workdirs.remove_leftovers(workdir, [path.name for path in tables])

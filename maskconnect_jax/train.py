@@ -74,6 +74,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
   workdir = config_lib.given_path(workdir, '--workdir')
   config_lib.check(config)
   config_lib.check_is_one_run(config)
+  config = config.copy_and_resolve_references()
+  workdirs.keep_version(config, workdir)
   workdirs.check(config, workdir)
   primary = jax.process_index() == 0
   with locks.locked(workdir, enabled=primary):

@@ -87,6 +87,17 @@ def check(config: ml_collections.ConfigDict, workdir: Path) -> None:
     )
 
 
+def keep_version(config: ml_collections.ConfigDict, workdir: Path) -> None:
+  """Sets config.model.version to that of what is saved in a workdir.
+
+  So a run that was begun with a version before goes on with the same command.
+  """
+  if not (workdir / 'config.json').is_file():
+    return
+  if _is_ours(workdir) and has_steps(workdir):
+    config.model.version = config_lib.stored(workdir).model.version
+
+
 def has_steps(workdir: Path) -> bool:
   """Whether a run has saved something there that it could go on from."""
   return (workdir / 'summary.json').exists() or any(

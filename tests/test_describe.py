@@ -4,8 +4,9 @@ import re
 
 import jax
 import pytest
+from flax import nnx
 
-from maskconnect_jax import config, describe
+from maskconnect_jax import config, describe, models
 
 
 @pytest.fixture(scope='module')
@@ -76,6 +77,55 @@ def test_cost_of_a_step(text):
     temporary / per_device,
     abs=0.006,  # two decimals are shown
   )
+
+
+def test_forward_products(text):
+  # Once for each kernel entry and pixel of the output, whatever it lies on.
+  products = sum(9 * p * into * out for p, into, out in convolutions())
+  assert number(r'forward +([\d,.]+) M multiply-adds', text) == pytest.approx(
+    (products + 32 * 10) / 1e6, abs=0.006
+  )
+
+
+def bottlenecks(depths, *, groups=1, width=64, side=224, classes=1000):
+  """Multiply-adds of an ImageNet network, layer by layer, by hand."""
+  side //= 2
+  total = side**2 * 49 * 3 * 64
+  side //= 2  # the pool
+  into = 64
+  for stage, depth in enumerate(depths):
+    inner, out = width << stage, 256 << stage
+    for block in range(depth):
+      before = side
+      if stage and not block:
+        side //= 2
+      total += before**2 * into * inner
+      total += side**2 * 9 * inner * inner // groups
+      total += side**2 * inner * out
+      if not block:
+        total += side**2 * into * out
+      into = out
+  return total + into * classes
+
+
+@pytest.mark.parametrize(
+  ('name', 'depths', 'groups', 'width', 'published'),
+  [  # in 1e9, as torchvision's documentation gives them
+    ('resnet50', (3, 4, 6, 3), 1, 64, 4.09),
+    ('resnext50_32x4d', (3, 4, 6, 3), 32, 128, 4.23),
+  ],
+)
+def test_forward_products_of_published_networks(
+  name, depths, groups, width, published
+):
+  model = nnx.eval_shape(
+    lambda: models.create_model(
+      name, num_classes=1000, rule='fixed_prev', fan_in=1
+    )
+  )
+  count = describe.forward_products(model, (224, 224, 3))
+  assert count == bottlenecks(depths, groups=groups, width=width)
+  assert round(count / 1e9, 2) == published
 
 
 def test_time(text):

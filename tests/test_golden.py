@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskconnect_jax import connectivity, experiment, steps
+from maskconnect_jax import connectivity, experiment, streams
 
 GOLDEN = Path(__file__).parent / 'golden/tiny.json'
 
@@ -31,7 +31,7 @@ def actual(finished, tiny_config):
     'drawn_masks': [
       np.asarray(
         connectivity.draw(
-          job.recipe.key(steps.MASK, step),
+          job.recipe.key(streams.MASK, step),
           jnp.full((6, 6), 0.5),
           np.tri(6, dtype=bool),
           2,

@@ -296,3 +296,21 @@ def test_projections_that_no_edge_uses_are_dropped(projection):
   # Target 4 (block 5) has an input as wide as source 4: 16 channels.
   projection.prune({(0, 0), (0, 2), (1, 4), (2, 3)})
   assert set(projection.projections) == {'source0_to8', 'source1_to16'}
+
+
+@pytest.mark.parametrize('count', [256, 65_536])
+@pytest.mark.parametrize('ratio', [0, 1, 10, 100, 1000])
+def test_error_of_the_variance_is_what_the_docstring_says(count, ratio):
+  """Means that are `ratio` standard deviations from 0, against float64."""
+  x = np.random.default_rng(0).normal(size=(count, 1, 1, 16)) + ratio
+  x = x.astype(np.float32)
+  layer = layers.BatchNorm(16, dtype=jnp.float32)
+  layer.var.set_value(jnp.zeros(16))
+  layer(jnp.asarray(x), use_running_average=False)
+  found = np.asarray(layer.var[...], np.float64) / (1 - layers.MOMENTUM)
+  wide = x.astype(np.float64)
+  variance = wide.var((0, 1, 2))  # over n, not n - 1
+  error = abs(found / variance - 1).max()
+  bound = 2**-20 * (1 + wide.mean((0, 1, 2)) ** 2 / variance).max()
+  assert error < bound
+  assert ratio < 100 or error > bound / 100  # it is no better than it says

@@ -2,6 +2,7 @@
 
 import collections
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -258,6 +259,31 @@ def test_a_fixed_rule_has_its_topology_and_no_mask(rule, sources):
   assert stack.topology.sources == sources
   assert not hasattr(stack, 'real_mask')
   assert stack.draw(jax.random.key(0)) is None
+
+
+@pytest.mark.parametrize(
+  ('name', 'level'), [('resnet8', 'block'), ('resnext20_8x4d', 'branch')]
+)
+def test_products_are_as_precise_as_asked_for(name, level):
+  """Forward and backward; the statistics and masks always are."""
+
+  def program(precision):
+    model = create_model(
+      name, num_classes=2, width=16, level=level, matmul_precision=precision
+    )
+    graph, weights, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(weights, images):
+      model = nnx.merge(graph, weights, rest, copy=True)
+      return model(images, model.draw(jax.random.key(0)), train=True).sum()
+
+    images = jnp.zeros((2, 8, 8, 3))
+    text = str(jax.make_jaxpr(jax.grad(loss))(weights, images))
+    return set(re.findall(r'precision=([\w.]+|\([^)]*\))', text))
+
+  assert 'None' in program('default')
+  (precise,) = program('highest')
+  assert 'HIGHEST' in precise
 
 
 def test_the_seed_decides_a_random_rule():
