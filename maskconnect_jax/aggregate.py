@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from maskconnect_jax.config import InputError
+from maskconnect_jax.errors import InputError
 
 # So many sources go into a call of a function that is traced and lowered once
 # for calls that are alike; whole sums are not, as each has one source more.

@@ -14,7 +14,8 @@ import ml_collections
 from absl import flags
 
 from maskconnect_jax import fields
-from maskconnect_jax.config import InputError, given_path
+from maskconnect_jax.config import given_path
+from maskconnect_jax.errors import InputError
 
 _MODULE = 'config_config'  # the name under which a config file is imported
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from maskconnect_jax import layers
+from maskconnect_jax import adapters, layers
 
 
 class BasicBlock(nnx.Module):
@@ -42,7 +42,7 @@ class BasicBlock(nnx.Module):
     residual = self.norm1(residual, use_running_average=not train)
     residual = self.conv2(layers.relu(residual))
     residual = self.norm2(residual, use_running_average=not train)
-    shortcut = layers.zero_pad_channels(
+    shortcut = adapters.zero_pad_channels(
       x[:, :: self.stride, :: self.stride], self.features
     )
     return layers.relu(residual + shortcut)

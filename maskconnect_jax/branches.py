@@ -56,8 +56,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from maskconnect_jax import connectivity, layers, limits
-from maskconnect_jax.config import InputError, check_choice
+from maskconnect_jax import adapters, connectivity, layers, limits, spec
+from maskconnect_jax.errors import InputError
 from maskconnect_jax.layers import EPSILON, MOMENTUM
 from maskconnect_jax.wiring import Wiring
 
@@ -109,14 +109,14 @@ class Streams:
       [
         Term(
           term.paths,
-          layers.zero_pad_channels(term.expand, features),
-          layers.average_pool_to(term.narrow, height, width),
+          adapters.zero_pad_channels(term.expand, features),
+          adapters.average_pool_to(term.narrow, height, width),
         )
         for term in self.terms
       ],
-      layers.average_pool_to(self.stem, height, width),
+      adapters.average_pool_to(self.stem, height, width),
       self.stem_share,
-      layers.zero_pad_channels(self.bias, features),
+      adapters.zero_pad_channels(self.bias, features),
     )
 
   def read(self, reduce: jax.Array, dtype: DTypeLike) -> jax.Array:
@@ -145,7 +145,7 @@ class Streams:
   def pooled(self, features: int) -> jax.Array:
     """Returns the sum of all streams, averaged over space, [N, D]."""
     stem = jnp.mean(layers.widened(self.stem), (1, 2))
-    total = layers.zero_pad_channels(
+    total = adapters.zero_pad_channels(
       stem * self.stem_share.sum(), features
     ) + self.bias.sum(0)
     for term in self.terms:
@@ -331,7 +331,7 @@ class BranchStack(Wiring):
       InputError: fewer than two blocks, blocks of unlike numbers of branches, a
         fan_in below 1, or an unknown rule or identity.
     """
-    check_choice('connectivity.branch_identity', identity, 'identity')
+    limits.choice('identity', identity, spec.IDENTITIES)
     limits.whole('the number of blocks', len(blocks), 2, limits.MAX_BLOCKS)
     fan_in = limits.whole('fan_in', fan_in, 1, limits.MAX_FAN_IN)
     branches = blocks[0].branches

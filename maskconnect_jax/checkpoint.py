@@ -19,7 +19,7 @@ from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from maskconnect_jax import files, storage, stored
-from maskconnect_jax.config import InputError
+from maskconnect_jax.errors import InputError
 
 _policies = ocp.training.preservation_policies
 # After these, the files may be whole all the same.

@@ -8,7 +8,7 @@ import unicodedata
 from absl import logging
 
 from maskconnect_jax import image_files, image_headers, names
-from maskconnect_jax.config import InputError
+from maskconnect_jax.errors import InputError
 
 
 def class_files(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:

@@ -19,7 +19,7 @@ from typing import Any
 
 import ml_collections
 
-from maskconnect_jax import files, limits
+from maskconnect_jax import files, limits, spec
 from maskconnect_jax.errors import InputError as InputError
 from maskconnect_jax.fields import (
   LARGEST_FLOAT32,
@@ -37,8 +37,6 @@ from maskconnect_jax.fields import (
   shown,
   whole,
 )
-
-RULES = ('learned', 'fixed_prev', 'fixed_random', 'fixed_all')
 
 _FINITE = LARGEST_FLOAT32  # what is trained with is float32
 
@@ -58,25 +56,25 @@ FIELDS: dict[str, Field] = {
   'log_every': Duration(),
   'model.name': Text(),
   'model.width': whole(0, limits.MAX_WIDTH),
-  'model.dtype': Choice(('float32', 'bfloat16')),
-  'model.remat': Choice(('none', 'block')),
-  'model.version': Choice(('1', '2')),
-  'model.matmul_precision': Choice(('default', 'high', 'highest')),
-  'connectivity.rule': Choice((*RULES, 'fixed_given')),
+  'model.dtype': Choice(spec.DTYPES),
+  'model.remat': Choice(spec.REMATS),
+  'model.version': Choice(spec.VERSIONS),
+  'model.matmul_precision': Choice(spec.PRECISIONS),
+  'connectivity.rule': Choice((*spec.RULES, 'fixed_given')),
   'connectivity.topology': File(),
   'connectivity.shuffled': Switch(),
-  'connectivity.level': Choice(('block', 'branch')),
+  'connectivity.level': Choice(spec.LEVELS),
   'connectivity.fan_in': whole(1),
   'connectivity.phase': Duration(),
   'connectivity.stem_source': Switch(),
-  'connectivity.gradient': Choice(('all', 'drawn', 'centered', 'normalized')),
+  'connectivity.gradient': Choice(spec.GRADIENTS),
   'connectivity.gradient_every': whole(1),
   'connectivity.initial': Number(0, 1),
   'connectivity.initial_spread': Number(0, 1),
   'connectivity.temperature': Number(1e-6, 1),  # scores are divided by it
-  'connectivity.scale': Choice(('mean', 'sum')),
-  'connectivity.adapter': Choice(('pool', 'projection', 'same_stage')),
-  'connectivity.branch_identity': Choice(('1/K', '1/C')),
+  'connectivity.scale': Choice(spec.SCALES),
+  'connectivity.adapter': Choice(spec.ADAPTERS),
+  'connectivity.branch_identity': Choice(spec.IDENTITIES),
   'connectivity.batchnorm_batches': whole(0),
   'masks.learning_rate': Number(0, _FINITE),
   'masks.schedule': Choice(('constant', 'cosine', 'step')),
@@ -337,12 +335,6 @@ def check_files(config: ml_collections.ConfigDict) -> None:
     name = f'config.{path}'
     if not given_path(value, name).exists():
       raise InputError(f'{name}={shown(value)} does not exist')
-
-
-def check_choice(path: str, value: Any, name: str) -> None:
-  """Raises InputError, calling it `name`, if a field cannot have a value."""
-  if fault := FIELDS[path].wrong(value):
-    raise InputError(f'{name}={shown(value)} {fault}')
 
 
 def given_path(path: str | os.PathLike[str], name: str) -> Path:

@@ -19,7 +19,7 @@ from absl import logging
 
 from maskconnect_jax import decoding, fingerprint, names, sources
 from maskconnect_jax import images as images_lib
-from maskconnect_jax.config import InputError
+from maskconnect_jax.errors import InputError
 from maskconnect_jax.sources import Source
 
 _MEASURED = 1024  # images of a stream that mean and std are measured on

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from maskconnect_jax import signals
-from maskconnect_jax.config import InputError
+from maskconnect_jax.errors import InputError
 
 # The key of what ended a process, in the store that all processes share.
 _FAILURE = 'maskconnect_jax/failure'

@@ -62,7 +62,8 @@ from maskconnect_jax import (
   summarize,
   trajectories,
 )
-from maskconnect_jax.config import InputError, given_path
+from maskconnect_jax.config import given_path
+from maskconnect_jax.errors import InputError
 from maskconnect_jax.trajectories import Trajectory
 
 QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -23,8 +23,8 @@ from maskconnect_jax import (
   steps,
   streams,
 )
-from maskconnect_jax.config import InputError
 from maskconnect_jax.datasets import Split, Stream
+from maskconnect_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from maskconnect_jax import (
 from maskconnect_jax import (
   config as config_lib,
 )
-from maskconnect_jax.config import InputError
+from maskconnect_jax.errors import InputError
 
 FEW_STEPS = 50  # of the masks: of those of the digits' demo, 82, they need most
 

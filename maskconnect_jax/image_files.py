@@ -19,7 +19,8 @@ import pathlib
 from collections.abc import Iterable
 
 from maskconnect_jax import image_headers, names
-from maskconnect_jax.config import InputError, given_path
+from maskconnect_jax.config import given_path
+from maskconnect_jax.errors import InputError
 
 # What Windows, macOS, network drives and tools leave in folders, in lower case.
 _LITTER = frozenset({

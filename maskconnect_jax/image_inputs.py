@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from maskconnect_jax import limits
-from maskconnect_jax.config import InputError
+from maskconnect_jax.errors import InputError
 
 # An image as `images.read` takes it.
 Item = str | os.PathLike[str] | Image.Image | np.ndarray

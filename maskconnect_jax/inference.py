@@ -30,7 +30,8 @@ from maskconnect_jax import (
   topology,
   wiring,
 )
-from maskconnect_jax.config import InputError, given_path
+from maskconnect_jax.config import given_path
+from maskconnect_jax.errors import InputError
 
 BATCH = 256
 _BATCH_BYTES = 2**26  # of the images of a batch, before they are widened

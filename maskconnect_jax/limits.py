@@ -70,6 +70,13 @@ def number(
   return given
 
 
+def choice(name: str, value: Any, known: tuple[str, ...]) -> str:
+  """Returns one of the known names. Raises InputError for anything else."""
+  if not isinstance(value, str) or value not in known:
+    raise InputError(f'{name}={shown(value)} is not one of {", ".join(known)}')
+  return value
+
+
 def flag(name: str, value: Any) -> bool:
   """Returns True or False. Raises InputError for anything else."""
   if not isinstance(value, bool):

@@ -15,7 +15,7 @@ from pathlib import Path
 import filelock
 from absl import logging
 
-from maskconnect_jax.config import InputError
+from maskconnect_jax.errors import InputError
 
 NAME = '.lock'
 SOFT_NAME = '.lock.process'

@@ -54,7 +54,7 @@ from maskconnect_jax import (
   train,
 )
 from maskconnect_jax import config as config_lib
-from maskconnect_jax.config import InputError
+from maskconnect_jax.errors import InputError
 
 PATH = arguments.PathParser()
 AS_TEXT: flags.ArgumentSerializer[Path] = flags.ArgumentSerializer()

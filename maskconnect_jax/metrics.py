@@ -20,7 +20,7 @@ from tensorboardX import record_writer, summary
 from tensorboardX.proto import event_pb2
 
 from maskconnect_jax import files
-from maskconnect_jax.config import InputError
+from maskconnect_jax.errors import InputError
 
 PLAIN_SECONDS = 10.0  # between lines when the output is no terminal
 FLUSH_SECONDS = 120.0  # between writes of TensorBoard's events to the disk

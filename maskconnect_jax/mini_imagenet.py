@@ -59,7 +59,8 @@ import tqdm
 
 from maskconnect_jax import command, image_files, names, signals
 from maskconnect_jax import images as images_lib
-from maskconnect_jax.config import InputError, given_path
+from maskconnect_jax.config import given_path
+from maskconnect_jax.errors import InputError
 
 try:
   import tensorflow_datasets as tfds

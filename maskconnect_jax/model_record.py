@@ -12,9 +12,9 @@ from typing import Annotated, Any, Literal
 import jax
 import msgspec
 
-from maskconnect_jax import files, image_headers, limits, models
+from maskconnect_jax import files, image_headers, limits, models, spec
 from maskconnect_jax import topology as topology_lib
-from maskconnect_jax.config import InputError, check_choice
+from maskconnect_jax.errors import InputError
 from maskconnect_jax.topology import BranchTopology, Topology
 
 SCHEMA = 'maskconnect_jax.model/1'
@@ -83,8 +83,8 @@ def checked(record: dict[str, Any]) -> Record:
   """
   read: Record = files.of_kind(record, Record)
   own, shape = read.architecture, read.preprocessing
-  check_choice('connectivity.level', own.get('level', 'block'), 'level')
-  check_choice('model.dtype', own.get('dtype', 'float32'), 'dtype')
+  limits.choice('level', own.get('level', 'block'), spec.LEVELS)
+  limits.choice('dtype', own.get('dtype', 'float32'), spec.DTYPES)
   for what, declared, there in (
     ('classes', own.get('num_classes'), len(read.classes)),
     ('channels', own.get('in_channels', 3), shape.channels),

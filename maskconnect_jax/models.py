@@ -18,10 +18,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from maskconnect_jax import connectivity, layers, limits, streams
+from maskconnect_jax import (
+  adapters,
+  connectivity,
+  layers,
+  limits,
+  spec,
+  streams,
+)
 from maskconnect_jax.blocks import BasicBlock, Bottleneck
 from maskconnect_jax.branches import BranchBlock, BranchStack
-from maskconnect_jax.config import InputError, check_choice
+from maskconnect_jax.errors import InputError
 from maskconnect_jax.stack import MaskedStack
 
 # Of what the same options and weights compute, and of what a seed draws. Models
@@ -203,8 +210,8 @@ class Network(nnx.Module):
     limits.whole('width', width, 1, limits.MAX_WIDTH)
     architecture.check_size(width)
     dtype = _activations(dtype)
-    check_choice('model.version', version, 'version')
-    check_choice('model.matmul_precision', matmul_precision, 'matmul_precision')
+    limits.choice('version', version, spec.VERSIONS)
+    limits.choice('matmul_precision', matmul_precision, spec.PRECISIONS)
     self.version = version
     self.matmul_precision = matmul_precision
     seed = limits.whole('seed', seed, -(2**63), 2**63 - 1)
@@ -288,7 +295,7 @@ class ResNet(Network):
     adapter: str = 'pool',
     **wiring: Any,
   ) -> tuple[MaskedStack, int]:
-    check_choice('connectivity.adapter', adapter, 'adapter')
+    limits.choice('adapter', adapter, spec.ADAPTERS)
     limits.flag('stem_source', stem_source)
     blocks: list[nnx.Module] = []
     features = [width]  # of sources 0..L
@@ -306,7 +313,12 @@ class ResNet(Network):
         stages=features if adapter == 'same_stage' else None,
       ),
       adapter=(
-        layers.ProjectionAdapter(features, dtype=dtype, rngs=rngs)
+        adapters.ProjectionAdapter(
+          features,
+          lambda narrow, wide: layers.conv(
+            narrow, wide, 1, dtype=dtype, rngs=rngs
+          ),
+        )
         if adapter == 'projection'
         else None
       ),
@@ -522,7 +534,7 @@ def create_model(
       out of its bounds, see `limits`, or level 'branch' of a network that has
       no branches.
   """
-  check_choice('connectivity.level', level, 'level')
+  limits.choice('level', level, spec.LEVELS)
   architecture = architecture_of(name)
   known = _OPTIONS[level]
   for option in options:

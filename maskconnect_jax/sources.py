@@ -17,8 +17,9 @@ import ml_collections
 import numpy as np
 
 from maskconnect_jax import class_folders, fingerprint, image_headers, names
-from maskconnect_jax.config import InputError, given_path
+from maskconnect_jax.config import given_path
 from maskconnect_jax.decoding import Record
+from maskconnect_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

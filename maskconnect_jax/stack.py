@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from maskconnect_jax import connectivity, layers, limits
+from maskconnect_jax import adapters, connectivity, limits, spec
 from maskconnect_jax.aggregate import masked_sum, static_sum
-from maskconnect_jax.config import InputError, check_choice
+from maskconnect_jax.errors import InputError
 from maskconnect_jax.topology import Topology
 from maskconnect_jax.wiring import Wiring
 
@@ -82,7 +82,7 @@ class MaskedStack(Wiring):
       fan_in: K, sources per block; a block with fewer takes all of them.
       rule: 'learned', 'fixed_prev', 'fixed_random' or 'fixed_all'.
       valid: [L, L], the sources each block may take; default all earlier ones.
-      adapter: A(x, shape, source, before), default `layers.PoolAdapter()`;
+      adapter: A(x, shape, source, before), default `adapters.PoolAdapter()`;
         `before` is what it has made of the source for shapes before this one.
       scale: c, 'mean' (1/k_j) or 'sum' (1).
       gradient: what the entries of r get; see `connectivity.draw_through`.
@@ -102,10 +102,10 @@ class MaskedStack(Wiring):
     if valid is not None:
       _check_valid(valid, len(blocks))
     self.blocks = nnx.List(blocks)
-    self.adapter = layers.PoolAdapter() if adapter is None else adapter
-    check_choice('connectivity.scale', scale, 'scale')
+    self.adapter = adapters.PoolAdapter() if adapter is None else adapter
+    limits.choice('scale', scale, spec.SCALES)
     self.scale = scale
-    check_choice('model.remat', remat, 'remat')
+    limits.choice('remat', remat, spec.REMATS)
     self.remat = remat
     self.gradient_every = limits.whole(
       'gradient_every', gradient_every, 1, limits.MAX_FAN_IN
@@ -213,7 +213,7 @@ class MaskedStack(Wiring):
         edges |= {(source, target) for source in sources}
       elif not isinstance(self.blocks[target], Pruned):
         self.blocks[target] = Pruned(self.blocks[target])
-    if isinstance(self.adapter, layers.ProjectionAdapter):
+    if isinstance(self.adapter, adapters.ProjectionAdapter):
       self.adapter.prune(edges)
 
 
@@ -281,7 +281,7 @@ class _Sources:
     """Returns the scaled sum of the picked sources, like the newest output."""
     width = self.outputs[-1].shape[-1]
     return static_sum(
-      [layers.zero_pad_channels(self._take(i), width) for i in picked], scale
+      [adapters.zero_pad_channels(self._take(i), width) for i in picked], scale
     )
 
   def masked_sum(
@@ -315,7 +315,7 @@ class _Sources:
         # All blocks of a stage read the same sources of earlier stages.
         width < newest.shape[-1],
       )
-      sums.append(layers.append_zero_channels(total, newest.shape[-1]))
+      sums.append(adapters.append_zero_channels(total, newest.shape[-1]))
     return sum(sums[1:], start=sums[0]).astype(newest.dtype)
 
   def _take(self, i: int) -> jax.Array:

@@ -24,7 +24,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 from absl import logging
 
-from maskconnect_jax.config import InputError
+from maskconnect_jax.errors import InputError
 
 # After a failed call the others that it had begun end, each with a complaint.
 _SETTLE_SECONDS = 0.3

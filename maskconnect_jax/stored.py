@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from maskconnect_jax.config import InputError
+from maskconnect_jax.errors import InputError
 
 X64 = 'JAX_ENABLE_X64'
 _Kind: TypeAlias = tuple[tuple[int, ...], np.dtype[Any]]

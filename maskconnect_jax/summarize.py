@@ -15,7 +15,7 @@ import msgspec
 
 from maskconnect_jax import config as config_lib
 from maskconnect_jax import files, plots, summary_plots, workdirs
-from maskconnect_jax.config import InputError
+from maskconnect_jax.errors import InputError
 
 CAPTION = (
   'Test accuracy is that of the finished model, after the last step,'

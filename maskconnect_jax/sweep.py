@@ -35,7 +35,7 @@ from maskconnect_jax import (
   workdirs,
 )
 from maskconnect_jax import config as config_lib
-from maskconnect_jax.config import InputError
+from maskconnect_jax.errors import InputError
 
 POLL_SECONDS = 0.2
 PARSERS = {

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from maskconnect_jax import files, limits
-from maskconnect_jax.config import InputError
+from maskconnect_jax.errors import InputError
 
 # Which sources each row may take: bool, of the shape of the mask.
 Valid = Sequence[Any]

@@ -39,7 +39,7 @@ from maskconnect_jax import (
 from maskconnect_jax import (
   config as config_lib,
 )
-from maskconnect_jax.config import InputError
+from maskconnect_jax.errors import InputError
 
 
 @dataclasses.dataclass

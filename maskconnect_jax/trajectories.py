@@ -17,7 +17,7 @@ import numpy as np
 
 from maskconnect_jax import config as config_lib
 from maskconnect_jax import connectivity, experiment, metrics, models, topology
-from maskconnect_jax.config import InputError
+from maskconnect_jax.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from maskconnect_jax import connectivity, limits
+from maskconnect_jax import connectivity, limits, spec
 from maskconnect_jax import topology as topology_lib
-from maskconnect_jax.config import RULES, InputError, check_choice
 from maskconnect_jax.topology import BranchTopology, Topology
 
 
@@ -44,11 +43,8 @@ class Wiring(nnx.Module):
   ) -> None:
     """Makes r, or the topology of a fixed rule."""
     fan_in = limits.whole('fan_in', fan_in, 1, limits.MAX_FAN_IN)
-    if not isinstance(rule, str) or rule not in RULES:
-      raise InputError(
-        f'rule={limits.shown(rule)} is not one of {", ".join(RULES)}'
-      )
-    check_choice('connectivity.gradient', gradient, 'gradient')
+    limits.choice('rule', rule, spec.RULES)
+    limits.choice('gradient', gradient, spec.GRADIENTS)
     limits.number('initial', initial, 0, 1)
     limits.number('initial_spread', initial_spread, 0)
     self.valid = nnx.static(valid)

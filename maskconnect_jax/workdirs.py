@@ -27,7 +27,7 @@ from absl import logging
 
 from maskconnect_jax import config as config_lib
 from maskconnect_jax import files
-from maskconnect_jax.config import InputError
+from maskconnect_jax.errors import InputError
 from maskconnect_jax.fingerprint import Identity
 
 INPUTS_SCHEMA = 'maskconnect_jax.inputs/1'

@@ -14,7 +14,7 @@ from maskconnect_jax.aggregate import (
   products_side_by_side,
   static_sum,
 )
-from maskconnect_jax.config import InputError
+from maskconnect_jax.errors import InputError
 
 SHAPE = (4, 5, 2)  # of an image
 

@@ -4,7 +4,7 @@ import pytest
 from absl import flags
 
 from maskconnect_jax import arguments
-from maskconnect_jax.config import InputError
+from maskconnect_jax.errors import InputError
 
 HEAD = (
   'from maskconnect_jax import config as config_lib\n'

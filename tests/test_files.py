@@ -7,7 +7,7 @@ import os
 import pytest
 
 from maskconnect_jax import config, files
-from maskconnect_jax.config import InputError
+from maskconnect_jax.errors import InputError
 
 
 def test_a_file_is_replaced(tmp_path):

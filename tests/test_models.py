@@ -13,7 +13,7 @@ from flax import nnx
 
 from maskconnect_jax import config, connectivity, layers, models, wiring
 from maskconnect_jax.branches import BranchBlock, BranchStack
-from maskconnect_jax.config import InputError
+from maskconnect_jax.errors import InputError
 from maskconnect_jax.models import create_model
 from maskconnect_jax.stack import MaskedStack
 from maskconnect_jax.topology import Topology, from_mask
