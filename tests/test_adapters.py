@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from maskconnect_jax import adapters
+from maskconnect_jax import adapters, layers
 
 RNG = np.random.default_rng(0)
 
@@ -129,7 +129,10 @@ PROJECTIONS = {
 def projections_of(features):
   rngs = nnx.Rngs(0)
   return adapters.ProjectionAdapter(
-    features, lambda narrow, wide: layers.conv(narrow, wide, 1, rngs=rngs)
+    features,
+    lambda narrow, wide: layers.conv(
+      narrow, wide, 1, dtype=jnp.float32, rngs=rngs
+    ),
   )
 
 
