@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import maskconnect_jax
-from maskconnect_jax import steps
+from maskconnect_jax.run import steps
 
 FORMS = (
   {'rule': 'fixed_prev'},

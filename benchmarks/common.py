@@ -27,7 +27,10 @@ from jaxlib import _jax
 from PIL import Image
 
 from maskconnect_jax import config as config_lib
-from maskconnect_jax import distributed, experiment, files, models, steps, sweep
+from maskconnect_jax import files
+from maskconnect_jax.networks import models
+from maskconnect_jax.run import distributed, experiment, steps
+from maskconnect_jax.study import sweep
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from maskconnect_jax import layers
+from maskconnect_jax.networks import layers
 
 CASES = (
   (8, 32, 8, 4),

@@ -26,8 +26,8 @@ import numpy as np
 import PIL.features
 from PIL import Image, ImageDraw
 
-from maskconnect_jax import batches as batches_lib
-from maskconnect_jax import datasets, decoding, image_files, sources
+from maskconnect_jax.data import datasets, image_files, photographs, sources
+from maskconnect_jax.run import batches as batches_lib
 
 try:
   import torch
@@ -71,7 +71,7 @@ def opened(path):
 
 def random_crop(path, rng):
   image = opened(path)
-  top, left, height, width = decoding.random_box(
+  top, left, height, width = photographs.random_box(
     image.height, image.width, rng, scale=SCALE, ratio=RATIO
   )
   image = image.crop((left, top, left + width, top + height))
@@ -147,7 +147,7 @@ def training_batches(paths, rng):
       name='photographs',
     ),
     np.arange(len(paths)),
-    augment=functools.partial(decoding.training_image, size=SIZE),
+    augment=functools.partial(photographs.training_image, size=SIZE),
     decode=None,
     skip_errors=False,
   )
@@ -180,10 +180,10 @@ def contestants():
     ('training', f'{peer}, float'): train,
     ('training', 'Pillow, uint8'): batches(random_crop),
     ('training', 'ours'): batches(
-      lambda path, rng: decoding.training_image(path, rng, size=SIZE)
+      lambda path, rng: photographs.training_image(path, rng, size=SIZE)
     ),
     ('training', 'ours, RandAugment 2 of 9'): batches(
-      lambda path, rng: decoding.training_image(
+      lambda path, rng: photographs.training_image(
         path, rng, size=SIZE, randaugment_ops=2
       )
     ),
@@ -191,7 +191,9 @@ def contestants():
     ('evaluation', f'{peer}, float'): evaluate,
     ('evaluation', 'Pillow, uint8'): batches(centre_crop),
     ('evaluation', 'ours'): batches(
-      lambda path, _: decoding.evaluation_image(path, size=SIZE, resize=RESIZE)
+      lambda path, _: photographs.evaluation_image(
+        path, size=SIZE, resize=RESIZE
+      )
     ),
   }
 

@@ -34,7 +34,9 @@ import common
 import jax
 from flax import nnx
 
-from maskconnect_jax import augment, experiment, models, steps, wiring
+from maskconnect_jax.method import wiring
+from maskconnect_jax.networks import models
+from maskconnect_jax.run import augment, experiment, steps
 
 
 def training(given: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -15,7 +15,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from maskconnect_jax import config, distributed, experiment
+from maskconnect_jax import config
+from maskconnect_jax.run import distributed, experiment
 
 # What XLA's compiler asks of a GPU: the public figures of an H100 SXM.
 GPUS = {

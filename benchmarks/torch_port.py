@@ -35,7 +35,9 @@ from common import Form
 from flax import nnx
 
 from maskconnect_jax import config as config_lib
-from maskconnect_jax import connectivity, experiment, models, steps, streams
+from maskconnect_jax.method import connectivity
+from maskconnect_jax.networks import models, streams
+from maskconnect_jax.run import experiment, steps
 
 try:
   import torch

@@ -4,7 +4,7 @@
       --workdir=runs/mini_imagenet
 
 Prepared once, without TensorFlow, from a folder of the classes' images:
-python -m maskconnect_jax.mini_imagenet --images=DIR. The split is that of
+python -m maskconnect_jax.data.mini_imagenet --images=DIR. The split is that of
 ordinary classification, not the few-shot one of disjoint classes. 90 epochs of
 50,000 images: not yet run to their end.
 """

@@ -6,10 +6,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from maskconnect_jax.inference import load
-  from maskconnect_jax.models import create_model, list_models
-  from maskconnect_jax.stack import MaskedStack
-  from maskconnect_jax.wiring import freeze, prune
+  from maskconnect_jax.method.stack import MaskedStack
+  from maskconnect_jax.method.wiring import freeze, prune
+  from maskconnect_jax.networks.models import create_model, list_models
+  from maskconnect_jax.run.inference import load
 
 __all__ = [
   'MaskedStack',
@@ -23,12 +23,12 @@ __all__ = [
 # Imported at their first use: a command is to answer signals before the
 # seconds that importing JAX takes.
 _MODULES = {
-  'MaskedStack': 'stack',
-  'create_model': 'models',
-  'freeze': 'wiring',
-  'list_models': 'models',
-  'load': 'inference',
-  'prune': 'wiring',
+  'MaskedStack': 'method.stack',
+  'create_model': 'networks.models',
+  'freeze': 'method.wiring',
+  'list_models': 'networks.models',
+  'load': 'run.inference',
+  'prune': 'method.wiring',
 }
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import ml_collections
 
-from maskconnect_jax import files, limits, spec
+from maskconnect_jax import files, limits
 from maskconnect_jax.errors import InputError as InputError
 from maskconnect_jax.fields import (
   LARGEST_FLOAT32,
@@ -37,6 +37,7 @@ from maskconnect_jax.fields import (
   shown,
   whole,
 )
+from maskconnect_jax.method import spec
 
 _FINITE = LARGEST_FLOAT32  # what is trained with is float32
 

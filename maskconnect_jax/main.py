@@ -37,24 +37,20 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from maskconnect_jax import (
-  arguments,
-  command,
+from maskconnect_jax import arguments, command, files, names
+from maskconnect_jax import config as config_lib
+from maskconnect_jax.data import image_files
+from maskconnect_jax.errors import InputError
+from maskconnect_jax.run import (
   compilation_cache,
   describe,
   distributed,
   evaluation,
-  files,
-  image_files,
+  finish,
   inference,
-  names,
-  report,
-  summarize,
-  sweep,
   train,
 )
-from maskconnect_jax import config as config_lib
-from maskconnect_jax.errors import InputError
+from maskconnect_jax.study import summarize, sweep
 
 PATH = arguments.PathParser()
 AS_TEXT: flags.ArgumentSerializer[Path] = flags.ArgumentSerializer()
@@ -154,7 +150,7 @@ def run_train() -> None:
   if result.interrupted:
     sys.exit(128 + result.interrupted)
   if jax.process_index() == 0:
-    command.tell(report.table(result.summary, workdir))
+    command.tell(finish.table(result.summary, workdir))
 
 
 def run_evaluate() -> None:

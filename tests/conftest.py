@@ -149,7 +149,7 @@ def finished(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
   import contextlib
   import io
 
-  from maskconnect_jax import train
+  from maskconnect_jax.run import train
 
   workdir = tmp_path_factory.mktemp('finished') / 'run'
   config = runpy.run_path(str(tiny))['get_config']()
@@ -284,7 +284,7 @@ def write_tfds() -> Callable[..., None]:
 @pytest.fixture
 def reduced(monkeypatch: pytest.MonkeyPatch) -> None:
   """The registry with one block per stage, of the same kinds."""
-  from maskconnect_jax import models
+  from maskconnect_jax.networks import models
 
   for name, own in list(models.REGISTRY.items()):
     monkeypatch.setitem(

@@ -10,7 +10,9 @@ from flax import nnx
 from ml_collections import config_dict
 
 from maskconnect_jax import config as config_lib
-from maskconnect_jax import datasets, experiment, models, train
+from maskconnect_jax.data import datasets
+from maskconnect_jax.networks import models
+from maskconnect_jax.run import experiment, train
 
 NAN, INF = float('nan'), float('inf')
 

@@ -12,15 +12,15 @@ import pytest
 from PIL import Image
 
 from maskconnect_jax import config as config_lib
-from maskconnect_jax import (
+from maskconnect_jax.run import (
   describe,
   distributed,
   experiment,
   metrics,
   steps,
-  sweep,
   train,
 )
+from maskconnect_jax.study import sweep
 
 CONFIGS = {
   path.stem: path

@@ -7,7 +7,8 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from maskconnect_jax import layers, models, optimizer, steps
+from maskconnect_jax.networks import layers, models
+from maskconnect_jax.run import optimizer, steps
 
 RNG = np.random.default_rng(0)
 BATCH, CLASSES = 16, 3

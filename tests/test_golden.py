@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskconnect_jax import connectivity, experiment, streams
+from maskconnect_jax.method import connectivity
+from maskconnect_jax.networks import streams
+from maskconnect_jax.run import experiment
 
 GOLDEN = Path(__file__).parent / 'golden/tiny.json'
 

@@ -16,7 +16,7 @@ import sklearn.datasets
 from PIL import Image
 
 import maskconnect_jax
-from maskconnect_jax import experiment
+from maskconnect_jax.run import experiment
 
 DIGITS = np.rint(sklearn.datasets.load_digits().images * 255 / 16).astype(
   np.uint8

@@ -10,7 +10,9 @@ import pytest
 from flax import nnx
 
 import maskconnect_jax
-from maskconnect_jax import describe, models, optimizer, wiring
+from maskconnect_jax.method import wiring
+from maskconnect_jax.networks import models
+from maskconnect_jax.run import describe, optimizer
 
 # At fixed_prev: method tables for CIFAR (100 classes), torchvision's model
 # tables for ImageNet (1000).

@@ -14,7 +14,7 @@ import pytest
 
 import maskconnect_jax
 from maskconnect_jax import config as config_lib
-from maskconnect_jax import train
+from maskconnect_jax.run import train
 
 OLD = Path(__file__).parent / 'golden/old'
 EXPECTED = json.loads((OLD / 'expected.json').read_text())

@@ -12,15 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskconnect_jax import (
-  config,
-  distributed,
-  locks,
-  metrics,
-  models,
-  signals,
-  train,
-)
+from maskconnect_jax import config, signals
+from maskconnect_jax.networks import models
+from maskconnect_jax.run import distributed, locks, metrics, train
 
 # Runs the command line, but kills itself (kill -9) right after the line of a
 # step is written, or right after a save has been started in the background.

@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 import maskconnect_jax
-from maskconnect_jax import distributed, layers, optimizer, steps
+from maskconnect_jax.networks import layers
+from maskconnect_jax.run import distributed, optimizer, steps
 
 BATCH = 256  # enough for the batch to outweigh the small kernels
 

@@ -18,7 +18,9 @@ import optax
 import pytest
 from flax import nnx
 
-from maskconnect_jax import connectivity, models, steps
+from maskconnect_jax.method import connectivity
+from maskconnect_jax.networks import models
+from maskconnect_jax.run import steps
 
 torch = pytest.importorskip('torch')
 

@@ -1,0 +1,394 @@
+"""A data set: training, validation and test images, in memory or streamed.
+
+What fits is decoded once and kept (`Split`); the rest, and whatever is cropped
+at a scale of its own each time, is decoded as it is needed (`Stream`). The
+split into train, validation and test is fixed: it never depends on the seed, so
+runs of different seeds are measured on the same images.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import ml_collections
+import numpy as np
+import tqdm
+from absl import logging
+
+from maskconnect_jax import names
+from maskconnect_jax.data import fingerprint, photographs, sources
+from maskconnect_jax.data import images as images_lib
+from maskconnect_jax.data.sources import Source
+from maskconnect_jax.errors import InputError
+
+_MEASURED = 1024  # images of a stream that mean and std are measured on
+_TRIES = 100  # records in a row that may be damaged
+_UNKNOWN = fingerprint.Identity(0, 0, (), '', str)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """Images uint8 [N, H, W, C], 0..255, and their class indices int32 [N]."""
+
+  images: np.ndarray
+  labels: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+  def part(self, chosen: np.ndarray) -> Split:
+    """Returns the chosen ones, copied."""
+    return Split(self.images[chosen], self.labels[chosen])
+
+  def sample(self) -> np.ndarray:
+    """Returns the images that mean and std are measured on: all."""
+    return self.images
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+  """Records of a source, decoded one by one whenever they are asked for.
+
+  Attributes:
+    source: where they are.
+    chosen: int64 [N], their numbers there.
+    augment: record and random generator -> uint8 [H, W, C] to train on.
+    decode: record -> uint8 [H, W, C] to evaluate on.
+    skip_errors: whether a damaged record is replaced by the next one.
+  """
+
+  source: Source
+  chosen: np.ndarray
+  augment: Callable[[photographs.Record, np.random.Generator], np.ndarray]
+  decode: Callable[[photographs.Record], np.ndarray]
+  skip_errors: bool
+
+  def __len__(self) -> int:
+    return len(self.chosen)
+
+  @property
+  def labels(self) -> np.ndarray:
+    """Class indices, int32 [N]; reads every record to find them."""
+    numbers = tqdm.tqdm(
+      self.chosen, 'reading labels', delay=2, leave=False, disable=None
+    )
+    return np.array([self.source.read(int(i))[1] for i in numbers], np.int32)
+
+  def part(self, chosen: np.ndarray) -> Stream:
+    """Returns the chosen ones."""
+    return dataclasses.replace(self, chosen=self.chosen[chosen])
+
+  def sample(self) -> np.ndarray:
+    """Returns the images that mean and std are measured on: evenly spread."""
+    count = min(len(self), _MEASURED)
+    numbers = np.arange(count) * len(self) // count
+    examples = map(self.evaluation_example, numbers.tolist())
+    images = [image for image, _, whole in examples if whole]
+    if not images:
+      raise InputError(
+        f'{self.source.name}: none of the {count} training images that mean and'
+        ' std are measured on decodes; get the set again, or set'
+        ' config.data.mean and config.data.std'
+      )
+    return np.stack(images)
+
+  def check_decodes(self, what: str) -> None:
+    """Raises InputError if not one image decodes, calling them `what`."""
+    errors = []
+    for number in self.chosen.tolist():
+      try:
+        self.decode(self.source.read(number)[0])
+      except InputError as error:
+        errors.append(str(error))
+      else:
+        return
+    raise _none_decodes(self.source, what, errors)
+
+  def training_example(
+    self, i: int, rng: np.random.Generator
+  ) -> tuple[np.ndarray, np.int32, np.int64]:
+    """Returns image, label and the record that was damaged, or -1.
+
+    Raises:
+      InputError: the record is damaged, unless `skip_errors`.
+    """
+    damaged = -1
+    for number in range(i, i + _TRIES):
+      number = int(self.chosen[number % len(self)])
+      record, label = self.source.read(number)
+      try:
+        image = self.augment(record, rng)
+      except InputError as error:
+        self._complain(error)
+        damaged = number
+      else:
+        return image, np.int32(label), np.int64(damaged)
+    raise InputError(
+      f'{self.source.name}: {_TRIES} damaged images in a row; get the set again'
+    )
+
+  def evaluation_example(self, i: int) -> tuple[np.ndarray, np.int32, bool]:
+    """Returns image, label and whether it is whole; if not, all zero.
+
+    Raises:
+      InputError: the record is damaged, unless `skip_errors`.
+    """
+    record, label = self.source.read(int(self.chosen[i]))
+    try:
+      return self.decode(record), np.int32(label), True
+    except InputError as error:
+      self._complain(error)
+      return np.zeros(self.image_shape, np.uint8), np.int32(label), False
+
+  @functools.cached_property
+  def image_shape(self) -> tuple[int, ...]:
+    """(height, width, channels) of every image."""
+    square = np.zeros((8, 8, self.source.channels), np.uint8)
+    return self.decode(square).shape
+
+  def _complain(self, error: InputError) -> None:
+    if not self.skip_errors:
+      raise InputError(
+        f'{error}, or set config.data.skip_errors=True'
+      ) from error
+    logging.log_first_n(logging.WARNING, 'skipped: %s', 3, error)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """The images to train, choose and test on.
+
+  Attributes:
+    train: what is trained on, without the validation images.
+    validation: images held out of train to choose settings on, or None.
+    test: what the result is measured on.
+    classes: name of each label.
+    skipped: files left out because they do not decode.
+    identity: what tells the set from another; of all records, also of those
+      that are neither trained nor tested on here.
+  """
+
+  train: Split | Stream
+  validation: Split | Stream | None
+  test: Split | Stream
+  classes: tuple[str, ...]
+  skipped: int = 0
+  identity: fingerprint.Identity = _UNKNOWN
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """(height, width, channels), pixels."""
+    if isinstance(self.train, Split):
+      _, height, width, channels = self.train.images.shape
+    else:
+      height, width, channels = self.train.image_shape
+    return height, width, channels
+
+  def mean_and_std(self) -> tuple[np.ndarray, np.ndarray]:
+    """Returns mean and standard deviation of the training images' channels.
+
+    Of a stream, they are measured on 1,024 images spread evenly over it.
+
+    Returns:
+      Two float64 [C] on the 0..255 scale. A constant channel has std 1, so
+      that dividing by it is safe.
+    """
+    images = self.train.sample()
+    channels = images.shape[-1]
+    # 256 counts a channel hold all of it exactly; the images themselves are
+    # widened (8 bytes a value) only a chunk at a time.
+    counts = np.zeros((channels, 256), np.int64)
+    for start in range(0, len(images), 1024):
+      chunk = images[start : start + 1024]
+      for channel in range(channels):
+        counts[channel] += np.bincount(
+          chunk[..., channel].ravel(), minlength=256
+        )
+    share, values = counts / counts.sum(1, keepdims=True), np.arange(256.0)
+    mean = share @ values
+    variance = (share * (values - mean[:, None]) ** 2).sum(1)
+    return mean, np.where(variance > 0, np.sqrt(variance), 1.0)
+
+
+def load(data: ml_collections.ConfigDict) -> Dataset:
+  """Makes the data set that `config.data` describes.
+
+  Args:
+    data: `config.data`.
+
+  Returns:
+    Images in a fixed order, all of one size, in host memory if they take no
+    more than `data.memory_gb` and are not cropped at random scales.
+
+  Raises:
+    InputError: the data is missing, damaged or inconsistent; one line that
+      names the folder, file or field.
+  """
+  source = sources.open_source(data)
+  for what, count in (
+    ('training', source.num_train),
+    ('test', source.num_test),
+  ):
+    if not count:
+      raise InputError(
+        f'{source.name} has no {what} images; both'
+        ' training and test images are needed'
+      )
+  gigabytes = len(source) * source.channels * data.image_size**2 / 1e9
+  streamed = data.crop == 'resized' or gigabytes > data.memory_gb
+  dataset = (_streamed if streamed else _in_memory)(source, data)
+  dataset = dataclasses.replace(dataset, identity=source.identity)
+  if data.validation:
+    rest, held = _evenly('validation', dataset.train, data.validation)
+    dataset = dataclasses.replace(dataset, train=rest, validation=held)
+  if data.train_images:
+    _, drawn = _evenly('train_images', dataset.train, data.train_images)
+    dataset = dataclasses.replace(dataset, train=drawn)
+  for what, part in (
+    ('training', dataset.train),
+    ('validation', dataset.validation),
+    ('test', dataset.test),
+  ):
+    if isinstance(part, Stream) and data.skip_errors:
+      part.check_decodes(what)
+  return dataset
+
+
+def _streamed(source: Source, data: ml_collections.ConfigDict) -> Dataset:
+  """Leaves every record where it is."""
+  if not data.image_size:
+    raise InputError(
+      f'{source.name} is decoded as it is needed, and so needs one size for'
+      ' all images; set config.data.image_size, such as 224'
+    )
+  if len(source.classes) < 2:
+    raise InputError(
+      f'{source.name} has images of one class only; at least 2 are needed'
+    )
+  decode = functools.partial(
+    photographs.evaluation_image,
+    size=data.image_size,
+    resize=data.eval_resize,
+    channels=source.channels,
+    max_pixels=data.max_pixels,
+  )
+  augment: Callable[[photographs.Record, np.random.Generator], np.ndarray]
+  if data.crop == 'resized':
+    augment = functools.partial(
+      photographs.training_image,
+      size=data.image_size,
+      channels=source.channels,
+      scale=tuple(data.crop_scale),
+      randaugment_ops=data.randaugment,
+      randaugment_magnitude=data.randaugment_magnitude,
+      max_pixels=data.max_pixels,
+    )
+  else:  # cropped on the device
+
+    def augment(
+      record: photographs.Record, _: np.random.Generator
+    ) -> np.ndarray:
+      return decode(record)
+
+  train, test = (
+    Stream(source, numbers, augment, decode, data.skip_errors)
+    for numbers in np.split(np.arange(len(source)), [source.num_train])
+  )
+  return Dataset(train, None, test, source.classes)
+
+
+def _in_memory(source: Source, data: ml_collections.ConfigDict) -> Dataset:
+  """Decodes every record, once."""
+  labels = np.full(len(source), -1, np.int32)
+  side = data.image_size
+
+  def read(i: int) -> np.ndarray:
+    record, labels[i] = source.read(i)
+    return images_lib.read(
+      record,
+      channels=source.channels,
+      size=(side, side) if side else None,
+      resize=data.eval_resize,
+      max_pixels=data.max_pixels,
+    )
+
+  pixels, kept, errors = images_lib.read_all(
+    read,
+    len(source),
+    name=source.name,
+    memory_gb=data.memory_gb,
+    skip_errors=data.skip_errors,
+  )
+  if errors:
+    logging.warning(
+      '%d images do not decode and are skipped: %s%s',
+      len(errors),
+      '; '.join(errors[:3]),
+      '; ...' if len(errors) > 3 else '',
+    )
+  labels, num_train = labels[kept], int(kept[: source.num_train].sum())
+  lost = source.num_train - num_train
+  if not num_train:
+    raise _none_decodes(source, 'training', errors[:lost])
+  if num_train == len(labels):
+    raise _none_decodes(source, 'test', errors[lost:])
+  dataset = Dataset(
+    train=Split(pixels[:num_train], labels[:num_train]),
+    validation=None,
+    test=Split(pixels[num_train:], labels[num_train:]),
+    classes=source.classes,
+    skipped=len(errors),
+  )
+  _check_labels(dataset, source.name)
+  return dataset
+
+
+def _none_decodes(source: Source, what: str, errors: list[str]) -> InputError:
+  return InputError(
+    f'{source.name}: none of the {len(errors)} {what} images decodes:'
+    f' {errors[0]}'
+  )
+
+
+def _check_labels(dataset: Dataset, name: str) -> None:
+  """Raises InputError for a data set that no classifier can be trained on."""
+  known = np.unique(dataset.train.labels)
+  if len(dataset.classes) < 2 or len(known) < 2:
+    raise InputError(
+      f'{name} has training images of one class only'
+      f' ({names.distinct(dataset.classes[known[0]])}); at least 2 are needed'
+    )
+  last = len(dataset.classes) - 1
+  if known[0] < 0 or known[-1] > last:
+    raise InputError(
+      f'{name} has training labels from {known[0]} to {known[-1]};'
+      f' its {last + 1} classes need labels from 0 to {last}'
+    )
+  if len(odd := np.setdiff1d(dataset.test.labels, known)):
+    raise InputError(
+      f'{name} has test images with labels {odd.tolist()}, of which'
+      ' there are no training images; both need the same classes'
+    )
+
+
+def _evenly(
+  field: str, split: Split | Stream, count: int
+) -> tuple[Split | Stream, Split | Stream]:
+  """Returns the rest and `count` images drawn evenly from the classes."""
+  labels = split.labels
+  if count >= len(labels):
+    raise InputError(
+      f'config.data.{field}={count} must be smaller'
+      f' than the {len(labels)} training images'
+    )
+  try:
+    rest, drawn = sources.stratified(labels, count)
+  except ValueError as error:
+    raise InputError(
+      f'config.data.{field}={count} cannot be drawn evenly from the'
+      f' {len(np.unique(labels))} classes of {len(labels)} training images'
+      f' ({str(error).split(". ")[0]}); use another number'
+    ) from error
+  return split.part(rest), split.part(drawn)

@@ -1,0 +1,261 @@
+"""Photographs for training and evaluation: from a file to uint8 [S, S, C].
+
+A random crop is chosen from the header alone, before anything is decoded, so
+that a JPEG can be decoded at 1/2, 1/4 or 1/8 where the crop is that much larger
+than what is wanted: libjpeg then computes only that many DCT coefficients. The
+crop's edges are rounded to what becomes a pixel there.
+
+JPEGs are decoded by OpenCV, which gives Pillow's pixels sooner and resizes in a
+third of the time (docs/performance.md); what is no ordinary JPEG goes through
+`images.decode`, as does what OpenCV refuses, which thus gets its error message
+there. Images leave as uint8: flips and normalisation are the device's work.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import pathlib
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from maskconnect_jax.data import image_headers, images
+from maskconnect_jax.data.randaugment import randaugment
+
+# An encoded file's content, its path, or decoded uint8 [H, W, C].
+Record = bytes | str | os.PathLike[str] | np.ndarray
+
+_ON_ITS_SIDE = (
+  Image.Transpose.TRANSPOSE,
+  Image.Transpose.ROTATE_270,
+  Image.Transpose.TRANSVERSE,
+  Image.Transpose.ROTATE_90,
+)
+# n -> OpenCV's flag for decoding at 1 / n. GRAYSCALE stands for no colour flag:
+# IMREAD_COLOR_RGB joins it, where REDUCED_COLOR would mean BGR.
+_REDUCED = {
+  1: 0,
+  2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
+  4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
+  8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
+}
+
+
+def training_image(
+  record: Record,
+  rng: np.random.Generator,
+  *,
+  size: int,
+  channels: int = 3,
+  scale: tuple[float, float] = (0.08, 1.0),
+  ratio: tuple[float, float] = (3 / 4, 4 / 3),
+  randaugment_ops: int = 0,
+  randaugment_magnitude: float = 9.0,
+  max_pixels: int = image_headers.MAX_PIXELS,
+) -> np.ndarray:
+  """Returns a random crop of an image, resized, with RandAugment if asked for.
+
+  Args:
+    record: the content of an image file, its path, or uint8 [H, W, C].
+    rng: all randomness comes from here.
+    size: pixels a side of what is returned.
+    channels: 1 (grey) or 3 (RGB).
+    scale: smallest and largest area of the crop, as a share of the image's.
+    ratio: smallest and largest width / height of the crop.
+    randaugment_ops: how many operations of RandAugment to apply.
+    randaugment_magnitude: their strength, 0 to 10.
+    max_pixels: width times height of the largest image to decode.
+
+  Returns:
+    uint8 [size, size, channels], 0..255.
+
+  Raises:
+    InputError: the record is missing, damaged, too large or no image; names
+      the file.
+  """
+  (height, width), decode = _open(record, max_pixels)
+  top, left, tall, wide = random_box(
+    height, width, rng, scale=scale, ratio=ratio
+  )
+  reduction = max(n for n in _REDUCED if n == 1 or n * size <= min(tall, wide))
+  pixels = decode(reduction)[
+    round(top / reduction) : round((top + tall) / reduction),
+    round(left / reduction) : round((left + wide) / reduction),
+  ]
+  pixels = _resize(pixels, size)
+  if randaugment_ops:
+    augmented = randaugment(
+      Image.fromarray(pixels),
+      rng,
+      ops=randaugment_ops,
+      magnitude=randaugment_magnitude,
+    )
+    return images.to_array(augmented, channels=channels)
+  return images.to_array(pixels, channels=channels)
+
+
+def evaluation_image(
+  record: Record,
+  *,
+  size: int,
+  resize: int,
+  channels: int = 3,
+  max_pixels: int = image_headers.MAX_PIXELS,
+) -> np.ndarray:
+  """Returns the centre of an image: what `images.decode` gives, sooner.
+
+  Args:
+    record: the content of an image file, its path, or uint8 [H, W, C].
+    size: pixels a side of what is returned.
+    resize: pixels to resize the shorter side to before the crop; 0 resizes to
+      size x size without one.
+    channels: 1 (grey) or 3 (RGB).
+    max_pixels: width times height of the largest image to decode.
+
+  Returns:
+    uint8 [size, size, channels], 0..255.
+
+  Raises:
+    InputError: the record is missing, damaged, too large or no image, naming
+      the file; or 0 < resize < size.
+  """
+  _, decode = _open(record, max_pixels)
+  return images.to_array(
+    decode(1), channels=channels, size=(size, size), resize=resize
+  )
+
+
+def random_box(
+  height: int,
+  width: int,
+  rng: np.random.Generator,
+  *,
+  scale: tuple[float, float],
+  ratio: tuple[float, float],
+) -> tuple[int, int, int, int]:
+  """Draws a crop: its area uniform, its aspect ratio log-uniform.
+
+  Szegedy et al., *Going deeper with convolutions*, arXiv 1409.4842, section 6,
+  as in torchvision's RandomResizedCrop: what does not fit is drawn again, and
+  after ten times the largest centre crop of an allowed ratio is taken.
+
+  Args:
+    height: of the image, in pixels.
+    width: of the image, in pixels.
+    rng: all randomness comes from here.
+    scale: smallest and largest area, as a share of the image's.
+    ratio: smallest and largest width / height.
+
+  Returns:
+    top, left, height, width of the crop in pixels, within the image.
+  """
+  for _ in range(10):
+    area = height * width * rng.uniform(*scale)
+    aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+    tall = round(math.sqrt(area / aspect))
+    wide = round(math.sqrt(area * aspect))
+    if 0 < tall <= height and 0 < wide <= width:
+      top = int(rng.integers(height - tall + 1))
+      left = int(rng.integers(width - wide + 1))
+      return top, left, tall, wide
+  tall = min(height, max(round(width / ratio[0]), 1))
+  wide = min(width, max(round(height * ratio[1]), 1))
+  return (height - tall) // 2, (width - wide) // 2, tall, wide
+
+
+def _open(
+  record: Record, max_pixels: int = image_headers.MAX_PIXELS
+) -> tuple[tuple[int, int], Callable[[int], np.ndarray]]:
+  """Returns an image's height and width, and what decodes it at 1 / n.
+
+  What decodes takes one of `_REDUCED` as n and returns uint8
+  [ceil(height / n), ceil(width / n), 3].
+  """
+  if jpeg := _read_jpeg(record, max_pixels):
+    content, (width, height), turn = jpeg
+
+    def decode(n: int) -> np.ndarray:
+      pixels = _decode_jpeg(content, n)
+      if pixels is None:  # cut short, for example
+        return _reduce(_decode_any(record, max_pixels), n)
+      if turn is None:
+        return pixels
+      return np.array(images.upright(Image.fromarray(pixels), turn))
+
+    on_its_side = turn in _ON_ITS_SIDE
+    return (width, height) if on_its_side else (height, width), decode
+  pixels = _decode_any(record, max_pixels)
+  return pixels.shape[:2], lambda n: _reduce(pixels, n)
+
+
+def _read_jpeg(
+  record: Record, max_pixels: int
+) -> tuple[bytes, tuple[int, int], Image.Transpose | None] | None:
+  """Returns an ordinary JPEG's content, width and height, and turn.
+
+  None for all else: what is wrong with it, `images.decode` finds the words for.
+  """
+  if isinstance(record, np.ndarray):
+    return None
+  try:
+    if not isinstance(record, bytes) and image_headers.kind_of(record):
+      return None
+    with (
+      io.BytesIO(record)
+      if isinstance(record, bytes)
+      else pathlib.Path(record).open('rb')
+    ) as file:
+      header = image_headers.open_header(
+        file, formats=('JPEG',), max_pixels=max_pixels
+      )
+      if header.mode not in ('L', 'RGB'):  # CMYK
+        return None
+      file.seek(0)
+      return file.read(), header.size, images.turn_of(header)
+  except Exception:
+    return None
+
+
+def _decode_jpeg(content: bytes, n: int) -> np.ndarray | None:
+  flags = _REDUCED[n] | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+  try:
+    return cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+  except cv2.error:  # more pixels than OpenCV allows, for example
+    return None
+
+
+def _decode_any(record: Record, max_pixels: int) -> np.ndarray:
+  return images.read(record, channels=3, max_pixels=max_pixels)
+
+
+def _reduce(pixels: np.ndarray, n: int) -> np.ndarray:
+  """Averages n x n pixels, much as decoding a JPEG at 1 / n does."""
+  return pixels if n == 1 else np.array(Image.fromarray(pixels).reduce(n))
+
+
+def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
+  """Resizes uint8 [H, W, 3] to [size, size, 3], bilinearly and antialiased.
+
+  Pillow's antialiased bilinear filter reads through a triangle as wide as what
+  becomes one pixel: at a shrinking by s its variance is s^2 / 6, that of
+  ordinary bilinear interpolation 1 / 6 on average. Three taps (q, 1 - 2q, q)
+  of the missing variance 2q = (s^2 - 1) / 6 before an ordinary resize come
+  close, up to s = 2, in a third of the time.
+  """
+  shrinking = np.divide(pixels.shape[:2], size)
+  if shrinking.max() > 2:
+    image = Image.fromarray(pixels)
+    return np.array(image.resize((size, size), Image.Resampling.BILINEAR))
+  if shrinking.max() > 1:
+    # A Gaussian of 3 taps with exp(-1 / 2 sigma^2) = q / (1 - 2q); where there
+    # is nothing to shrink q is next to 0, as OpenCV has its own idea of 0.
+    q = (np.maximum(shrinking, 1.001) ** 2 - 1) / 12
+    sigma_y, sigma_x = np.sqrt(-0.5 / np.log(q / (1 - 2 * q)))
+    pixels = cv2.GaussianBlur(
+      pixels, (3, 3), sigma_x, sigmaY=sigma_y, borderType=cv2.BORDER_REPLICATE
+    )
+  return cv2.resize(pixels, (size, size), interpolation=cv2.INTER_LINEAR)

@@ -1,0 +1,351 @@
+"""Where images come from: digits, IDX files, image folders and TFDS.
+
+Each source gives random access to its records as they are stored; nothing is
+decoded here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gzip
+import os
+import pathlib
+import zlib
+from collections.abc import Callable
+
+import ml_collections
+import numpy as np
+
+from maskconnect_jax import names
+from maskconnect_jax.config import given_path
+from maskconnect_jax.data import class_folders, fingerprint, image_headers
+from maskconnect_jax.data.photographs import Record
+from maskconnect_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """The records of a data set, those for training before those for testing.
+
+  Attributes:
+    read: record and class index of number i; may be called from several
+      threads.
+    num_train: how many are for training.
+    num_test: how many are for testing.
+    classes: name of each class.
+    channels: 1 (grey) or 3 (RGB).
+    name: what to call it in a message, by the field that chose it.
+    digest: see `fingerprint.Identity`.
+  """
+
+  read: Callable[[int], tuple[Record, int]]
+  num_train: int
+  num_test: int
+  classes: tuple[str, ...]
+  channels: int
+  name: str
+  digest: Callable[[], str] = str
+
+  def __len__(self) -> int:
+    return self.num_train + self.num_test
+
+  @property
+  def identity(self) -> fingerprint.Identity:
+    """What tells this data set from another; holds no records."""
+    return fingerprint.Identity(
+      self.num_train, self.num_test, self.classes, self.name, self.digest
+    )
+
+
+def open_source(data: ml_collections.ConfigDict) -> Source:
+  """Finds the data set that `config.data` describes.
+
+  Raises:
+    InputError: the data is missing, or damaged as far as can be told without
+      decoding it; one line that names the folder, file or field.
+  """
+  if data.source not in _SOURCES:
+    raise InputError(
+      f'config.data.source={data.source!r} is not one of {", ".join(_SOURCES)}'
+    )
+  return _SOURCES[data.source](data)
+
+
+def stratified(
+  labels: np.ndarray, held_out: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the same sorted indices every time: (the rest, held out)."""
+  import sklearn.model_selection
+
+  rest, held = sklearn.model_selection.train_test_split(
+    np.arange(len(labels)), test_size=held_out, random_state=0, stratify=labels
+  )
+  return np.sort(rest), np.sort(held)
+
+
+def _digits(data: ml_collections.ConfigDict) -> Source:
+  """scikit-learn's 1,797 digits [8, 8, 1], split 1,437 / 360."""
+  import sklearn.datasets
+
+  bunch = sklearn.datasets.load_digits()
+  pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+  train, test = stratified(bunch.target, 360)
+  order = np.concatenate([train, test])
+  return Source(
+    lambda i: (pixels[order[i]], int(bunch.target[order[i]])),
+    num_train=len(train),
+    num_test=len(test),
+    classes=tuple(map(str, bunch.target_names)),
+    channels=1,
+    name=_name_of(data),
+    digest=fingerprint.of_arrays([pixels[order], bunch.target[order]]),
+  )
+
+
+def _idx(data: ml_collections.ConfigDict) -> Source:
+  """MNIST's file layout: four IDX files of unsigned bytes, plain or .gz."""
+  folder = _folder_of(data, 'train-images-idx3-ubyte[.gz] and the other three')
+  pixels, labels = [], []
+  for part in ('train', 't10k'):
+    images_file = _idx_path(folder, f'{part}-images', 3)
+    labels_file = _idx_path(folder, f'{part}-labels', 1)
+    pixels.append(_read_idx(images_file, 3))
+    labels.append(_read_idx(labels_file, 1))
+    if len(pixels[-1]) != len(labels[-1]):
+      raise InputError(
+        f'{images_file} holds {len(pixels[-1])} images but {labels_file}'
+        f' holds {len(labels[-1])} labels; both must be of the same set'
+      )
+  num_train, num_test = map(len, labels)
+
+  def read(i: int) -> tuple[Record, int]:
+    part, i = (0, i) if i < num_train else (1, i - num_train)
+    return pixels[part][i][..., None], int(labels[part][i])
+
+  num_classes = int(labels[0].max(initial=0)) + 1
+  return Source(
+    read,
+    num_train=num_train,
+    num_test=num_test,
+    classes=tuple(map(str, range(num_classes))),
+    channels=1,
+    name=_name_of(data),
+    digest=fingerprint.of_arrays([*pixels, *labels]),
+  )
+
+
+def _idx_path(folder: pathlib.Path, stem: str, rank: int) -> pathlib.Path:
+  for name in (f'{stem}-idx{rank}-ubyte', f'{stem}.idx{rank}-ubyte'):
+    for path in (folder / name, folder / f'{name}.gz'):
+      if path.is_file():
+        return path
+      if kind := image_headers.kind_of(path):
+        raise InputError(f'{path} is {kind}, not a file; put the file there')
+  raise InputError(
+    f'config.data.dir={str(folder)!r} has no'
+    f' {stem}-idx{rank}-ubyte, plain or .gz'
+  )
+
+
+def _read_idx(path: pathlib.Path, rank: int) -> np.ndarray:
+  """Returns the uint8 array of `rank` dimensions in an IDX file."""
+  content, whole = bytearray(), True
+  with gzip.open(path) if path.suffix == '.gz' else path.open('rb') as file:
+    try:
+      # read() would lose what it has read when it comes upon the damage.
+      while block := file.read1(1 << 20):
+        content += block
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+      whole = False
+  header = np.frombuffer(
+    content[: 4 + 4 * rank].ljust(4 + 4 * rank, b'\0'), '>u4'
+  ).tolist()
+  # Two zero bytes, 8 for unsigned byte, and the number of dimensions.
+  if len(content) >= 4 and header[0] != 0x0800 + rank:
+    raise InputError(
+      f'{path} is not an IDX file of {rank} dimensions: it begins with'
+      f' {header[0]:#010x}, not {0x0800 + rank:#010x};'
+      ' get it again'
+    )
+  expected = 4 + 4 * rank
+  if len(content) >= expected:
+    size = 1
+    for dimension in header[1:]:
+      size *= dimension  # Python's integers: a damaged header cannot overflow
+    expected += size
+  if len(content) != expected or not whole:
+    raise InputError(
+      f'{path} is damaged or cut short: {expected} bytes expected,'
+      f' {len(content)} found; get it again'
+    )
+  return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(
+    header[1:]
+  )
+
+
+def _image_folder(data: ml_collections.ConfigDict) -> Source:
+  """DIR/train/<class>/* and DIR/test/<class>/* (else val/), always as RGB.
+
+  Every file that `image_files` finds counts as an image, whatever its suffix:
+  one that is none is an error rather than silently less data.
+  """
+  root = _folder_of(data, 'train/<class>/*.jpg and test/<class>/*.jpg')
+  test_root = next(
+    (root / name for name in ('test', 'val') if (root / name).is_dir()), None
+  )
+  if test_root is None:
+    raise InputError(
+      f'config.data.dir={data.dir!r} has no test images;'
+      ' it needs test/<class>/* or val/<class>/*'
+    )
+  train, test = (
+    class_folders.class_files(root / 'train'),
+    class_folders.class_files(test_root),
+  )
+  if odd := sorted(set(train) ^ set(test)):
+    where = [
+      f'{names.distinct(name)} is only in'
+      f' {"train" if name in train else test_root.name}'
+      for name in odd
+    ]
+    raise InputError(
+      f'config.data.dir={data.dir!r}: train and test differ in classes'
+      f' ({names.some(where, 5)}); both need the same class folders'
+    )
+  found = [*train.values(), *test.values()]
+  paths = [str(path) for files in found for path in files]
+  labels = np.repeat(
+    np.tile(np.arange(len(train)), 2), [len(files) for files in found]
+  )
+  num_train = sum(map(len, train.values()))
+  bases = len(str(root / 'train')), len(str(test_root))
+
+  def named(i: int) -> tuple[str, str]:
+    part = int(i >= num_train)
+    below = paths[i][bases[part] :].replace(os.sep, '/')
+    return ('train', 'test')[part] + below, paths[i]
+
+  return Source(
+    lambda i: (paths[i], int(labels[i])),
+    num_train=num_train,
+    num_test=len(paths) - num_train,
+    classes=tuple(train),
+    channels=3,
+    name=_name_of(data),
+    digest=lambda: fingerprint.of_files(map(named, range(len(paths)))),
+  )
+
+
+def _tfds(data: ml_collections.ConfigDict) -> Source:
+  """A TFDS set prepared as ArrayRecord, read without TensorFlow."""
+  if not data.name:
+    raise InputError(
+      'config.data.name is empty; config.data.source='
+      "'tfds' needs the name of a set, such as 'cifar10'"
+    )
+  folder = _folder_of(data, 'the prepared TFDS sets') if data.dir else None
+  try:
+    import tensorflow_datasets as tfds
+  except ImportError as error:
+    raise InputError(
+      f"config.data.source='tfds' needs a package ({error}); pip install"
+      " 'maskconnect_jax[tfds]'"
+    ) from error
+  name = f'config.data.name={data.name!r}'
+  try:
+    builder = tfds.builder(data.name, data_dir=folder)
+  except ValueError as error:
+    remedy = (
+      'python -m maskconnect_jax.data.mini_imagenet --images=DIR prepares it'
+      if data.name == 'mini_imagenet'
+      else 'https://www.tensorflow.org/datasets/catalog lists them'
+    )
+    raise InputError(
+      f'{name} is not a set that TFDS knows or finds in'
+      f' config.data.dir={data.dir!r}; {remedy}'
+    ) from error
+  splits = set(builder.info.splits)
+  held_out = (
+    'validation'
+    if splits & {'test', 'validation'} == {'validation'}
+    else 'test'
+  )
+  if splits and not splits >= {'train', held_out}:
+    raise InputError(
+      f'{name} has the splits {sorted(splits)}; it needs'
+      ' train, and test or validation'
+    )
+  features = builder.info.features
+  if not {'image', 'label'} <= set(features) or not hasattr(
+    features['label'], 'names'
+  ):
+    raise InputError(
+      f'{name} is not a set of classified images: it has'
+      " no features 'image' and 'label'"
+    )
+  try:
+    train, test = (
+      builder.as_data_source(
+        split, decoders={'image': tfds.decode.SkipDecoding()}
+      )
+      for split in ('train', held_out)
+    )
+  except (AssertionError, NotImplementedError, ValueError) as error:
+    # Reading takes no TensorFlow, but encoding a set's images does.
+    where = f', data_dir={data.dir!r}' if data.dir else ''
+    raise InputError(
+      f'{name} is not prepared as ArrayRecord; once, where tensorflow is'
+      ' installed too: python -c "import tensorflow_datasets as tfds;'
+      f" tfds.builder({data.name!r}{where}, file_format='array_record')"
+      '.download_and_prepare()"'
+    ) from error
+
+  infos = [builder.info.splits[split] for split in ('train', held_out)]
+  described = [
+    f'{info.shard_lengths} {info.num_bytes}'.encode() for info in infos
+  ]
+
+  def read(i: int) -> tuple[Record, int]:
+    example = train[i] if i < len(train) else test[i - len(train)]
+    return example['image'], int(example['label'])
+
+  return Source(
+    read,
+    num_train=len(train),
+    num_test=len(test),
+    classes=tuple(features['label'].names),
+    channels=1 if features['image'].shape[-1] == 1 else 3,
+    name=_name_of(data),
+    digest=lambda: fingerprint.of_parts(described),
+  )
+
+
+_SOURCES: dict[str, Callable[[ml_collections.ConfigDict], Source]] = {
+  'digits': _digits,
+  'idx': _idx,
+  'folder': _image_folder,
+  'tfds': _tfds,
+}
+
+
+def _folder_of(data: ml_collections.ConfigDict, needs: str) -> pathlib.Path:
+  """Returns `data.dir`, which must be a folder with something in it."""
+  path = given_path(data.dir, 'config.data.dir')
+  if not data.dir:
+    fault = 'is not set'
+  elif not path.is_dir():
+    fault = 'is not a folder' if path.exists() else 'does not exist'
+  elif not any(path.iterdir()):
+    fault = 'is empty'
+  else:
+    return path
+  raise InputError(
+    f'config.data.dir={data.dir!r} {fault}; it must be the folder that holds'
+    f' {needs}'
+  )
+
+
+def _name_of(data: ml_collections.ConfigDict) -> str:
+  """Names the data set in a message, by the field that chose it."""
+  field = 'dir' if data.dir else 'name' if data.name else 'source'
+  return f'config.data.{field}={data[field]!r}'

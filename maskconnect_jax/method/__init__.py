@@ -1,0 +1,1 @@
+"""What the papers say: draw, sum, freeze, prune. No config, no data."""

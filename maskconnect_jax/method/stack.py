@@ -1,0 +1,338 @@
+"""Any list of blocks, each fed by the masked sum of earlier outputs."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from maskconnect_jax import limits
+from maskconnect_jax.errors import InputError
+from maskconnect_jax.method import adapters, connectivity, spec
+from maskconnect_jax.method.aggregate import masked_sum, static_sum
+from maskconnect_jax.method.topology import Topology
+from maskconnect_jax.method.wiring import Wiring
+
+
+class Pruned(nnx.Module):
+  """What is left of a pruned block: no parameter, but its output's shape.
+
+  The block after a pruned one still adapts its sources to that shape.
+  """
+
+  def __init__(self, block: nnx.Module) -> None:
+    graphdef, state = nnx.split(block)
+    leaves, tree = jax.tree.flatten(state)
+    # Static, hence hashable: tuples all the way down.
+    self.graphdef = nnx.static(graphdef)
+    self.tree = nnx.static(tree)
+    self.leaves = nnx.static(
+      tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in leaves)
+    )
+
+  def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
+    """Called under `jax.eval_shape` only, and so never computed."""
+    state = jax.tree.unflatten(
+      self.tree, [jnp.zeros(shape, dtype) for shape, dtype in self.leaves]
+    )
+    return nnx.merge(self.graphdef, state)(x, **options)
+
+
+class MaskedStack(Wiring):
+  """Blocks in a row, each fed by the masked sum of earlier outputs.
+
+  x_j = c · Σ_i b[j,i] · A(y_i),   y_j = F_j(x_j),   j = 1..L,   y_0 = the input
+
+  A brings source i to the shape of y_{j-1}, once per source and shape; where it
+  returns fewer channels, the rest are zeros. With a topology, the sums and the
+  blocks that nothing reads are left out of the program; without one, every
+  valid source is read and the mask is data.
+
+  Attributes:
+    blocks: the L blocks, each called as `block(x, **options)`.
+    adapter: A.
+    valid, fan_in, topology, real_mask: see `Wiring`; [L, L].
+  """
+
+  def __init__(
+    self,
+    blocks: Sequence[nnx.Module],
+    *,
+    fan_in: int,
+    rule: str = 'learned',
+    valid: tuple[tuple[bool, ...], ...] | None = None,
+    adapter: Callable[..., jax.Array] | None = None,
+    scale: str = 'mean',
+    gradient: str = 'normalized',
+    gradient_every: int = 1,
+    initial: float = 0.5,
+    initial_spread: float = 0.0,
+    remat: str = 'none',
+    rngs: nnx.Rngs,
+  ) -> None:
+    """Builds the stack.
+
+    Args:
+      blocks: modules that map one array to one array.
+      fan_in: K, sources per block; a block with fewer takes all of them.
+      rule: 'learned', 'fixed_prev', 'fixed_random' or 'fixed_all'.
+      valid: [L, L], the sources each block may take; default all earlier ones.
+      adapter: A(x, shape, source, before), default `adapters.PoolAdapter()`;
+        `before` is what it has made of the source for shapes before this one.
+      scale: c, 'mean' (1/k_j) or 'sum' (1).
+      gradient: what the entries of r get; see `connectivity.draw_through`.
+      gradient_every: its products are taken over every so many images of a
+        batch, and multiplied by that.
+      initial: where the entries of r start.
+      initial_spread: half the width of the uniform noise added there.
+      remat: 'none'; or 'block', whose inside the backward pass computes again
+        instead of keeping it: a third more arithmetic, less memory.
+      rngs: its 'connectivity' stream draws r and the random topology.
+
+    Raises:
+      InputError: no block, a fan_in below 1, an unknown rule, or a `valid`
+        that lets a block take what does not come before it.
+    """
+    limits.whole('the number of blocks', len(blocks), 1, limits.MAX_BLOCKS)
+    if valid is not None:
+      _check_valid(valid, len(blocks))
+    self.blocks = nnx.List(blocks)
+    self.adapter = adapters.PoolAdapter() if adapter is None else adapter
+    limits.choice('scale', scale, spec.SCALES)
+    self.scale = scale
+    limits.choice('remat', remat, spec.REMATS)
+    self.remat = remat
+    self.gradient_every = limits.whole(
+      'gradient_every', gradient_every, 1, limits.MAX_FAN_IN
+    )
+    super().__init__(
+      valid=valid or connectivity.valid_sources(len(blocks)),
+      fan_in=fan_in,
+      rule=rule,
+      gradient=gradient,
+      initial=initial,
+      initial_spread=initial_spread,
+      rngs=rngs,
+    )
+
+  def scale_of(self, num_terms: int) -> float:
+    """Returns c for a sum of so many terms."""
+    return 1 / num_terms if self.scale == 'mean' else 1.0
+
+  def __call__(
+    self, x: jax.Array, mask: jax.Array | None = None, **options: Any
+  ) -> jax.Array:
+    """Returns y_L.
+
+    Args:
+      x: y_0, [batch, ...]; all outputs have the same first axis.
+      mask: b, [L, L], from `draw`; None takes the topology, or without one
+        the top-K of r.
+      **options: passed on to every block, such as train=True.
+    """
+    if self.topology is not None:
+      return self._run_frozen(x, self.topology, options)
+    if mask is None:
+      mask = connectivity.top_k(self.real_mask[...], self.valid, self.fan_in)
+    weights = self._weights(mask)
+    # For each image, so that the gradient is summed over them once, not by each
+    # block; and not by indices, of which each gradient would be a scatter.
+    weights = jnp.broadcast_to(weights[..., None], (*weights.shape, len(x)))
+    rows = jax.lax.split(weights, (1,) * len(self.blocks))
+    sources = _Sources(x, self.adapter)
+    run = self._runner(options)
+    for block, row, valid in zip(self.blocks, rows, self.valid, strict=True):
+      total = sources.masked_sum(valid, row[0], self.gradient_every)
+      sources.outputs.append(run(block, total))
+    return sources.outputs[-1]
+
+  def _runner(
+    self, options: dict[str, Any]
+  ) -> Callable[[nnx.Module, jax.Array], jax.Array]:
+    """Returns what runs a block on its input."""
+    plain = {
+      name: option
+      for name, option in options.items()
+      if isinstance(option, bool | int | float | str | None)
+    }
+    arrays = {name: options[name] for name in options.keys() - plain.keys()}
+    run: Callable[..., Any] = _run
+    call: Callable[..., Any] = _call
+    if self.remat == 'block':
+      run = jax.checkpoint(run, static_argnums=(0, 1))
+      call = nnx.remat(call, static_argnums=(1,))
+
+    def run_block(block: Any, x: jax.Array) -> Any:
+      graph, state = nnx.split(block)
+      try:
+        hash(graph)
+      except TypeError:  # a block of one's own that holds a list, say
+        return call(block, tuple(plain.items()), x, arrays)
+      y, changed = run(graph, tuple(plain.items()), state, x, arrays)
+      if changed:
+        nnx.update(block, changed)
+      return y
+
+    return run_block
+
+  def _weights(self, mask: jax.Array) -> jax.Array:
+    """Returns the mask times the scale of each row's terms, [L, L]."""
+    valid = np.array(self.valid)
+    terms = np.minimum(self.fan_in, valid.sum(1))
+    scale = np.array([self.scale_of(int(k)) for k in terms], np.float32)
+    return jnp.where(valid, mask * scale[:, None], 0)
+
+  def _run_frozen(
+    self, x: jax.Array, topology: Topology, options: dict[str, Any]
+  ) -> jax.Array:
+    sources = _Sources(x, self.adapter)
+    run = self._runner(options)
+    for block, picked, live in zip(
+      self.blocks, topology.sources, topology.live, strict=True
+    ):
+      if live:
+        total = sources.static_sum(picked, self.scale_of(len(picked)))
+        sources.outputs.append(run(block, total))
+      else:
+        sources.outputs.append(jax.eval_shape(block, sources.outputs[-1]))
+    return sources.outputs[-1]
+
+  def prune(self) -> None:
+    """See `Wiring.prune`."""
+    super().prune()
+    edges = set()
+    for target, (sources, live) in enumerate(
+      zip(self.topology.sources, self.topology.live, strict=True)
+    ):
+      if live:
+        edges |= {(source, target) for source in sources}
+      elif not isinstance(self.blocks[target], Pruned):
+        self.blocks[target] = Pruned(self.blocks[target])
+    if isinstance(self.adapter, adapters.ProjectionAdapter):
+      self.adapter.prune(edges)
+
+
+def _check_valid(valid: Any, num_blocks: int) -> None:
+  """Raises InputError if blocks in a row cannot take these sources."""
+  table = np.asarray(valid)
+  if table.shape != (num_blocks, num_blocks):
+    raise InputError(
+      f'valid is of shape {table.shape}; {num_blocks} blocks need'
+      f' {(num_blocks, num_blocks)}'
+    )
+  if np.triu(table, 1).any():
+    raise InputError('valid lets a block take a source that comes after it')
+  if not table.any(1).all():
+    raise InputError('valid leaves a block without a source')
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run(
+  graph: Any,
+  plain: tuple[tuple[str, Any], ...],
+  state: Any,
+  x: jax.Array,
+  arrays: dict[str, Any],
+) -> tuple[jax.Array, Any]:
+  """Returns a block's output, and what it has changed of its state.
+
+  Of blocks that are alike only the first one is traced and lowered, which is
+  most of the time to the first step of a deep network.
+  """
+  block = nnx.merge(graph, state)
+  before = {
+    path: leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(block))
+  }
+  y = _call(block, plain, x, arrays)
+  return y, nnx.from_flat_state(
+    (path, leaf)
+    for path, leaf in nnx.to_flat_state(nnx.state(block))
+    if leaf.get_value() is not before.get(path)
+  )
+
+
+def _call(
+  block: Any,
+  plain: tuple[tuple[str, Any], ...],
+  x: jax.Array,
+  arrays: dict[str, Any],
+) -> Any:
+  return block(x, **dict(plain), **arrays)
+
+
+class _Sources:
+  """The outputs so far, adapted to a shape once however often they are read.
+
+  The zero channels that widen a source are appended to sums of sources of one
+  width, so that none is read, kept, or multiplied for the mask's gradient.
+  """
+
+  def __init__(self, x: jax.Array, adapter: Any) -> None:
+    self.outputs: list[Any] = [x]
+    self._adapter = adapter
+    self._adapted: dict[tuple[int, tuple[int, ...]], jax.Array] = {}
+
+  def static_sum(self, picked: Sequence[int], scale: float) -> jax.Array:
+    """Returns the scaled sum of the picked sources, like the newest output."""
+    width = self.outputs[-1].shape[-1]
+    return static_sum(
+      [adapters.zero_pad_channels(self._take(i), width) for i in picked], scale
+    )
+
+  def masked_sum(
+    self, valid: Sequence[bool], weights: jax.Array, every: int
+  ) -> jax.Array:
+    """Returns the sum that a block reads, of the newest output's shape.
+
+    Args:
+      valid: which of the sources 0..L-1 it may take.
+      weights: float32 [L, batch], theirs.
+      every: see `aggregate.masked_sum`.
+    """
+    newest = self.outputs[-1]
+    taken: list[Any] = [
+      self._take(i) if ok else None for i, ok in enumerate(valid)
+    ]
+    runs = [
+      (width, list(run))
+      for width, run in itertools.groupby(
+        taken, lambda y: 0 if y is None else y.shape[-1]
+      )
+    ]
+    parts = jax.lax.split(weights, [len(run) for _, run in runs])
+    sums = []
+    for width in sorted({width for width, _ in runs if width}):
+      same = [i for i, (other, _) in enumerate(runs) if other == width]
+      total = masked_sum(
+        jnp.concatenate([parts[i] for i in same]),
+        tuple(y for i in same for y in runs[i][1]),
+        every,
+        # All blocks of a stage read the same sources of earlier stages.
+        width < newest.shape[-1],
+      )
+      sums.append(adapters.append_zero_channels(total, newest.shape[-1]))
+    return sum(sums[1:], start=sums[0]).astype(newest.dtype)
+
+  def _take(self, i: int) -> jax.Array:
+    """Returns source i in the newest output's shape, or narrower."""
+    shape = self.outputs[-1].shape
+    if self.outputs[i].shape == shape:
+      return self.outputs[i]
+    if (i, shape) not in self._adapted:
+      before = [y for (other, _), y in self._adapted.items() if other == i]
+      y = self._adapter(self.outputs[i], shape, i, before)
+      if y.shape[:-1] != shape[:-1] or y.shape[-1] > shape[-1]:
+        raise ValueError(
+          f'the adapter has brought source {i} to the shape {y.shape}, but'
+          f' {shape} is needed, or fewer channels'
+        )
+      # Lest XLA keep a float32 copy, of twice the bytes, beside a bfloat16
+      # one: it may leave out what rounds the mean and widens it again.
+      self._adapted[i, shape] = jax.lax.optimization_barrier(y)
+    return self._adapted[i, shape]

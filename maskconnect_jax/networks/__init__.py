@@ -1,0 +1,1 @@
+"""ResNets and ResNeXts whose wiring is learned."""

@@ -1,0 +1,115 @@
+"""Residual blocks: basic, and bottleneck with one group or many."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from maskconnect_jax.method import adapters
+from maskconnect_jax.networks import layers
+
+
+class BasicBlock(nnx.Module):
+  """Two 3x3 convolutions and a shortcut without parameters (option A).
+
+  y = relu(F(x) + S(x)), where S is the identity, or where the block opens a
+  stage every second pixel with zero channels appended. He et al., "Deep
+  Residual Learning for Image Recognition", 2016, section 4.2.
+  """
+
+  def __init__(
+    self,
+    in_features: int,
+    features: int,
+    *,
+    stride: int = 1,
+    dtype: DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+  ) -> None:
+    self.features = features
+    self.stride = stride
+    self.conv1 = layers.conv(
+      in_features, features, 3, stride=stride, dtype=dtype, rngs=rngs
+    )
+    self.norm1 = layers.BatchNorm(features, dtype=dtype)
+    self.conv2 = layers.conv(features, features, 3, dtype=dtype, rngs=rngs)
+    self.norm2 = layers.BatchNorm(features, dtype=dtype)
+
+  def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+    """Maps [N, H, W, in_features] to [N, ceil(H/s), ceil(W/s), features]."""
+    residual = self.conv1(x)
+    residual = self.norm1(residual, use_running_average=not train)
+    residual = self.conv2(layers.relu(residual))
+    residual = self.norm2(residual, use_running_average=not train)
+    shortcut = adapters.zero_pad_channels(
+      x[:, :: self.stride, :: self.stride], self.features
+    )
+    return layers.relu(residual + shortcut)
+
+
+class Bottleneck(nnx.Module):
+  """1x1, 3x3 in groups, 1x1, and a shortcut projected where shapes change.
+
+  y = relu(F(x) + S(x)). One group: He et al., 2016. Many: Xie et al.,
+  "Aggregated Residual Transformations for Deep Neural Networks", 2017, form
+  (c) of figure 3. The 3x3 convolution carries the stride.
+  """
+
+  def __init__(
+    self,
+    in_features: int,
+    inner: int,
+    features: int,
+    *,
+    groups: int = 1,
+    stride: int = 1,
+    zero_init: bool = False,
+    dtype: DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+  ) -> None:
+    """Builds the block.
+
+    Args:
+      in_features: channels of the input.
+      inner: channels between the 1x1 convolutions, of all groups together.
+      features: channels of the output.
+      groups: C, the cardinality.
+      stride: of the 3x3 convolution and the shortcut.
+      zero_init: whether the last BatchNorm's scale starts at 0, so that the
+        block starts as its shortcut.
+      dtype: of the activations.
+      rngs: its 'params' stream draws the kernels.
+    """
+    self.conv1 = layers.conv(in_features, inner, 1, dtype=dtype, rngs=rngs)
+    self.norm1 = layers.BatchNorm(inner, dtype=dtype)
+    if groups == 1:
+      self.conv2: nnx.Module = layers.conv(
+        inner, inner, 3, stride=stride, dtype=dtype, rngs=rngs
+      )
+    else:
+      self.conv2 = layers.GroupedConv(
+        inner, groups=groups, stride=stride, dtype=dtype, rngs=rngs
+      )
+    self.norm2 = layers.BatchNorm(inner, dtype=dtype)
+    self.conv3 = layers.conv(inner, features, 1, dtype=dtype, rngs=rngs)
+    self.norm3 = layers.BatchNorm(features, zero_init=zero_init, dtype=dtype)
+    self.projected = stride != 1 or in_features != features
+    if self.projected:
+      self.shortcut_conv = layers.conv(
+        in_features, features, 1, stride=stride, dtype=dtype, rngs=rngs
+      )
+      self.shortcut_norm = layers.BatchNorm(features, dtype=dtype)
+
+  def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
+    """Maps [N, H, W, in_features] to [N, ceil(H/s), ceil(W/s), features]."""
+    running = not train
+    residual = self.norm1(self.conv1(x), use_running_average=running)
+    residual = self.conv2(layers.relu(residual))
+    residual = self.norm2(residual, use_running_average=running)
+    residual = self.conv3(layers.relu(residual))
+    residual = self.norm3(residual, use_running_average=running)
+    if self.projected:
+      x = self.shortcut_norm(self.shortcut_conv(x), use_running_average=running)
+    return layers.relu(residual + x)

@@ -1,0 +1,267 @@
+"""Batches for the devices, from memory or streamed.
+
+Training batches are a function of (seed, step), whatever they come from: to go
+on at a step is to begin there, also with another number of processes, threads
+or workers. An epoch is a new order of the training set, of which what does not
+fill a batch is left out. Evaluation sees every example once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskconnect_jax.data.datasets import Split, Stream
+from maskconnect_jax.networks import streams
+from maskconnect_jax.run import distributed, steps
+
+
+class Resident:
+  """Training batches of a set that lies whole on every device.
+
+  Taking a batch is one small program on the device, so the host never holds
+  it up.
+  """
+
+  damaged: frozenset[int] = frozenset()  # decoded, hence whole
+
+  def __init__(
+    self,
+    split: Split,
+    recipe: steps.Recipe,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+  ) -> None:
+    """Puts the split on the devices."""
+    self._size = batch_size
+    self._per_epoch = len(split) // batch_size
+    everywhere = distributed.replicated(mesh)
+    self._arrays = distributed.to_global(
+      (split.images, split.labels), everywhere
+    )
+
+    def order(step: Any) -> jax.Array:
+      return jax.random.permutation(
+        recipe.key(streams.ORDER, step), len(split)
+      ).astype(jnp.int32)
+
+    def take(arrays: Any, order: jax.Array, start: Any) -> Any:
+      indices = jax.lax.dynamic_slice(order, (start,), (batch_size,))
+      indices = jax.lax.with_sharding_constraint(indices, recipe.batch_sharding)
+      return jax.tree.map(lambda array: array[indices], arrays)
+
+    self._order = jax.jit(order, out_shardings=everywhere)
+    self._take = jax.jit(take, out_shardings=recipe.batch_sharding)
+
+  def starting_at(self, step: int) -> Iterator[Any]:
+    """Yields the batches of `step`, `step` + 1, ... without an end.
+
+    Yields:
+      uint8 [batch, H, W, C] and int32 [batch], sharded over the devices.
+    """
+    epoch, place = divmod(step, self._per_epoch)
+    while True:
+      order = self._order(epoch * self._per_epoch)
+      for index in range(place, self._per_epoch):
+        yield self._take(self._arrays, order, index * self._size)
+      epoch, place = epoch + 1, 0
+
+
+class Streamed:
+  """Training batches decoded by Grain while the devices work.
+
+  Each process decodes its own share of every batch.
+
+  Attributes:
+    damaged: numbers of the records that were found damaged so far.
+  """
+
+  def __init__(
+    self,
+    stream: Stream,
+    recipe: steps.Recipe,
+    batch_size: int,
+    *,
+    threads: int,
+    workers: int,
+  ) -> None:
+    """Prepares to read.
+
+    Args:
+      stream: the training examples.
+      recipe: of the run, for its seed and sharding.
+      batch_size: examples in a step, on all devices together.
+      threads: that decode, in this process or in each worker.
+      workers: processes that decode; 0: this one.
+    """
+    self.damaged: set[int] = set()
+    self._batch_size = batch_size
+    self._sharding = recipe.batch_sharding
+    self._threads, self._workers = threads, workers
+    self._examples = training_examples(stream, recipe.seed, batch_size)
+
+  def starting_at(self, step: int) -> Iterator[Any]:
+    """Yields the batches of `step`, `step` + 1, ... without an end.
+
+    Yields:
+      uint8 [batch, H, W, C] and int32 [batch], sharded over the devices.
+    """
+    batches = share_of_batches(
+      self._examples, self._batch_size, step, *distributed.process()
+    ).to_iter_dataset(_read_options(self._threads))
+    if self._workers:
+      batches = batches.mp_prefetch(
+        grain.MultiprocessingOptions(num_workers=self._workers),
+        worker_init_fn=_prepare_worker,
+      )
+    # Closed, it ends the workers and frees the shared memory they filled.
+    with contextlib.closing(iter(batches)) as iterator:
+      for batch in iterator:
+        if self._workers:
+          # JAX may keep an array for as long as it lives, to the end of the
+          # run, when Grain does not free what it shares any more.
+          batch = tuple(map(np.array, batch))
+        images, labels, damaged = batch
+        self.damaged.update(damaged[damaged >= 0].tolist())
+        yield distributed.from_shares((images, labels), self._sharding)
+
+
+def training_examples(
+  stream: Stream, seed: int, batch_size: int
+) -> grain.MapDataset[Any]:
+  """Returns the examples of all epochs in the order they are trained on.
+
+  Example n is a function of (seed, n), its crop included.
+  """
+  numbers = grain.MapDataset.range(len(stream)).seed(seed).shuffle()
+  whole = len(stream) // batch_size * batch_size
+  return numbers[:whole].random_map(stream.training_example).repeat()
+
+
+def share_of_batches(
+  examples: grain.MapDataset[Any],
+  batch_size: int,
+  first: int,
+  process: int,
+  num_processes: int,
+) -> grain.MapDataset[Any]:
+  """Returns one process's rows of batch `first`, `first` + 1, ...
+
+  The rows of a batch lie on the processes in order, as the devices do; see
+  `distributed.make_mesh`.
+  """
+  share = batch_size // num_processes
+
+  def example(row: int) -> Any:
+    batch, place = divmod(row, share)
+    return examples[batch * batch_size + process * share + place]
+
+  rows = range(first * share, len(examples) // batch_size * share)
+  return (
+    grain.MapDataset.range(rows.start, rows.stop)
+    .map(example)
+    .batch(share, drop_remainder=True)
+  )
+
+
+def evaluation_batches(
+  split: Split | Stream,
+  batch_size: int,
+  mesh: jax.sharding.Mesh,
+  *,
+  threads: int,
+) -> Iterator[Any]:
+  """Yields what `evaluation_shares` does, sharded over all devices."""
+  sharding = distributed.sharded(mesh)
+  for share in evaluation_shares(
+    split, batch_size, *distributed.process(), threads=threads
+  ):
+    yield distributed.from_shares(share, sharding)
+
+
+def evaluation_shares(
+  split: Split | Stream,
+  batch_size: int,
+  process: int = 0,
+  num_processes: int = 1,
+  *,
+  threads: int,
+) -> Iterator[Any]:
+  """Yields every example once, a process its own; the last batch is filled up.
+
+  Yields:
+    uint8 [share, H, W, C], int32 [share] and bool [share], whether an example
+    counts: filling does not, nor does a damaged record.
+  """
+  if isinstance(split, Stream):
+    yield from share_of_batches(
+      evaluation_examples(split, batch_size),
+      batch_size,
+      0,
+      process,
+      num_processes,
+    ).to_iter_dataset(_read_options(threads))
+    return
+  share = batch_size // num_processes
+  for start in range(0, len(split), batch_size):
+    first = start + process * share
+    images = split.images[first : first + share]
+    missing = share - len(images)
+    yield (
+      np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0))),
+      np.pad(split.labels[first : first + share], (0, missing)),
+      np.arange(share) < share - missing,
+    )
+
+
+def evaluation_examples(
+  stream: Stream, batch_size: int
+) -> grain.MapDataset[Any]:
+  """Returns the examples in order, filled up to whole batches."""
+  filling = np.zeros(stream.image_shape, np.uint8), np.int32(0), False
+
+  def example(i: int) -> Any:
+    return stream.evaluation_example(i) if i < len(stream) else filling
+
+  size = -(-len(stream) // batch_size) * batch_size
+  return grain.MapDataset.range(size).map(example)
+
+
+def _prepare_worker(worker: int, num_workers: int) -> None:
+  """Leaves Ctrl-C to the run, and ends the worker when the run ends.
+
+  A terminal sends Ctrl-C to workers too. A run that is killed cannot end its
+  workers, which would wait for it for ever.
+  """
+  del worker, num_workers
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+  """Waits until the process that started this one is gone, and ends it.
+
+  Python's resource tracker, which outlives both, then removes the shared
+  memory. Linux's own signal for it, PR_SET_PDEATHSIG, is no use: it is sent
+  when the starting thread ends, and Grain starts workers from short-lived
+  threads.
+  """
+  if parent := multiprocessing.parent_process():
+    parent.join()
+  os._exit(1)
+
+
+def _read_options(threads: int) -> grain.ReadOptions:
+  # A thread fills a whole batch; one batch waits for each thread.
+  threads = min(threads, os.cpu_count() or 1)
+  return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)

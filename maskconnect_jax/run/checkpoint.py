@@ -1,0 +1,353 @@
+"""Checkpoints of a run and arrays of a model: the only file that calls Orbax.
+
+`Checkpoints` keeps the newest N states of a run and the best one, saves in the
+background, and when the newest is damaged falls back to the one before.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from orbax.checkpoint import v1 as ocp
+
+from maskconnect_jax import files
+from maskconnect_jax.errors import InputError
+from maskconnect_jax.run import storage, stored
+
+_policies = ocp.training.preservation_policies
+# After these, the files may be whole all the same.
+_NO_DAMAGE = (
+  errno.EACCES,
+  errno.EPERM,
+  errno.EMFILE,
+  errno.ENFILE,
+  errno.ENOMEM,
+  errno.ESTALE,
+)
+
+
+def _metric(metrics: Any) -> float:
+  return float(metrics['accuracy']) if metrics else float('-inf')
+
+
+class Checkpoints:
+  """The checkpoints of one run, in one folder, one subfolder per step."""
+
+  def __init__(self, folder: Path, *, keep: int) -> None:
+    """Opens the folder, or makes it.
+
+    Args:
+      folder: `workdir/checkpoints`.
+      keep: the newest so many are kept, and the most accurate one.
+
+    Raises:
+      InputError: it is no folder, or cannot be made, read or written.
+    """
+    self.folder = folder
+    self._saving: tuple[int, int, Any] | None = None
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+      raise InputError(
+        f'{folder} is a file, not a folder; move it away, or give another'
+        ' --workdir'
+      ) from error
+    except OSError as error:
+      raise files.unwritten(folder, error) from error
+    try:
+      stored.set_aside_damaged(folder)
+    except OSError as error:
+      raise stored.unreadable(
+        error.filename or folder, error.strerror
+      ) from error
+    self._session = storage.Session(folder)
+    failure = ''
+    with storage.quiet() as settle:
+      try:
+        # Without LatestN, keeping the best would evict the newest.
+        self._checkpointer = self._session.call(
+          ocp.training.Checkpointer,
+          self._session.path,
+          preservation_policy=_policies.AnyPreservationPolicy(
+            [
+              _policies.LatestN(keep),
+              _policies.BestN(
+                n=1,
+                get_metric_fn=_metric,
+                keep_checkpoints_without_metrics=False,
+              ),
+            ]
+          ),
+          cleanup_tmp_directories=True,
+        )
+      except Exception as error:  # whatever a broken file makes Orbax raise
+        failure = storage.first_line(error)
+        settle()
+    if failure:
+      self._session.close()
+      raise InputError(
+        f'{folder} cannot be opened ({failure}); remove what is damaged there,'
+        ' or give another --workdir'
+      )
+    self._closed = False
+
+  def steps(self) -> list[int]:
+    """Returns the steps that have a finished checkpoint, in rising order."""
+    return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+  def save(
+    self,
+    step: int,
+    state: Any,
+    progress: dict[str, Any],
+    accuracy: float | None,
+  ) -> None:
+    """Saves in the background; an unfinished save is never seen as one.
+
+    Waits for the save before. An error in the background is raised by the
+    next call.
+
+    Args:
+      step: steps done.
+      state: a pytree of arrays; may be donated once this returns.
+      progress: JSON kept beside it.
+      accuracy: what "best" compares; None if not measured at this step.
+
+    Raises:
+      InputError: this one or the one before cannot be written, as on a full
+        disk; those that are finished stay.
+    """
+    self.wait()
+    arrays = _as_dict(state)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+    response = self._write(
+      step,
+      size,
+      self._checkpointer.save_async,
+      step,
+      arrays,
+      force=True,
+      overwrite=True,
+      metrics=None if accuracy is None else {'accuracy': accuracy},
+      # A copy: it is written later, and the caller's goes on changing.
+      custom_metadata={'progress': dict(progress), 'digest': digest(arrays)},
+    )
+    self._saving = step, size, response
+
+  def wait(self) -> None:
+    """Waits until the last save is finished. Raises InputError as `save`."""
+    if self._saving is None:
+      return
+    (step, size, response), self._saving = self._saving, None
+    # The response's thread and event loop end with this call, and not before.
+    self._write(step, size, response.result)
+
+  def load_newest(
+    self, like: Any, progress: Mapping[str, Any] | None = None
+  ) -> tuple[Any, dict[str, Any]] | None:
+    """Returns the newest whole state and its progress, or None without any.
+
+    Args:
+      like: a state, for its structure, shapes, dtypes and shardings.
+      progress: what that of the checkpoint holds at least, for its kinds.
+
+    Raises:
+      InputError: there are checkpoints, and all are damaged, of another
+        network or of another precision; or one may not be read.
+    """
+    self.wait()
+    abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      _as_dict(like),
+    )
+    steps, refusal = self.steps(), ''
+    for step in reversed(steps):
+      folder = self.folder / str(step)
+      stored.check_permissions(folder)
+      damage = other = ''
+      no_damage = None
+      with storage.quiet() as settle:
+        try:
+          loaded, saved = self._session.call(self._load, step, abstract)
+          stored.check_progress(saved, progress or {})
+        except (MemoryError, jax.errors.JaxRuntimeError):
+          raise
+        except Exception as error:  # whatever a broken file makes Orbax raise
+          damage = storage.first_line(error)
+          no_damage = storage.os_error(error)
+          settle()
+      if no_damage and no_damage.errno in _NO_DAMAGE:
+        raise stored.unreadable(folder, no_damage.strerror)
+      if not damage:
+        return type(like)(**loaded), saved
+      with storage.quiet() as settle:
+        try:
+          found = self._session.call(self._checkpointer.metadata, step).metadata
+          other = stored.difference(found, abstract)
+        except Exception:  # as above
+          settle()
+      if other:
+        refusal = refusal or f'checkpoint {folder} {other}'
+        # It is whole, and the ones before are as it is.
+        if stored.X64 in other:
+          break
+      logging.warning(
+        'checkpoint %s %s trying the one before',
+        folder,
+        other or f'is damaged ({damage});',
+      )
+    if refusal:
+      raise InputError(f'{refusal} give another --workdir')
+    if steps:
+      raise InputError(
+        f'no checkpoint in {self.folder} can be read; all are damaged. Give'
+        ' another --workdir, or remove that folder to start anew'
+      )
+    return None
+
+  def close(self) -> None:
+    """Waits, then releases Orbax's threads. Raises InputError as `save`."""
+    if self._closed:
+      return
+    self._closed = True
+    try:
+      self.wait()
+    finally:
+      try:
+        with storage.quiet() as settle:
+          try:
+            self._session.call(self._checkpointer.close)
+          except Exception as error:
+            # That of a save is raised once more.
+            if storage.os_error(error) is None:
+              raise
+            settle()
+      finally:
+        self._session.close()
+
+  def _load(self, step: int, abstract: Any) -> tuple[Any, Any]:
+    loaded = self._checkpointer.load(step, abstract)
+    metadata = self._checkpointer.metadata(step).custom_metadata or {}
+    if 'progress' not in metadata:
+      raise ValueError('its metadata is missing or damaged')
+    # Orbax does not notice a changed byte in an array.
+    if digest(loaded) != metadata.get('digest'):
+      raise ValueError('its arrays are not those that were saved')
+    return loaded, metadata['progress']
+
+  def _write(
+    self, step: int, size: int, function: Any, *args: Any, **kwargs: Any
+  ) -> Any:
+    failure = None
+    try:
+      return self._session.call(function, *args, **kwargs)
+    except Exception as error:
+      failure = storage.os_error(error)
+      if failure is None:
+        raise
+    unwritten = files.unwritten(self.folder / str(step), failure, size)
+    with storage.quiet() as settle:
+      settle()
+    if jax.process_index() == 0:
+      for half in self.folder.glob(f'{step}.*tmp*'):
+        shutil.rmtree(half, ignore_errors=True)
+    raise unwritten
+
+
+def digest(arrays: Any) -> int:
+  """Returns a CRC-32 over the bytes of all arrays of a pytree."""
+  crc = 0
+  for leaf in jax.tree.leaves(arrays):
+    crc = zlib.crc32(np.asarray(leaf).tobytes(), crc)
+  return crc
+
+
+def save_arrays(folder: Path, arrays: dict[str, jax.Array]) -> None:
+  """Writes named arrays into a new folder, and waits for it.
+
+  Called by all processes together, of which the first one writes. Ctrl-C is
+  raised when they are written.
+
+  Raises:
+    OSError: they cannot be written, as on a full disk.
+    InputError: Orbax cannot take the path.
+  """
+  failure = None
+  with storage.Session(folder) as session:
+    try:
+      session.call(ocp.save, session.path, arrays)
+    except Exception as error:
+      failure = storage.os_error(error)
+      if failure is None:
+        raise
+    if failure:
+      with storage.quiet() as settle:
+        settle()
+  if failure:
+    raise failure
+
+
+def stored_arrays(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns shape and dtype of what `save_arrays` wrote; reads no array.
+
+  Raises:
+    InputError: the folder is missing or damaged.
+  """
+  with storage.Session(folder) as session, storage.quiet() as settle:
+    try:
+      found: Any = session.call(ocp.metadata, session.path).metadata
+      return {
+        str(name): jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
+        for name, leaf in found.items()
+      }
+    except Exception as error:  # whatever a broken file makes Orbax raise
+      damage = storage.first_line(error)
+      settle()
+  raise InputError(
+    f'{folder} is no whole set of arrays ({damage}); write it again with'
+    ' --mode=train'
+  )
+
+
+def load_arrays(
+  folder: Path, abstract: dict[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+  """Reads what `save_arrays` wrote, onto this machine's first device.
+
+  Raises:
+    InputError: the folder is missing or damaged, or holds other arrays.
+  """
+  sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  own = {
+    name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    for name, leaf in abstract.items()
+  }
+  other = ''
+  with storage.Session(folder) as session, storage.quiet() as settle:
+    try:
+      found = session.call(ocp.metadata, session.path).metadata
+      other = stored.difference(found, own)
+      if not other:
+        return session.call(ocp.load, session.path, own)
+    except Exception as error:  # whatever a broken file makes Orbax raise
+      damage = storage.first_line(error)
+      settle()
+  if other:
+    raise InputError(f'{folder} {other} write it again with --mode=train')
+  raise InputError(
+    f'{folder} is no whole set of arrays ({damage}); write it again with'
+    ' --mode=train'
+  )
+
+
+def _as_dict(state: Any) -> dict[str, Any]:
+  # Plain names on disk, whatever class holds them in the program.
+  return dict(vars(state))

@@ -1,0 +1,159 @@
+"""What a config would train, without training it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import tqdm
+from clu import parameter_overview
+from flax import nnx
+
+from maskconnect_jax.method import connectivity
+from maskconnect_jax.networks import models
+from maskconnect_jax.run import distributed, experiment, steps
+
+_STEPS = 5  # timed, or as many as fit in ...
+_SECONDS = 5.0
+
+
+def describe(config: ml_collections.ConfigDict) -> str:
+  """Returns the network layer by layer, and what training it costs.
+
+  FLOPs, bytes and memory are XLA's own count of the compiled training step of
+  the first phase; the time of a step is measured on noise, without reading any
+  image. An image's activations are the step's temporary memory, shared out.
+
+  Raises:
+    InputError: the config or its data cannot be used.
+  """
+  job = experiment.build(config)
+  dataset, plan, model, recipe = job.dataset, job.plan, job.model, job.recipe
+  state = distributed.to_global(
+    steps.init_state(model, recipe), distributed.replicated(job.mesh)
+  )
+  rng = np.random.default_rng(0)
+  batch = distributed.to_global(
+    (
+      rng.integers(0, 256, (config.batch_size, *dataset.image_shape), np.uint8),
+      rng.integers(0, len(dataset.classes), config.batch_size, np.int32),
+    ),
+    recipe.batch_sharding,
+  )
+  print('compiling and timing the training step', file=sys.stderr)
+  compiled = (
+    jax.jit(steps.train_step, static_argnums=0, donate_argnums=1)
+    .lower(recipe, state, *batch)
+    .compile()
+  )
+  cost: Any = compiled.cost_analysis()
+  memory: Any = compiled.memory_analysis()
+  seconds = _time_of_a_step(compiled, state, batch)
+
+  own, wiring = config.connectivity, model.stack
+  num_valid = int(np.sum(wiring.valid))
+  links = (
+    model.topology.num_links
+    if model.topology
+    else int(connectivity.fan_in_of(wiring.valid, own.fan_in).sum())
+  )
+  note = experiment.note_on_fan_in(job)
+  weights = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+  share = config.batch_size // job.mesh.size
+  total = tqdm.tqdm.format_interval(seconds * plan.total)
+  return '\n'.join(
+    [
+      parameter_overview.get_parameter_overview(weights, include_stats=False),
+      '',
+      f'network      {config.model.name}, {len(wiring.blocks)} blocks,'
+      f' {models.count_parameters(model):,} parameters',
+      f'input        {" x ".join(map(str, dataset.image_shape))},'
+      f' {len(dataset.classes)} classes',
+      f'wiring       {own.rule}, {own.level}-level, {links:,} edges of'
+      f' {num_valid:,} valid, fan-in {own.fan_in}'
+      + (f'; {note}' if note else ''),
+      f'data         {len(dataset.train):,} training,'
+      f' {len(dataset.validation) if dataset.validation else 0:,} validation,'
+      f' {len(dataset.test):,} test images',
+      f'run          {experiment.duration_in_words(job)}',
+      f'forward      {_giga(forward_products(model, dataset.image_shape))}'
+      ' multiply-adds an image, padding included, as papers count them',
+      f'an image     {cost["flops"] / share / 1e6:,.1f} MFLOP to train on,'
+      f' {memory.temp_size_in_bytes / share / 1e6:,.2f} MB of activations',
+      f'a step       {cost["flops"] / 1e6:,.1f} MFLOP,'
+      f' {cost["bytes accessed"] / 1e6:,.1f} MB accessed,'
+      f' {memory.temp_size_in_bytes / 1e6:,.1f} MB temporary'
+      f' (XLA, {jax.default_backend()}, per device)',
+      f'time         {seconds * 1e3:,.1f} ms a step,'
+      f' {config.batch_size / seconds:,.0f} images per second, {total} for all'
+      f' steps (measured; {job.mesh.size} x {jax.devices()[0].device_kind})',
+    ]
+  )
+
+
+def forward_products(model: models.Network, shape: Sequence[int]) -> int:
+  """Returns the multiply-adds of a forward pass over one image.
+
+  As papers count them: of convolutions and matrix products, those with padding
+  included; BatchNorm, sums and pooling are left out.
+
+  Args:
+    model: any network.
+    shape: (height, width, channels) of the image.
+  """
+
+  def of_images(count: int) -> int:
+    images = jax.ShapeDtypeStruct((count, *shape), np.float32)
+    network, state = nnx.split(model)
+    jaxpr = jax.make_jaxpr(
+      lambda state, images: nnx.merge(network, state)(images)
+    )(state, images)
+    return _products(jaxpr.jaxpr)
+
+  # Products of kernels with kernels are done once, however many images.
+  return of_images(2) - of_images(1)
+
+
+def _giga(count: int) -> str:
+  return f'{count / 1e9:,.2f} G' if count >= 1e9 else f'{count / 1e6:,.2f} M'
+
+
+def _products(jaxpr: Any) -> int:
+  total = 0
+  for equation in jaxpr.eqns:
+    params, out = equation.params, equation.outvars[0].aval
+    if equation.primitive.name == 'conv_general_dilated':
+      kernel = equation.invars[1].aval
+      features = kernel.shape[params['dimension_numbers'].rhs_spec[0]]
+      total += out.size * kernel.size // features
+    elif equation.primitive.name == 'dot_general':
+      (contracted, _), _ = params['dimension_numbers']
+      left = equation.invars[0].aval
+      total += out.size * math.prod(left.shape[i] for i in contracted)
+    elif equation.primitive.name == 'cond':
+      # Of `platform_dependent`: the last is the plain form, of any platform.
+      total += _products(params['branches'][-1].jaxpr)
+    else:
+      for value in params.values():
+        inner = getattr(value, 'jaxpr', value)
+        if hasattr(inner, 'eqns'):
+          total += _products(inner)
+  return total
+
+
+def _time_of_a_step(compiled: Any, state: Any, batch: Any) -> float:
+  """Returns the median of some steps after a first, in seconds."""
+  taken: list[float] = []
+  while len(taken) <= 1 or (len(taken) <= _STEPS and sum(taken) < _SECONDS):
+    begun = time.perf_counter()
+    state, values = compiled(state, *batch)
+    jax.block_until_ready((state, values))
+    taken.append(time.perf_counter() - begun)
+  return statistics.median(taken[1:])

@@ -1,0 +1,244 @@
+"""What a network scores on a split, every example counted once."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import unicodedata
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from absl import logging
+
+from maskconnect_jax.data import datasets, photographs, sources
+from maskconnect_jax.data.datasets import Split, Stream
+from maskconnect_jax.errors import InputError
+from maskconnect_jax.networks import streams
+from maskconnect_jax.run import batches, inference, steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """Means over the examples of a split.
+
+  Attributes:
+    accuracy: in [0, 1].
+    top5_accuracy: how often the label is among the five best classes.
+    loss: cross-entropy of the label, in nats, without smoothing.
+    count: how many examples; damaged ones that are skipped do not count.
+  """
+
+  accuracy: float
+  top5_accuracy: float
+  loss: float
+  count: int
+
+  def named(self, prefix: str) -> dict[str, float | None]:
+    """Returns {'test_accuracy': ..., ...} for the prefix 'test'.
+
+    What is not finite, which JSON has no number for, is None.
+    """
+    named = {
+      f'{prefix}_accuracy': self.accuracy,
+      f'{prefix}_top5_accuracy': self.top5_accuracy,
+      f'{prefix}_loss': self.loss,
+    }
+    return {
+      name: value if math.isfinite(value) else None
+      for name, value in named.items()
+    }
+
+
+class Stopped(Exception):
+  """A measurement was left, since the run is to stop."""
+
+
+class Evaluator:
+  """Scores networks on splits, on all devices."""
+
+  def __init__(
+    self,
+    recipe: steps.Recipe,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+    *,
+    threads: int,
+    stopping: Callable[[], bool] = lambda: False,
+  ) -> None:
+    """Takes how to measure.
+
+    Args:
+      recipe: of the run.
+      batch_size: examples at once, at most; rounded up to all devices.
+      mesh: all devices.
+      threads: that decode.
+      stopping: asked before each batch; once it is true, nothing is measured.
+    """
+    self._recipe = recipe
+    self._batch_size = batch_size
+    self._mesh = mesh
+    self._threads = threads
+    self._stopping = stopping
+    self._step = jax.jit(steps.eval_step, static_argnums=0)
+
+  def __call__(
+    self,
+    network: Any,
+    variables: Any,
+    split: Split | Stream,
+    *,
+    draw_at: int | None = None,
+  ) -> Scores:
+    """Returns the scores of a network.
+
+    Args:
+      network: the graph that `variables` belong to.
+      variables: weights, masks and statistics.
+      split: the examples.
+      draw_at: each batch draws a mask from r, as this training step would,
+        instead of taking the topology or the top-K.
+
+    Raises:
+      Stopped: the run is to stop.
+    """
+    recipe = dataclasses.replace(self._recipe, network=network)
+    # Of a small split no more than it has: the rest would be filling.
+    size = min(self._batch_size, len(split))
+    size = -(-size // self._mesh.size) * self._mesh.size
+    sums = []
+    for index, batch in enumerate(
+      batches.evaluation_batches(split, size, self._mesh, threads=self._threads)
+    ):
+      if self._stopping():
+        raise Stopped
+      start = index * size
+      drawn = draw_at is not None
+      key = recipe.key(streams.EVALUATION_MASK, start) if drawn else None
+      found = self._step(recipe, variables, *batch, key, draw_at or 0)
+      # Waits, lest batches pile up on a device that is slower than its host.
+      sums.append(jax.device_get(found))
+    return _means(sums)
+
+
+def of_model(
+  model: inference.Classifier, config: ml_collections.ConfigDict
+) -> Scores:
+  """Returns what a model scores on a config's test images.
+
+  The images become what the model takes, whatever the config says of sizes;
+  labels are matched by the names of the classes, whatever their order. The
+  classes must be the same: of fewer an accuracy is another number, and of a
+  class that the model does not have it is none.
+
+  Raises:
+    InputError: the data cannot be read, or their classes are not the model's.
+  """
+  data = config.data
+  source = sources.open_source(data)
+  if not source.num_test:
+    raise InputError(f'{source.name} has no test images')
+  _tell_of_differences(model, data)
+  test = datasets.Stream(
+    _in_order(source, model.classes),
+    np.arange(source.num_train, len(source)),
+    augment=lambda record, _: model.prepare(record),
+    decode=model.prepare,
+    skip_errors=data.skip_errors,
+  )
+  sums = []
+  size = min(config.eval_batch_size, len(test))
+  for images, labels, counted in batches.evaluation_shares(
+    test, size, threads=data.threads
+  ):
+    logits = jnp.asarray(model.logits(images))
+    found = steps.scores(logits, labels, counted)
+    sums.append(jax.device_get(found))
+  return _means(sums)
+
+
+def _tell_of_differences(
+  model: inference.Classifier, data: ml_collections.ConfigDict
+) -> None:
+  """Says which fields of a config the model's own preprocessing overrules."""
+  own = model.record['preprocessing']
+  height, width, _ = model.image_shape
+  for field, given, decides in (
+    ('image_size', (data.image_size,) * 2, (height, width)),
+    ('eval_resize', data.eval_resize, own.get('resize', 0)),
+    ('mean', tuple(data.mean), tuple(own['mean'])),
+    ('std', tuple(data.std), tuple(own['std'])),
+  ):
+    measured = given in ((), (0, 0))  # what was found is the model's
+    if given != decides and not measured:
+      logging.warning(
+        'config.data.%s=%s is not what the model was made with, %s, which'
+        ' decides',
+        field,
+        data[field],
+        decides,
+      )
+
+
+def _in_order(
+  source: sources.Source, classes: tuple[str, ...]
+) -> sources.Source:
+  """Returns a source whose labels are numbers of a model's classes.
+
+  Raises:
+    InputError: it has other classes; names those that only one of them has.
+  """
+  ours, theirs = (
+    [unicodedata.normalize('NFC', name) for name in names]
+    for names in (classes, source.classes)
+  )
+  faults = [
+    f'{_listed(sorted(odd))} {where}'
+    for odd, where in (
+      (set(theirs) - set(ours), 'the model does not have'),
+      (set(ours) - set(theirs), 'the data do not have'),
+    )
+    if odd
+  ]
+  place = {name: number for number, name in enumerate(ours)}
+  if not faults and ours != theirs and len(place) < max(len(ours), len(theirs)):
+    faults = ['two of a name, in another order']
+  if faults:
+    raise InputError(
+      f'{source.name} has other classes than the model: {"; ".join(faults)}.'
+      ' Give data of the same classes'
+    )
+  same = ours == theirs
+  numbers = range(len(ours)) if same else [place[name] for name in theirs]
+
+  def read(i: int) -> tuple[photographs.Record, int]:
+    record, label = source.read(i)
+    if not 0 <= label < len(numbers):
+      raise InputError(
+        f'{source.name} has a test image with the label {label}; its'
+        f' {len(numbers)} classes need labels from 0 to {len(numbers) - 1}'
+      )
+    return record, numbers[label]
+
+  return dataclasses.replace(source, read=read, classes=classes)
+
+
+def _listed(names: list[str]) -> str:
+  some = ', '.join(ascii(name)[:60] for name in names[:5])
+  return f'{some} and {len(names) - 5} more' if len(names) > 5 else some
+
+
+def _means(sums: list[dict[str, Any]]) -> Scores:
+  total = {name: sum(one[name].item() for one in sums) for name in sums[0]}
+  count = total['count']
+  if not count:
+    raise InputError('of the images to evaluate on none can be read')
+  return Scores(
+    total['correct'] / count,
+    total['correct_of_5'] / count,
+    total['loss'] / count,
+    count,
+  )

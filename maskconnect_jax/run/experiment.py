@@ -1,0 +1,340 @@
+"""From a config to what is run: steps, network, schedules, compiled recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import optax
+
+from maskconnect_jax import config as config_lib
+from maskconnect_jax import fields
+from maskconnect_jax.data import datasets
+from maskconnect_jax.errors import InputError
+from maskconnect_jax.method import topology, wiring
+from maskconnect_jax.networks import models
+from maskconnect_jax.run import batches, distributed, optimizer, steps
+
+FEW_STEPS = 50  # of the masks: of those of the digits' demo, 82, they need most
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A config's durations, in steps."""
+
+  total: int
+  freeze: int  # the connectivity phase is [0, freeze); 0 for a fixed rule
+  log_every: int
+  evaluate_every: int
+  checkpoint_every: int
+  per_epoch: int
+
+  def phase(self, step: int) -> str:
+    """The phase that `step`, counted from 0, belongs to."""
+    if not self.freeze:
+      return 'train'
+    return 'connectivity' if step < self.freeze else 'fine-tune'
+
+  def saves(self, done: int) -> bool:
+    """Whether a checkpoint is due after so many steps."""
+    return done == self.total or done % self.checkpoint_every == 0
+
+  def evaluates(self, done: int) -> bool:
+    """Whether an evaluation is due."""
+    return done == self.total or done % self.evaluate_every == 0
+
+  def records(self, done: int) -> bool:
+    """Whether a line of the log is due; it is with each of the above."""
+    return (
+      self.saves(done)
+      or self.evaluates(done)
+      or done % self.log_every == 0
+      or done == self.freeze
+    )
+
+
+def make_plan(config: ml_collections.ConfigDict, num_examples: int) -> Plan:
+  """Turns the durations of a config into steps.
+
+  Raises:
+    InputError: the batch is larger than the training set, or there are no
+      steps to take.
+  """
+  if config.batch_size > num_examples:
+    raise InputError(
+      f'config.batch_size={config.batch_size} is larger than the'
+      f' {num_examples} training images'
+    )
+  to_steps = functools.partial(
+    config_lib.to_steps, batch_size=config.batch_size, num_examples=num_examples
+  )
+  total = to_steps(config.duration, name='config.duration')
+  if total < 1:
+    raise InputError(f'config.duration={config.duration!r} is not one step')
+  if total >= fields.MOST:
+    raise InputError(
+      f'config.duration={config.duration!r} is too long; a run has fewer than'
+      f' {fields.MOST:,} steps'
+    )
+
+  def steps_of(text: str, name: str) -> int:
+    return to_steps(text, total=total, name=f'config.{name}')
+
+  freeze = steps_of(config.connectivity.phase, 'connectivity.phase')
+  if not 1 <= freeze <= total:
+    raise InputError(
+      f'config.connectivity.phase={config.connectivity.phase!r} is {freeze}'
+      f' steps; it must be between 1 and the {total} of the run'
+    )
+  return Plan(
+    total=total,
+    freeze=freeze if config.connectivity.rule == 'learned' else 0,
+    log_every=max(1, steps_of(config.log_every, 'log_every')),
+    evaluate_every=max(1, steps_of(config.evaluate_every, 'evaluate_every')),
+    checkpoint_every=max(
+      1, steps_of(config.checkpoint_every, 'checkpoint_every')
+    ),
+    per_epoch=num_examples // config.batch_size,
+  )
+
+
+def make_schedules(
+  config: ml_collections.ConfigDict, plan: Plan
+) -> tuple[optax.Schedule, optax.Schedule]:
+  """Returns the learning rates of the weights and of the masks, by step."""
+
+  def steps_of(text: str, name: str, total: int = plan.total) -> int:
+    return config_lib.to_steps(
+      text,
+      batch_size=config.batch_size,
+      num_examples=plan.per_epoch * config.batch_size,
+      total=total,
+      name=f'config.{name}',
+    )
+
+  own = config.optimizer
+  drops = [steps_of(at, 'optimizer.steps_at') for at in own.steps_at]
+  weights = optimizer.schedule(
+    own.schedule,
+    own.learning_rate,
+    plan.total,
+    steps_at=drops,
+    warmup_steps=steps_of(own.warmup, 'optimizer.warmup'),
+  )
+  masks = optimizer.schedule(
+    config.masks.schedule,
+    config.masks.learning_rate,
+    plan.freeze,
+    steps_at=[round(drop * plan.freeze / plan.total) for drop in drops],
+  )
+  start = steps_of(config.masks.start, 'masks.start', plan.freeze)
+  if plan.freeze and start >= plan.freeze:
+    raise InputError(
+      f'config.masks.start={config.masks.start!r} is step {start}; the'
+      f' connectivity phase ends at {plan.freeze}'
+    )
+  return weights, optimizer.between(masks, start, plan.freeze)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """A config and all that follows from it, before anything is trained.
+
+  Attributes:
+    config: see `maskconnect_jax/config.py`.
+    dataset: in host memory, or streamed.
+    plan: the durations in steps.
+    architecture: the arguments of `create_model`, plain enough for JSON.
+    model: the network before training.
+    mesh: all devices.
+    recipe: what the first phase's step is compiled for.
+  """
+
+  config: ml_collections.ConfigDict
+  dataset: datasets.Dataset
+  plan: Plan
+  architecture: dict[str, Any]
+  model: models.Network
+  mesh: jax.sharding.Mesh
+  recipe: steps.Recipe
+
+
+def build(config: ml_collections.ConfigDict) -> Experiment:
+  """Reads the data and builds the network; writes nothing.
+
+  Raises:
+    InputError: the config or its data cannot be used.
+  """
+  config_lib.check(config)
+  models.architecture_of(config.model.name)  # before any image is read
+  distributed.check_batch_size(config.batch_size)
+  dataset = datasets.load(config.data)
+  plan = make_plan(config, len(dataset.train))
+  architecture = architecture_of(
+    config, len(dataset.classes), dataset.image_shape[-1]
+  )
+  model: models.Network = models.create_model(**architecture)
+  if config.connectivity.rule == 'fixed_given':
+    model = with_given_topology(config, model)
+  mean, std = tuple(config.data.mean), tuple(config.data.std)
+  if not (mean and std):
+    measured = [tuple(map(float, v)) for v in dataset.mean_and_std()]
+    mean, std = mean or measured[0], std or measured[1]
+  if not len(mean) == len(std) == dataset.image_shape[-1]:
+    raise InputError(
+      'config.data.mean and .std need one number for each of'
+      f' the {dataset.image_shape[-1]} channels'
+    )
+  mesh = distributed.make_mesh()
+  rate, mask_rate = make_schedules(config, plan)
+  recipe = steps.Recipe(
+    network=steps.split(model)[0],
+    optimizer=optimizer.partitioned(
+      optimizer.weights_transform(
+        rate,
+        momentum=config.optimizer.momentum,
+        nesterov=config.optimizer.nesterov,
+        weight_decay=config.optimizer.weight_decay,
+        decay_all=config.optimizer.decay_all,
+      ),
+      optimizer.masks_transform(
+        mask_rate,
+        model.stack.valid,
+        momentum=config.masks.momentum,
+        relative=config.masks.relative,
+      ),
+    ),
+    seed=config.seed,
+    temperature=optax.exponential_decay(
+      1.0, max(1, plan.freeze), config.connectivity.temperature
+    ),
+    pad=config.data.pad if config.data.crop == 'pad' else 0,
+    flip=config.data.flip,
+    mean=mean,
+    std=std,
+    mixup=config.data.mixup,
+    label_smoothing=config.optimizer.label_smoothing,
+    average=config.optimizer.average,
+    batch_sharding=distributed.sharded(mesh),
+  )
+  return Experiment(config, dataset, plan, architecture, model, mesh, recipe)
+
+
+def architecture_of(
+  config: ml_collections.ConfigDict, num_classes: int, in_channels: int
+) -> dict[str, Any]:
+  """Returns the arguments of `create_model` that a config stands for."""
+  own = config.connectivity
+  architecture = {
+    'name': config.model.name,
+    'num_classes': num_classes,
+    'in_channels': in_channels,
+    'width': config.model.width or None,
+    'dtype': config.model.dtype,
+    'fan_in': own.fan_in,
+    'rule': 'fixed_prev' if own.rule == 'fixed_given' else own.rule,
+    'gradient': own.gradient,
+    'initial': own.initial,
+    'initial_spread': own.initial_spread,
+    'seed': config.seed,
+    'level': own.level,
+    'version': config.model.version,
+    'matmul_precision': config.model.matmul_precision,
+  }
+  if own.level == 'branch':
+    architecture['identity'] = own.branch_identity
+  else:
+    architecture |= {
+      'stem_source': own.stem_source,
+      'adapter': own.adapter,
+      'scale': own.scale,
+      'gradient_every': own.gradient_every,
+      'remat': config.model.remat,
+    }
+  return architecture
+
+
+def held_out(job: Experiment) -> tuple[str, datasets.Split | datasets.Stream]:
+  """Returns the name and images of what a run is watched on while it trains.
+
+  With a validation set the test set is first read after the last step.
+  """
+  if job.dataset.validation:
+    return 'validation', job.dataset.validation
+  return 'test', job.dataset.test
+
+
+def with_given_topology(
+  config: ml_collections.ConfigDict, model: models.Network
+) -> models.Network:
+  """Returns the model, wired as `config.connectivity.topology` says.
+
+  Raises:
+    InputError: there is none, it is damaged, or is another network's.
+  """
+  path = config_lib.given_path(
+    config.connectivity.topology, 'config.connectivity.topology'
+  )
+  given = topology.read(
+    path,
+    remedy='config.connectivity.topology takes the topology.json of a finished'
+    ' run',
+  )
+  valid = model.stack.valid
+  try:
+    given.check(valid)
+  except InputError as error:
+    raise InputError(
+      f'{path} is not of {config.model.name}: {error}'
+    ) from error
+  if config.connectivity.shuffled:
+    given = given.shuffled(np.random.default_rng(config.seed), valid)
+  return wiring.freeze(model, given)
+
+
+def training_batches(job: Experiment) -> batches.Resident | batches.Streamed:
+  """Returns where a run takes its batches from."""
+  size, data = job.config.batch_size, job.config.data
+  if isinstance(job.dataset.train, datasets.Split):
+    return batches.Resident(job.dataset.train, job.recipe, size, job.mesh)
+  return batches.Streamed(
+    job.dataset.train,
+    job.recipe,
+    size,
+    threads=data.threads,
+    workers=data.workers,
+  )
+
+
+def duration_in_words(job: Experiment) -> str:
+  """Returns how many steps a run takes, in which phases."""
+  plan = job.plan
+  text = (
+    f'{plan.total / plan.per_epoch:,.4g} epochs, {plan.total:,} steps of'
+    f' {job.config.batch_size} images, {plan.per_epoch:,} per epoch'
+  )
+  if not plan.freeze:
+    return text
+  text += f'; masks move for the first {plan.freeze:,}'
+  if plan.freeze < FEW_STEPS:
+    text += (
+      ', which is little to learn a wiring from: a smaller config.batch_size or'
+      ' a longer config.duration gives them more'
+    )
+  return text
+
+
+def note_on_fan_in(job: Experiment) -> str:
+  """Returns a remark for a fan_in that nothing can have, else ''."""
+  own = job.config.connectivity
+  most = int(np.sum(job.model.stack.valid, -1).max())
+  if own.fan_in <= most or own.rule not in ('learned', 'fixed_random'):
+    return ''
+  return (
+    f'no {own.level} has more than {most} sources, so with'
+    f' fan_in={own.fan_in} each takes all it has'
+  )

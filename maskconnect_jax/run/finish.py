@@ -1,0 +1,209 @@
+"""What a finished run leaves to read: summary, pictures, the closing table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from maskconnect_jax import files
+from maskconnect_jax.figures import branches as branch_plots
+from maskconnect_jax.figures import page as plots
+from maskconnect_jax.method.topology import BranchTopology
+from maskconnect_jax.networks import models
+from maskconnect_jax.run import experiment, inference, metrics
+
+
+def at_freeze(watched: str, progress: dict[str, Any], step: int) -> str:
+  """Returns the line that tells of the freeze."""
+  return (
+    f'froze the topology after step {step}: {watched} accuracy'
+    f' {progress[f"{watched}_accuracy_drawn"]:.2%} with drawn masks,'
+    f' {progress[f"{watched}_accuracy_at_freeze"]:.2%} with the frozen one'
+  )
+
+
+def summarize(
+  job: experiment.Experiment,
+  frozen: Any,
+  pruned: Any,
+  accuracies: dict[str, float | None],
+  skipped: int,
+  clock: metrics.Throughput,
+) -> dict[str, Any]:
+  """Returns the content of summary.json; README, "The workdir"."""
+  own = job.config.connectivity
+  return {
+    'model': job.config.model.name,
+    'rule': own.rule,
+    'fan_in': own.fan_in,
+    'seed': job.config.seed,
+    'steps': job.plan.total,
+    **accuracies,
+    'num_train_examples': len(job.dataset.train),
+    'skipped_files': skipped,
+    'parameters': models.count_parameters(frozen),
+    'parameters_pruned': models.count_parameters(pruned),
+    'blocks': len(frozen.stack.blocks),
+    'blocks_pruned': sum(frozen.topology.live),
+    **branches_of(frozen),
+    'images_per_second': clock.images_per_second,
+    'train_seconds': clock.seconds,
+    'device': jax.devices()[0].device_kind,
+    'num_devices': jax.device_count(),
+    'jax': jax.__version__,
+  }
+
+
+def branches_of(frozen: Any) -> dict[str, int]:
+  """Returns how many branches there are and how many stay, at their level."""
+  if not isinstance(frozen.topology, BranchTopology):
+    return {}
+  live = frozen.topology.live_branches
+  return {
+    'branches': sum(block.branches for block in frozen.stack.blocks),
+    'branches_pruned': sum(map(len, live)),
+  }
+
+
+def write(
+  workdir: Path,
+  job: experiment.Experiment,
+  frozen: Any,
+  pruned: Any,
+  summary: dict[str, Any],
+  history: metrics.MaskHistory,
+) -> None:
+  """Writes model, topology, pictures and, last of all, the summary.
+
+  Called by all processes together, of which the first one writes.
+
+  Raises:
+    InputError: one cannot be written, as on a full disk.
+  """
+  inference.save(
+    workdir / 'model',
+    pruned,
+    architecture=job.architecture,
+    classes=job.dataset.classes,
+    image_shape=job.dataset.image_shape,
+    resize=job.config.data.eval_resize,
+    mean=job.recipe.mean,
+    std=job.recipe.std,
+    max_pixels=job.config.data.max_pixels,
+  )
+  if jax.process_index():
+    return
+  history.save()
+  files.write_json(workdir / 'topology.json', frozen.topology.to_dict())
+  draw_figures(workdir, job.config, frozen, history)
+  files.write_json(workdir / 'summary.json', summary)
+
+
+def draw_figures(
+  workdir: Path,
+  config: ml_collections.ConfigDict,
+  frozen: Any,
+  history: metrics.MaskHistory,
+) -> None:
+  """Draws the topology, and where it was learned the real mask behind it."""
+  topology = frozen.topology
+  own = config.connectivity
+  title = f'{config.model.name}, {own.rule.replace("_", "-")}'
+  if own.rule in ('learned', 'fixed_random'):
+    title += f', fan-in {own.fan_in}'
+  real = (
+    np.asarray(frozen.stack.real_mask[...]) if own.rule == 'learned' else None
+  )
+  folder = workdir / 'figures'
+  if isinstance(topology, BranchTopology):
+    figures = {
+      'topology': branch_plots.topology_figure(
+        topology.sources,
+        stages=frozen.stages,
+        live=topology.live_branches,
+        title=title,
+      )
+    }
+    if real is not None:
+      figures['real_mask'] = branch_plots.mask_figure(
+        real, topology.sources, title=title
+      )
+  else:
+    figures = {
+      'topology': plots.topology_figure(
+        topology.sources, stages=frozen.stages, live=topology.live, title=title
+      )
+    }
+    if real is not None:
+      figures['real_mask'] = plots.mask_figure(
+        real, topology.sources, stages=frozen.stages, title=title
+      )
+      if len(history) > 1:
+        figures['real_mask_history'] = plots.history_figure(
+          history.steps,
+          history.masks,
+          topology.sources,
+          stages=frozen.stages,
+          title=title,
+        )
+  for name, figure in figures.items():
+    try:
+      plots.save(figure, folder / name)
+    except OSError as error:
+      raise files.unwritten(folder / name, error) from error
+
+
+def table(summary: dict[str, Any], workdir: Path) -> str:
+  """Returns the table that a run ends with."""
+  watched = 'validation' if 'validation_accuracy' in summary else 'test'
+  tested = f'test accuracy ({summary["num_test_examples"]:,} images)'
+  rows = [
+    ('with drawn masks', summary[f'{watched}_accuracy_drawn']),
+    ('at the freeze', summary[f'{watched}_accuracy_at_freeze']),
+    ('after fine-tuning', summary[f'{watched}_accuracy']),
+    ('after pruning', summary['test_accuracy_pruned']),
+  ]
+  lines = [
+    f'  {name:<20}{value:>9.2%}' for name, value in rows if value is not None
+  ]
+  if watched == 'test':
+    lines.insert(0, tested)
+  else:
+    lines = ['validation accuracy', *lines[:-1], tested, lines[-1]]
+  files = [
+    ('summary', 'summary.json'),
+    ('topology', 'topology.json'),
+    ('pictures', 'figures/'),
+    ('model', 'model/'),
+    ('metrics', 'metrics.jsonl'),
+    ('TensorBoard', 'tensorboard/'),
+    ('checkpoints', 'checkpoints/'),
+    ('config', 'config.json'),
+  ]
+  return '\n'.join(
+    [
+      '',
+      f'{summary["model"]}, {summary["rule"]}, fan-in {summary["fan_in"]},'
+      f' seed {summary["seed"]}: {summary["steps"]:,} steps in'
+      f' {summary["train_seconds"]:.0f} s,'
+      f' {summary["images_per_second"]:,.0f} images per second'
+      f' ({summary["num_devices"]} x {summary["device"]})',
+      '',
+      *lines,
+      '',
+      f'  {"":<20}{"blocks":>9}{"parameters":>13}',
+      f'  {"before pruning":<20}{summary["blocks"]:>9}'
+      f'{summary["parameters"]:>13,}',
+      f'  {"after pruning":<20}{summary["blocks_pruned"]:>9}'
+      f'{summary["parameters_pruned"]:>13,}',
+      '',
+      *(
+        f'  {name:<20}{workdir / path}{"/" if path[-1] == "/" else ""}'
+        for name, path in files
+      ),
+    ]
+  )

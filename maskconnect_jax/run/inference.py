@@ -1,0 +1,272 @@
+"""A model folder, and what it predicts.
+
+`model/` holds `arrays/` (Orbax, one array per parameter, named by its path)
+and `model.json`: architecture, topology, classes and preprocessing. Nothing
+else is needed to predict.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from maskconnect_jax import files
+from maskconnect_jax.config import given_path
+from maskconnect_jax.data import image_headers, image_inputs, images
+from maskconnect_jax.errors import InputError
+from maskconnect_jax.method import topology, wiring
+from maskconnect_jax.networks import models
+from maskconnect_jax.run import checkpoint, model_record
+
+BATCH = 256
+_BATCH_BYTES = 2**26  # of the images of a batch, before they are widened
+
+
+def save(
+  folder: Path,
+  model: Any,
+  *,
+  architecture: dict[str, Any],
+  classes: Sequence[str],
+  image_shape: Sequence[int],
+  resize: int,
+  mean: Sequence[float],
+  std: Sequence[float],
+  max_pixels: int = image_headers.MAX_PIXELS,
+) -> None:
+  """Writes a frozen, pruned model; a folder already there is replaced.
+
+  Called by all processes together, of which the first one writes.
+
+  Args:
+    folder: such as workdir/model.
+    model: from `wiring.prune`.
+    architecture: the arguments of `create_model`.
+    classes: name of each output.
+    image_shape: (height, width, channels) that images are brought to.
+    resize: of the shorter side, before the centre is cropped; 0: none.
+    mean: per channel, on the 0..255 scale.
+    std: likewise.
+    max_pixels: width times height of the largest image to decode.
+
+  Raises:
+    InputError: it cannot be written, as on a full disk; what was there stays.
+  """
+  height, width, channels = image_shape
+  arrays = _named_arrays(model)
+  if jax.process_index():
+    checkpoint.save_arrays(files.temporary_of(folder) / 'arrays', arrays)
+    return
+  record = {
+    'schema': model_record.SCHEMA,
+    'architecture': {'version': model.version} | architecture,
+    'topology': model.topology.to_dict(),
+    'digest': checkpoint.digest(arrays),
+    'classes': list(classes),
+    'preprocessing': {
+      'height': height,
+      'width': width,
+      'channels': channels,
+      'resize': resize,
+      'mean': list(mean),
+      'std': list(std),
+      'max_pixels': max_pixels,
+    },
+  }
+  size = sum(array.nbytes for array in arrays.values())
+  with files.replacing(folder, size) as temporary:
+    temporary.mkdir(parents=True)
+    checkpoint.save_arrays(temporary / 'arrays', arrays)
+    files.write_json(temporary / 'model.json', record)
+
+
+def load(folder: str | Path) -> Classifier:
+  """Reads a model.
+
+  Args:
+    folder: the workdir of a finished run, such as 'runs/digits', or the model
+      folder in it, which may lie anywhere.
+
+  Raises:
+    InputError: there is no whole model in it.
+  """
+  folder = given_path(folder, '--workdir')
+  if (folder / 'model' / 'model.json').is_file():  # a workdir
+    folder /= 'model'
+  path = folder / 'model.json'
+  if not path.is_file():
+    raise InputError(
+      f'{folder} holds no model.json; give the workdir of a finished run, such'
+      ' as runs/digits, or its model folder (--mode=train goes on with a run'
+      ' that was interrupted)'
+    )
+  record, frozen = model_record.read(path)
+  arrays_folder = folder / 'arrays'
+  stored = checkpoint.stored_arrays(arrays_folder)
+  model_record.check_blocks(arrays_folder, frozen, stored)
+  # The rule and the seed decide what a network starts from, and no shape.
+  given = {'version': '1'} | record['architecture']  # had no name then
+  architecture = given | {'rule': 'fixed_prev', 'seed': 0}
+  try:
+    abstract = nnx.eval_shape(
+      lambda: wiring.prune(
+        wiring.freeze(models.create_model(**architecture), frozen)
+      )
+    )
+  except (TypeError, ValueError) as error:
+    why = str(error).splitlines()[0]
+    raise InputError(
+      f'{path} is damaged: {why}; {model_record.REMEDY}'
+    ) from error
+  expected = _named_arrays(abstract)
+  model_record.check_arrays(arrays_folder, expected, stored)
+  arrays = checkpoint.load_arrays(arrays_folder, expected)
+  if checkpoint.digest(arrays) != record['digest']:
+    raise InputError(
+      f'{arrays_folder} is damaged: not the arrays that were saved;'
+      f' {model_record.REMEDY}'
+    )
+  network, state = nnx.split(abstract)
+  flat = nnx.to_flat_state(state)
+  loaded = nnx.from_flat_state(
+    (path, leaf.replace(arrays['/'.join(map(str, path))]))
+    for path, leaf in flat
+  )
+  return Classifier(network, loaded, record)
+
+
+def _named_arrays(model: Any) -> dict[str, Any]:
+  """Returns {'stack/blocks/0/conv1/kernel': array, ...}."""
+  return {
+    '/'.join(map(str, path)): leaf.get_value()
+    if isinstance(leaf, nnx.Variable)
+    else leaf
+    for path, leaf in nnx.to_flat_state(nnx.state(model))
+  }
+
+
+class Classifier:
+  """A trained, frozen and pruned network, ready to predict.
+
+  Attributes:
+    classes: name of each output.
+    topology: which sources feed each block.
+    image_shape: (height, width, channels) that images are brought to.
+    record: the content of model.json.
+  """
+
+  def __init__(self, network: Any, state: Any, record: dict[str, Any]) -> None:
+    """Made by `load`."""
+    self.record = record
+    self.classes: tuple[str, ...] = tuple(record['classes'])
+    self.topology = topology.from_dict(record['topology'])
+    shape = record['preprocessing']
+    self.image_shape = (shape['height'], shape['width'], shape['channels'])
+    mean = jnp.asarray(shape['mean'], jnp.float32)
+    std = jnp.asarray(shape['std'], jnp.float32)
+    self._state = state
+
+    @jax.jit
+    def forward(state: Any, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
+      model = nnx.merge(network, state)
+      logits = model((batch.astype(jnp.float32) - mean) / std)
+      return logits, jax.nn.softmax(logits)
+
+    self._forward = forward
+
+  def predict(self, images_or_paths: Any) -> np.ndarray:
+    """Returns class probabilities, float32 [N, len(classes)].
+
+    Args:
+      images_or_paths: an array of any library, uint8 [N, H, W, C] or [N, H, W];
+        or any iterable of paths, Pillow images and uint8 arrays; or one of
+        these, [H, W, C] with C up to 4 or [H, W], as if alone in a list. Any
+        size; they are resized and converted as in training. An iterable is
+        taken `batch_size` images at a time.
+
+    Raises:
+      InputError: an image cannot be read, or what was given is no image, or
+        has two readings.
+    """
+    items = image_inputs.each(images_or_paths, channels=self.image_shape[-1])
+    numbered = enumerate(items)
+    rows = [np.zeros((0, len(self.classes)), np.float32)]
+    while part := [
+      self._prepared(*item)
+      for item in itertools.islice(numbered, self.batch_size)
+    ]:
+      rows.append(self.probabilities(np.stack(part)))
+    return np.concatenate(rows)
+
+  @property
+  def batch_size(self) -> int:
+    """How many images are taken at once: fewer where they are large."""
+    most = max(1, _BATCH_BYTES // math.prod(self.image_shape))
+    return int(min(BATCH, 1 << (most.bit_length() - 1)))
+
+  def _prepared(self, number: int, item: Any) -> np.ndarray:
+    try:
+      return self.prepare(item)
+    except InputError as error:
+      if isinstance(item, str | os.PathLike):  # it is named
+        raise
+      raise InputError(f'image {number}: {error}') from error
+
+  def prepare(self, item: Any) -> np.ndarray:
+    """Returns one image as the network takes it, uint8 `image_shape`.
+
+    Args:
+      item: a path, Pillow image or uint8 array, or the content of a file.
+
+    Raises:
+      InputError: it cannot be read, or is not an image.
+    """
+    height, width, channels = self.image_shape
+    return images.read(
+      item if isinstance(item, bytes) else image_inputs.one(item),
+      channels=channels,
+      size=(height, width),
+      resize=self.record['preprocessing'].get('resize', 0),
+      max_pixels=self.record['preprocessing'].get(
+        'max_pixels', image_headers.MAX_PIXELS
+      ),
+    )
+
+  def probabilities(self, batch: np.ndarray) -> np.ndarray:
+    """Returns class probabilities of images that are prepared already.
+
+    Args:
+      batch: uint8 [N, H, W, C], of `image_shape`.
+
+    Returns:
+      float32 [N, len(classes)].
+
+    Raises:
+      InputError: another shape or dtype.
+    """
+    return self._run(batch)[1]
+
+  def logits(self, batch: np.ndarray) -> np.ndarray:
+    """Returns what the softmax of is `probabilities`, float32 of that shape."""
+    return self._run(batch)[0]
+
+  def _run(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if batch.dtype != np.uint8 or batch.shape[1:] != self.image_shape:
+      raise InputError(
+        f'a batch is uint8 [N, {", ".join(map(str, self.image_shape))}], not'
+        f' {batch.dtype} {list(batch.shape)}; predict() takes any images'
+      )
+    # Powers of two: few shapes to compile for, whatever number is asked for.
+    padded = 1 << (len(batch) - 1).bit_length()
+    filled = np.pad(batch, ((0, padded - len(batch)), (0, 0), (0, 0), (0, 0)))
+    logits, probabilities = jax.device_get(self._forward(self._state, filled))
+    return logits[: len(batch)], probabilities[: len(batch)]

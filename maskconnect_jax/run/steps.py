@@ -1,0 +1,294 @@
+"""One training step and one evaluation step: pure functions.
+
+Everything random in them is a function of (seed, step), so a run that was cut
+and resumed draws what an uninterrupted one would have drawn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from maskconnect_jax.method.wiring import RealMask
+from maskconnect_jax.networks import layers, streams
+from maskconnect_jax.run import augment
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """All that the next step depends on.
+
+  Attributes:
+    step: int32 [], steps done.
+    weights: kernels, biases, BatchNorm scales, float32.
+    masks: the real masks, float32; empty where the topology is fixed.
+    statistics: BatchNorm's running averages, float32.
+    optimizer: optax state of weights and masks.
+    average: {'weights', 'statistics'}, their moving averages; {} without.
+  """
+
+  step: jax.Array
+  weights: Any
+  masks: Any
+  statistics: Any
+  optimizer: Any
+  average: dict[str, Any]
+
+  def variables(self) -> tuple[Any, Any, Any]:
+    """The parts that `nnx.merge` makes a model of, in the order of `split`.
+
+    They are what is evaluated and kept: averaged where averages are taken.
+    """
+    own = {'weights': self.weights, 'statistics': self.statistics}
+    own |= self.average
+    return own['weights'], self.masks, own['statistics']
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """What a step is compiled for; hashable, a static argument of jit.
+
+  Attributes:
+    network: the model's graph, without its arrays.
+    optimizer: of {'weights': ..., 'masks': ...}.
+    seed: of everything random.
+    temperature: of the drawn masks, by step.
+    pad, flip, mean, std, mixup: see `config.data`.
+    label_smoothing, average: see `config.optimizer`.
+    batch_sharding: how a batch lies on the devices.
+  """
+
+  network: Any
+  optimizer: optax.GradientTransformation
+  seed: int
+  temperature: optax.Schedule
+  pad: int
+  flip: bool
+  mean: tuple[float, ...]
+  std: tuple[float, ...]
+  mixup: float
+  label_smoothing: float
+  average: float
+  batch_sharding: jax.sharding.NamedSharding
+
+  def key(self, stream: int, step: jax.Array | int) -> jax.Array:
+    """Returns the key of one of `streams` at one step."""
+    return streams.at_step(self.seed, stream, step)
+
+  def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
+    """Tells layers that shard by hand, inside the step, which mesh it is."""
+    mesh = self.batch_sharding.mesh
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def split(model: nnx.Module) -> tuple[Any, Any, Any, Any]:
+  """Returns (network, weights, masks, statistics) of a model.
+
+  The last three hold arrays, not Flax's variables, which Python would take
+  apart and make anew at every call of a compiled step.
+  """
+  network, *states = nnx.split(model, nnx.Param, RealMask, nnx.BatchStat)
+  weights, masks, statistics = map(nnx.as_pure, states)
+  return network, weights, masks, statistics
+
+
+def init_state(model: nnx.Module, recipe: Recipe) -> TrainState:
+  """Returns the state before the first step."""
+  _, weights, masks, statistics = split(model)
+  average = {'weights': weights, 'statistics': statistics}
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    weights=weights,
+    masks=masks,
+    statistics=statistics,
+    optimizer=recipe.optimizer.init({'weights': weights, 'masks': masks}),
+    average=average if recipe.average else {},
+  )
+
+
+def augmented(recipe: Recipe, images: jax.Array, step: jax.Array) -> jax.Array:
+  """Normalises and augments one batch.
+
+  Args:
+    recipe: of the run.
+    images: uint8 [batch, H, W, C].
+    step: int32 [], decides crops and flips.
+
+  Returns:
+    float32 [batch, H, W, C].
+  """
+  batch = augment.normalize(images, recipe.mean, recipe.std)
+  if recipe.pad:
+    batch = augment.random_crop(
+      recipe.key(streams.CROP, step), batch, recipe.pad
+    )
+  if recipe.flip:
+    batch = augment.random_flip(recipe.key(streams.FLIP, step), batch)
+  return batch
+
+
+def train_step(
+  recipe: Recipe, state: TrainState, images: jax.Array, labels: jax.Array
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """Takes one step of SGD on weights and, while they are learned, masks.
+
+  Args:
+    recipe: static.
+    state: before the step.
+    images: uint8 [batch, H, W, C].
+    labels: int32 [batch].
+
+  Returns:
+    The state after the step, and {'loss', 'accuracy'}, float32 [], of the
+    batch before the update.
+  """
+  inputs = augmented(recipe, images, state.step)
+
+  def loss_of(params: dict[str, Any]) -> tuple[jax.Array, tuple[Any, Any]]:
+    model = nnx.merge(
+      recipe.network, params['weights'], params['masks'], state.statistics
+    )
+    mask = model.draw(
+      recipe.key(streams.MASK, state.step), recipe.temperature(state.step)
+    )
+    targets = optax.smooth_labels(
+      jax.nn.one_hot(labels, model.head.out_features), recipe.label_smoothing
+    )
+    mixed = inputs
+    if recipe.mixup:
+      mixed, targets = augment.mixup(
+        recipe.key(streams.MIXUP, state.step), inputs, targets, recipe.mixup
+      )
+    logits = model(mixed, mask, train=True)
+    loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
+    return loss, (logits, nnx.as_pure(nnx.state(model, nnx.BatchStat)))
+
+  params = {'weights': state.weights, 'masks': state.masks}
+  with recipe.on_mesh():
+    (loss, (logits, statistics)), gradients = jax.value_and_grad(
+      loss_of, has_aux=True
+    )(params)
+  updates, optimizer_state = recipe.optimizer.update(
+    gradients, state.optimizer, params
+  )
+  params = optax.apply_updates(params, updates)
+  accuracy = jnp.mean(jnp.argmax(logits, -1) == labels, dtype=jnp.float32)
+  return TrainState(
+    step=state.step + 1,
+    weights=params['weights'],
+    masks=params['masks'],
+    statistics=statistics,
+    optimizer=optimizer_state,
+    average=averaged(recipe, state, params['weights'], statistics),
+  ), {'loss': loss, 'accuracy': accuracy}
+
+
+def averaged(
+  recipe: Recipe, state: TrainState, weights: Any, statistics: Any
+) -> dict[str, Any]:
+  """Returns a <- d a + (1 - d) w, with d = min(average, (1 + t) / (10 + t)).
+
+  Early on d is smaller, so that the start of the run is soon forgotten; as in
+  TensorFlow's ExponentialMovingAverage, with t the steps done.
+  """
+  if not recipe.average:
+    return {}
+  decay = jnp.minimum(recipe.average, (1 + state.step) / (10 + state.step))
+  return optax.incremental_update(
+    {'weights': weights, 'statistics': statistics}, state.average, 1 - decay
+  )
+
+
+def batch_statistics(
+  recipe: Recipe, variables: tuple[Any, Any, Any], images: jax.Array, step: Any
+) -> Any:
+  """Returns BatchNorm's statistics over one training batch alone.
+
+  A running average that starts from 0 is (1 - momentum) times the batch's.
+  Blocks that the topology leaves out keep theirs.
+
+  Args:
+    recipe: static; its network is frozen.
+    variables: weights, masks and statistics.
+    images: uint8 [batch, H, W, C].
+    step: decides crops and flips.
+  """
+  weights, masks, statistics = variables
+  inputs = augmented(recipe, images, step)
+  zeros = jax.tree.map(jnp.zeros_like, statistics)
+  model = nnx.merge(recipe.network, weights, masks, zeros)
+  with recipe.on_mesh():
+    model(inputs, train=True)
+  measured = jax.tree.map(
+    lambda s: s / (1 - layers.MOMENTUM),
+    nnx.as_pure(nnx.state(model, nnx.BatchStat)),
+  )
+  for block, live in enumerate(model.topology.live):
+    if not live:
+      measured['stack']['blocks'][block] = statistics['stack']['blocks'][block]
+  return measured
+
+
+def eval_step(
+  recipe: Recipe,
+  variables: tuple[Any, Any, Any],
+  images: jax.Array,
+  labels: jax.Array,
+  counted: jax.Array,
+  mask_key: jax.Array | None,
+  mask_step: jax.Array | int,
+) -> dict[str, jax.Array]:
+  """Returns sums over a batch, so that batches add up exactly.
+
+  Args:
+    recipe: static.
+    variables: `TrainState.variables()`.
+    images: uint8 [batch, H, W, C].
+    labels: int32 [batch].
+    counted: bool [batch]; False for the padding of the last batch.
+    mask_key: draws the mask; None takes the topology or the top-K of r.
+    mask_step: of the training step that would draw it, for its temperature.
+
+  Returns:
+    See `scores`.
+  """
+  model = nnx.merge(recipe.network, *variables)
+  mask = None
+  if mask_key is not None:
+    mask = model.draw(mask_key, recipe.temperature(mask_step))
+  with recipe.on_mesh():
+    logits = model(augment.normalize(images, recipe.mean, recipe.std), mask)
+  return scores(logits, labels, counted)
+
+
+def scores(
+  logits: jax.Array, labels: jax.Array, counted: jax.Array
+) -> dict[str, jax.Array]:
+  """Returns sums over the examples that count.
+
+  Args:
+    logits: float32 [batch, num_classes].
+    labels: int32 [batch].
+    counted: bool [batch].
+
+  Returns:
+    {'correct', 'correct_of_5', 'count': int32 [], 'loss': float32 []}; a label
+    is among the 5 if fewer than 5 classes have a larger logit.
+  """
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+  own = jnp.take_along_axis(logits, labels[:, None], -1)
+  larger = jnp.sum(~(logits <= own), -1)  # all of them where one is not finite
+  right = jnp.argmax(logits, -1) == labels
+  return {
+    'correct': jnp.sum(right & counted, dtype=jnp.int32),
+    'correct_of_5': jnp.sum((larger < 5) & counted, dtype=jnp.int32),
+    'loss': jnp.sum(jnp.where(counted, losses, 0.0)),
+    'count': jnp.sum(counted, dtype=jnp.int32),
+  }

@@ -1,0 +1,1 @@
+"""Many runs: sweeps, their tables, and what their masks did."""

@@ -1,0 +1,374 @@
+"""One table of many runs: a row per config, over its seeds."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from maskconnect_jax import config as config_lib
+from maskconnect_jax import files
+from maskconnect_jax.errors import InputError
+from maskconnect_jax.figures import page as plots
+from maskconnect_jax.figures import summary as summary_plots
+from maskconnect_jax.run import workdirs
+
+CAPTION = (
+  'Test accuracy is that of the finished model, after the last step,'
+  ' fine-tuning and pruning; never that of the best epoch. Mean ± sample'
+  ' standard deviation, and the best, over the seeds. Parameters: mean over'
+  ' the seeds (least to most). Images per second: median.'
+)
+
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+_Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class Summary(msgspec.Struct):
+  """What the table reads of a summary.json: the schema of these fields."""
+
+  test_accuracy_pruned: _Share
+  parameters: _Count
+  parameters_pruned: _Count
+  images_per_second: Annotated[float, msgspec.Meta(ge=0)]
+  num_devices: _Count
+  device: str
+  validation_accuracy: _Share | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A finished run.
+
+  Attributes:
+    workdir: of the run.
+    seed: of the run.
+    fields: every other field of its config, by path.
+    summary: the content of its summary.json.
+    inputs: the content of its inputs.json, or None.
+  """
+
+  workdir: Path
+  seed: int
+  fields: dict[str, Any]
+  summary: dict[str, Any]
+  inputs: dict[str, Any] | None = None
+
+  @property
+  def device(self) -> str:
+    """Such as '1 x cpu'."""
+    return f'{self.summary["num_devices"]} x {self.summary["device"]}'
+
+  def same_but_for_seed(self, other: Run) -> bool:
+    """Whether they belong into one row; images are equal wherever they lie."""
+    ours, theirs = dict(self.fields), dict(other.fields)
+    if self.inputs and other.inputs:
+      ours['data.dir'] = self.inputs['data']
+      theirs['data.dir'] = other.inputs['data']
+    return ours == theirs
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """Runs whose configs are equal but for the seed.
+
+  Attributes:
+    name: what tells this row from the others.
+    runs: in the order of their seeds; at least one.
+  """
+
+  name: str
+  runs: list[Run]
+
+  def values(self, name: str) -> list[Any]:
+    """Returns a field of summary.json, one value per run."""
+    return [run.summary[name] for run in self.runs]
+
+  @property
+  def held_out(self) -> list[float]:
+    """Accuracies on held out training images; [] where none were."""
+    if not self.runs[0].fields['data.validation']:
+      return []
+    return self.values('validation_accuracy')
+
+  @property
+  def devices(self) -> str:
+    """All devices that runs of this row were trained on."""
+    return ', '.join(dict.fromkeys(run.device for run in self.runs))
+
+  def record(self) -> dict[str, Any]:
+    """Returns the row of the CSV file; accuracies are fractions."""
+    accuracy = self.values('test_accuracy_pruned')
+    return {
+      'row': self.name,
+      'num_seeds': len(self.runs),
+      'seeds': ' '.join(str(run.seed) for run in self.runs),
+      'duration': self.runs[0].fields['duration'],
+      'test_accuracy_best': max(accuracy),
+      'test_accuracy_mean': statistics.fmean(accuracy),
+      'test_accuracy_std': (
+        statistics.stdev(accuracy) if len(accuracy) > 1 else ''
+      ),
+      'validation_accuracy_mean': (
+        statistics.fmean(self.held_out) if self.held_out else ''
+      ),
+      'validation_accuracy_std': (
+        statistics.stdev(self.held_out) if len(self.held_out) > 1 else ''
+      ),
+      **{
+        f'{name}_{statistic.__name__.removeprefix("f")}': statistic(
+          self.values(name)
+        )
+        for name in ('parameters', 'parameters_pruned')
+        for statistic in (statistics.fmean, min, max)
+      },
+      'images_per_second': statistics.median(self.values('images_per_second')),
+      'device': self.devices,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """What there is to tell of some runs.
+
+  Attributes:
+    rows: in the order in which their first runs were found.
+    unfinished: workdirs of runs without a summary; in no row.
+  """
+
+  rows: list[Row]
+  unfinished: list[Path]
+
+  def markdown(self) -> str:
+    """Returns the table to read, with what it counts below."""
+    validated = ['validation'] * any(row.held_out for row in self.rows)
+    head = ['', 'seeds', 'duration', *validated, 'test accuracy', 'best']
+    head += ['parameters', 'after pruning', 'images/s', 'device']
+    lines = [line(head), line(['---'] * len(head))]
+    for row in self.rows:
+      record = row.record()
+      cells = [
+        row.name,
+        f'{len(row.runs)} ({", ".join(str(run.seed) for run in row.runs)})',
+        record['duration'],
+        *(_mean(row.held_out) for _ in validated),
+        _mean(row.values('test_accuracy_pruned')),
+        f'{record["test_accuracy_best"]:.2%}'.replace('%', ' %'),
+        _count(row.values('parameters')),
+        _count(row.values('parameters_pruned')),
+        f'{record["images_per_second"]:,.0f}',
+        record['device'],
+      ]
+      lines.append(line(cells))
+    lines += ['', CAPTION]
+    if common := usual([row.runs[0].fields for row in self.rows]):
+      own = ', '.join(f'{short(path)}={v}' for path, v in common.items())
+      lines.append(f'Where a row does not say otherwise: {own}.')
+    if len({run.device for row in self.rows for run in row.runs}) > 1:
+      lines.append('Devices differ: their images per second do not compare.')
+    if self.unfinished:
+      names = ', '.join(map(str, self.unfinished))
+      lines.append(f'Not finished, and in no row: {names}.')
+    return '\n'.join(lines) + '\n'
+
+  def draw(self, path: Path) -> None:
+    """Draws the accuracies as FILE.png, and beside it FILE.svg.
+
+    They are of held out images, or of the test images where a row has none.
+
+    Raises:
+      InputError: another suffix, or no run is finished.
+    """
+    check_figure(path)
+    if not self.rows:
+      raise InputError(f'--figure={path} needs a run that is finished')
+    held_out = all(row.held_out for row in self.rows)
+    figure = summary_plots.figure(
+      [row.name for row in self.rows],
+      [
+        row.held_out if held_out else row.values('test_accuracy_pruned')
+        for row in self.rows
+      ],
+      'Validation accuracy' if held_out else 'Test accuracy',
+    )
+    plots.save(figure, path.with_suffix(''))
+
+  def csv(self) -> str:
+    """Returns the same rows to compute with, unrounded."""
+    records = [row.record() for row in self.rows]
+    text = io.StringIO()
+    if records:
+      writer = csv.DictWriter(text, list(records[0]), lineterminator='\n')
+      writer.writeheader()
+      writer.writerows(records)
+    return text.getvalue()
+
+
+def check_figure(path: Path) -> None:
+  """Raises InputError for a name under which no figure can be drawn."""
+  if path.suffix != '.png':
+    raise InputError(f'--figure={path} must end in .png')
+  for one in (path, path.with_suffix('.svg')):
+    files.check_output(one)
+
+
+def summarize(folders: Sequence[Path]) -> Table:
+  """Makes the table of all runs in some folders.
+
+  Args:
+    folders: each the workdir of a run, or a folder with such at any depth.
+
+  Raises:
+    InputError: a folder holds no run, a run's files cannot be read, or two
+      runs are of the same config and seed.
+  """
+  finished, unfinished = [], []
+  for workdir in find_runs(folders):
+    if (workdir / 'summary.json').is_file():
+      finished.append(read(workdir))
+    else:
+      unfinished.append(workdir)
+  groups: list[list[Run]] = []
+  for run in finished:
+    group = next((g for g in groups if g[0].same_but_for_seed(run)), None)
+    if group is None:
+      groups.append([run])
+      continue
+    for other in group:
+      if other.seed == run.seed:
+        raise InputError(
+          f'{other.workdir} and {run.workdir} are the same config and seed;'
+          ' leave one of them out'
+        )
+    group.append(run)
+  return Table(
+    [
+      Row(name, sorted(group, key=lambda run: run.seed))
+      for name, group in zip(
+        names([group[0].fields for group in groups]), groups, strict=True
+      )
+    ],
+    unfinished,
+  )
+
+
+def find_runs(folders: Sequence[Path]) -> list[Path]:
+  """Returns every workdir of a run in some folders, each once.
+
+  Raises:
+    InputError: there is none in one of them.
+  """
+  found: dict[Path, Path] = {}
+  for folder in folders:
+    runs = list(_runs_below(folder))
+    if not runs:
+      raise InputError(
+        f'{folder} holds no run; give the workdir of a run, or a folder of runs'
+      )
+    for run in runs:
+      found.setdefault(run.resolve(), run)
+  return list(found.values())
+
+
+def read(workdir: Path) -> Run:
+  """Reads a finished run. Raises InputError if its files are damaged."""
+  fields = config_lib.essential(config_lib.stored(workdir))
+  seed = fields.pop('seed')
+  path = workdir / 'summary.json'
+  remedy = 'delete it and train again: the run goes on from its last checkpoint'
+  record = files.read_json(path, dict[str, Any], remedy=remedy)
+  try:
+    files.of_kind(record, Summary)
+    run = Run(workdir, seed, fields, record, workdirs.read_inputs(workdir))
+    if fields['data.validation'] and record.get('validation_accuracy') is None:
+      raise InputError('validation_accuracy is missing')
+  except InputError as error:
+    raise InputError(
+      f'{path} is not the summary of a run ({error}); {remedy}'
+    ) from error
+  return run
+
+
+def names(rows: Sequence[dict[str, Any]]) -> list[str]:
+  """Names each config after the fields in which it differs from most."""
+  common = usual(rows)
+  return [
+    ' '.join(
+      f'{short(path)}={row.get(path)}'
+      for path in _differing(rows)
+      if path not in common or row.get(path) != common[path]
+    )
+    or f'{row["model.name"]} {row["connectivity.rule"]}'
+    for row in rows
+  ]
+
+
+def usual(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """Returns what most of some configs have in the fields that differ.
+
+  Of three or more, a value is usual if more than half of them have it.
+  """
+  common = {}
+  for path, values in _differing(rows).items():
+    most = max(values, key=values.count)
+    if values.count(most) > len(rows) / 2:
+      common[path] = most
+  return common
+
+
+def _differing(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+  """Returns the values of each field that is not the same in all configs."""
+  columns = {
+    path: [row.get(path) for row in rows]
+    for path in dict.fromkeys(path for row in rows for path in row)
+  }
+  return {
+    path: values
+    for path, values in columns.items()
+    if values.count(values[0]) < len(values)
+  }
+
+
+def short(path: str) -> str:
+  """Returns the last part of a field's path, if no other field has the same."""
+  last = path.rpartition('.')[2]
+  known = [p.rpartition('.')[2] for p in config_lib.flat(config_lib.default())]
+  return last if known.count(last) <= 1 else path
+
+
+def _runs_below(folder: Path) -> Iterator[Path]:
+  for path, folders, names_here in os.walk(folder):
+    folders.sort()
+    if 'config.json' in names_here:
+      folders.clear()  # the many files of a run hold no other
+      yield Path(path)
+
+
+def line(cells: Sequence[Any]) -> str:
+  """Returns a row of a Markdown table."""
+  text = ' | '.join(str(cell).replace('|', r'\|') for cell in cells)
+  return f'| {text} |'
+
+
+def _mean(accuracies: Sequence[float]) -> str:
+  if not accuracies:
+    return ''
+  deviation = (
+    f'{100 * statistics.stdev(accuracies):.2f}' if len(accuracies) > 1 else '-'
+  )
+  return f'{100 * statistics.fmean(accuracies):.2f} ± {deviation} %'
+
+
+def _count(values: Sequence[int]) -> str:
+  text = f'{statistics.fmean(values):,.0f}'
+  if min(values) != max(values):
+    text += f' ({min(values):,} to {max(values):,})'
+  return text

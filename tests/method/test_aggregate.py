@@ -1,0 +1,215 @@
+"""The masked sums and their gradients against NumPy in float64 and autodiff."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskconnect_jax.errors import InputError
+from maskconnect_jax.method.aggregate import (
+  masked_sum,
+  products_at_once,
+  products_one_by_one,
+  products_side_by_side,
+  static_sum,
+)
+
+SHAPE = (4, 5, 2)  # of an image
+
+
+@pytest.fixture
+def x64():
+  with jax.enable_x64(True):
+    yield
+
+
+def chain(add, weights, first, factors):
+  """y_t+1 = tanh(factor_t * x_t), x_t = sum_i w[t, i] y_i; returns all y."""
+  sources = [first]
+  for t, factor in enumerate(factors):
+    sources.append(jnp.tanh(factor * add(t, weights[t, : t + 1], sources)))
+  return sources
+
+
+def in_each_image(weights, batch):
+  return jnp.broadcast_to(weights[:, None], (len(weights), batch))
+
+
+def masked_loss(weights, first, factors, direction):
+  def add(t, row, ys):
+    return masked_sum(in_each_image(row, len(first)), tuple(ys))
+
+  return jnp.sum(direction * chain(add, weights, first, factors)[-1])
+
+
+def plain_loss(weights, first, factors, direction):
+  def add(t, row, ys):
+    return sum(w * y for w, y in zip(row, ys, strict=True))
+
+  return jnp.sum(direction * chain(add, weights, first, factors)[-1])
+
+
+def numbers(count, batch):
+  """Weights with zeros among them, a source, factors and a direction."""
+  rng = np.random.default_rng(count)
+  weights = rng.normal(size=(count, count))
+  weights *= np.tri(count) * (rng.uniform(size=weights.shape) < 0.6)
+  return (
+    weights,
+    rng.normal(size=(batch, *SHAPE)),
+    rng.normal(size=(count, batch, *SHAPE)),
+    rng.normal(size=(batch, *SHAPE)),
+  )
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize(('count', 'batch'), [(1, 4), (2, 3), (7, 4)])
+def test_gradients_are_those_of_autodiff(count, batch):
+  arguments = numbers(count, batch)
+  value, gradients = jax.value_and_grad(masked_loss, (0, 1, 2))(*arguments)
+  plain, expected = jax.value_and_grad(plain_loss, (0, 1, 2))(*arguments)
+  assert value == pytest.approx(float(plain), abs=1e-10)
+  for actual, by_autodiff in zip(gradients, expected, strict=True):
+    assert actual.dtype == jnp.float64
+    np.testing.assert_allclose(actual, by_autodiff, rtol=0, atol=1e-10)
+  assert np.any(gradients[0][arguments[0] == 0])  # also where the weight is 0
+
+
+@pytest.mark.usefixtures('x64')
+def test_a_gradient_from_every_third_image():
+  rng = np.random.default_rng(0)
+  sources, gradient = rng.normal(size=(2, 9, 4)), rng.normal(size=(9, 4))
+  ys = tuple(jnp.asarray(sources))
+  value, backward = jax.vjp(
+    lambda w: masked_sum(in_each_image(w, 9), ys, 3), jnp.ones(2)
+  )
+  expected = 3 * np.einsum('bc,nbc->n', gradient[::3], sources[:, ::3])
+  (actual,) = backward(jnp.asarray(gradient))
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-10)
+  np.testing.assert_allclose(value, sources.sum(0), rtol=0, atol=1e-10)
+  with pytest.raises(InputError, match='gradient_every=4 .* batch of 9'):
+    jax.grad(lambda w: masked_sum(w, ys, 4).sum())(jnp.ones((2, 9)))
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('shape', [(3,), (3, *SHAPE)])
+@pytest.mark.parametrize(
+  'products', [products_one_by_one, products_side_by_side, products_at_once]
+)
+def test_products_are_numpys(products, shape):
+  rng = np.random.default_rng(0)
+  gradient, sources = rng.normal(size=shape), rng.normal(size=(5, *shape))
+  actual = products(jnp.asarray(gradient), tuple(jnp.asarray(sources)))
+  expected = np.einsum(
+    'nbi,bi->nb', sources.reshape(5, 3, -1), gradient.reshape(3, -1)
+  )
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+  'products', [products_one_by_one, products_side_by_side, products_at_once]
+)
+def test_products_of_bfloat16_sources_are_float32(products):
+  # bfloat16 counts to 256; and (1 + 2^-7)^2 - (1 + 2^-6) is 0 in it, not 2^-14.
+  ones = jnp.ones((1, 10_001), jnp.bfloat16)
+  ((count,),) = products(ones.astype(jnp.float32), (ones,))
+  pair = jnp.array([[1 + 2**-7, -(1 + 2**-6)]], jnp.bfloat16)
+  ((left,),) = products(jnp.array([[1 + 2**-7, 1]], jnp.float32), (pair,))
+  assert (float(count), float(left)) == (10_001, 2**-14)
+
+
+@pytest.mark.parametrize(
+  ('platform', 'shared', 'products', 'reductions'),
+  [
+    ('cpu', False, 3, 0),
+    ('cpu', True, 1, 0),
+    ('tpu', False, 3, 0),
+    ('tpu', True, 3, 0),
+    ('cuda', False, 0, 1),
+    ('cuda', True, 0, 1),
+    ('rocm', True, 0, 1),
+  ],
+)
+def test_products_follow_the_platform(platform, shared, products, reductions):
+  sources = (jnp.ones((2, 3)),) * 3
+
+  def total(weights):
+    return masked_sum(weights, sources, shared=shared).sum()
+
+  traced = jax.jit(jax.grad(total)).trace(jnp.ones((3, 2)))
+  program = traced.lower(lowering_platforms=(platform,)).as_text()
+  assert program.count('stablehlo.dot_general') == products
+  assert program.count('stablehlo.reduce(') == reductions
+
+
+def test_sums_that_are_alike_are_lowered_once():
+  # 1 + 2 + ... + 18 products, but of 1 to 9 sources at once, twice.
+  traced = jax.jit(jax.grad(masked_loss, (0, 1))).trace(*numbers(18, 2))
+  program = traced.lower(lowering_platforms=('cpu',)).as_text()
+  assert program.count('stablehlo.dot_general') == sum(range(10))
+
+
+@pytest.mark.usefixtures('x64')
+@pytest.mark.parametrize('shared', [False, True])
+@pytest.mark.parametrize('count', [1, 3, 35])
+def test_one_sum_and_its_gradients_are_numpys(count, shared):
+  rng = np.random.default_rng(count)
+  weights, shape = rng.normal(size=(count, 3)), (3, *SHAPE)
+  sources, gradient = rng.normal(size=(count, *shape)), rng.normal(size=shape)
+  value, backward = jax.vjp(
+    functools.partial(masked_sum, shared=shared),
+    jnp.asarray(weights),
+    tuple(sources),
+  )
+  for_weights, for_sources = backward(jnp.asarray(gradient))
+  for actual, expected in (
+    (value, np.einsum('nb,nbhwc->bhwc', weights, sources)),
+    (for_weights, np.einsum('bhwc,nbhwc->nb', gradient, sources)),
+    (for_sources, np.einsum('nb,bhwc->nbhwc', weights, gradient)),
+  ):
+    np.testing.assert_allclose(np.array(actual), expected, rtol=0, atol=1e-10)
+
+
+def test_the_bfloat16_sum_is_accumulated_in_float32():
+  # In bfloat16, 256 + 1 is 256.
+  sources = tuple(jnp.full((2, 3), v, jnp.bfloat16) for v in (256, 1, 1))
+  total = masked_sum(jnp.ones((3, 2)), sources)
+  assert total.dtype == jnp.float32
+  np.testing.assert_array_equal(total, 258)
+  total = static_sum(sources, 1.0)
+  assert total.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(total.astype(jnp.float32), 258)
+
+
+def test_the_bfloat16_weights_gradient_is_accumulated_in_float32():
+  # Products of (1 + 2^-7)^2 and -(1 + 2^-6): each pair adds 2^-14, which is 0
+  # once the products are bfloat16.
+  pairs = 256
+  source = np.tile([1 + 2**-7, -(1 + 2**-6)], pairs)
+  gradient = np.tile([1 + 2**-7, 1], pairs)
+  long = np.ones(10_001)  # bfloat16 counts to 256, float32 to all of it
+  for y, g, expected in (
+    (source, gradient, pairs * 2**-14),
+    (long, long, 10_001),
+  ):
+    value, backward = jax.vjp(
+      masked_sum, jnp.ones((1, 1)), (jnp.asarray(y[None], jnp.bfloat16),)
+    )
+    for_weights, (for_source,) = backward(jnp.asarray(g[None], value.dtype))
+    assert for_weights.dtype == jnp.float32
+    assert for_source.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(for_weights, [[expected]])
+
+
+@pytest.mark.parametrize(('count', 'scale'), [(1, 0.5), (3, 1), (3, 1 / 3)])
+def test_static_sum_is_the_scaled_sum(count, scale):
+  sources = np.random.default_rng(0).normal(size=(count, 2, 5))
+  total = static_sum(list(jnp.asarray(sources, jnp.float32)), scale)
+  np.testing.assert_allclose(total, sources.sum(0) * scale, atol=1e-6)
+
+
+def test_one_source_of_scale_1_is_returned_untouched():
+  source = jnp.ones((2, 3))
+  assert static_sum([source], 1.0) is source
