@@ -339,7 +339,7 @@ def test_a_second_start_reads_the_cache(
   [
     ('--rules=learnt', "rule='learnt' is not one of"),
     ('--data=nowhere', "config.data.dir='nowhere' does not exist"),
-    ('--fan_in=4,0', 'fan_in=0 must be at least 1'),
+    ('--fan_in=4,0', 'fan_in=0 must be a whole number'),
     ('--models=resnet9', 'the depth must be 6n+2'),
     ('--set=connectivity.fanin=3', 'did you mean config.connectivity.fan_in'),
   ],

@@ -392,9 +392,9 @@ def at(*path, to):
     (at('topology', 'blocks', 1, to=None), 'expected object, got null'),
     (lambda record: record.pop('classes'), 'model.json is damaged'),
     (lambda record: record.pop('topology'), 'model.json is damaged'),
-    (lambda record: record.update(schema='other/9'), "schema 'other/9' is not"),
+    (lambda record: record.update(schema='other/9'), "invalid enum value 'other/9'"),
     (lambda record: record['architecture'].update(x=1), 'json is damaged'),
-    (lambda record: record['architecture'].update(width=4), 'another network'),
+    (lambda record: record['architecture'].update(width=4), "'head/kernel' is"),
     (
       lambda record: record['topology']['blocks'].pop(),
       r'shape \(2, 2\); that of this network is \(3, 3\)',
