@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
+import itertools
 import os
 import statistics
 from collections.abc import Iterator, Sequence
@@ -238,17 +239,23 @@ def summarize(folders: Sequence[Path]) -> Table:
       unfinished.append(workdir)
   groups: list[list[Run]] = []
   for run in finished:
-    group = next((g for g in groups if g[0].same_but_for_seed(run)), None)
-    if group is None:
-      groups.append([run])
-      continue
-    for other in group:
-      if other.seed == run.seed:
+    # Nearest first: copies of the same images may be rows of their own.
+    same = sorted(
+      (group for group in groups if group[0].same_but_for_seed(run)),
+      key=lambda group: group[0].fields != run.fields,
+    )
+    for other in itertools.chain.from_iterable(same):
+      if other.seed == run.seed and other.fields == run.fields:
         raise InputError(
           f'{other.workdir} and {run.workdir} are the same config and seed;'
           ' leave one of them out'
         )
-    group.append(run)
+    for group in same:
+      if all(other.seed != run.seed for other in group):
+        group.append(run)
+        break
+    else:
+      groups.append([run])
   return Table(
     [
       Row(name, sorted(group, key=lambda run: run.seed))

@@ -298,9 +298,12 @@ def test_images_that_lie_elsewhere_are_the_same_row(run, tmp_path):
     if digest:
       (workdir / 'inputs.json').write_text(json.dumps(inputs(digest)))
   run('4', 0.5, seed=4, data__dir='/job0')  # known by its config alone
+  # A copy of the same images, asked for beside them, is a row of its own.
+  copy = run('5', 0.5, seed=0, data__dir='/copy')
+  (copy / 'inputs.json').write_text(json.dumps(inputs('one')))
   table = summarize.summarize([tmp_path])
   assert [[r.seed for r in row.runs] for row in table.rows] == [
-    [0, 1, 4], [2], [3],
+    [0, 1, 4], [2], [3], [0],
   ]  # fmt: skip
 
 
