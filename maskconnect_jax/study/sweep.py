@@ -231,7 +231,7 @@ def devices() -> tuple[str, int]:
     [
       sys.executable,
       '-c',
-      'from maskconnect_jax import distributed as d; d.check_platform();'
+      'from maskconnect_jax.run import distributed as d; d.check_platform();'
       ' import jax; print(jax.default_backend(), jax.local_device_count())',
     ],
     capture_output=True,
