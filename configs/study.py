@@ -48,7 +48,6 @@ SETTINGS = (
   ' connectivity.temperature=0.1',
   'connectivity.gradient=normalized masks.learning_rate=1.0'
   ' connectivity.temperature=0.1 connectivity.phase=25%',
-  'connectivity.gradient_every=4',
   'connectivity.scale=sum',
   'connectivity.initial=0.25',
   'connectivity.initial=0.75',
@@ -56,8 +55,6 @@ SETTINGS = (
   'connectivity.phase=75%',
   *(f'connectivity.fan_in={fan_in}' for fan_in in (1, 2, 8)),
   'connectivity.temperature=0.1',
-  'masks.relative=0.99 masks.learning_rate=0.003',
-  'masks.start=10%',
 )
 
 

@@ -153,12 +153,12 @@ def test_every_level_and_data_set_of_the_papers_has_a_config():
 @pytest.mark.parametrize(
   ('part', 'rows', 'seeds'),
   [
-    ('settings', 25, 2),
+    ('settings', 22, 2),
     ('block', 12, 3),
     ('branch', 4, 3),
     ('topology', 3, 3),
     ('fashion', 4, 3),
-    ('cpu-settings', 25, 2),
+    ('cpu-settings', 22, 2),
     ('cpu-block', 4, 3),
     ('cpu-topology', 3, 3),
     ('cpu-fashion', 4, 3),

@@ -83,7 +83,7 @@ def refused(cli, tiny, tmp_path):
     ('config.duration=soon', ["duration='soon'", '60 epochs']),
     ('config.duration=10%', ["duration='10%'", 'needs a unit']),
     ('config.duration=0 steps', ["duration='0 steps'", 'not one step']),
-    ('config.masks.start=100%', ["masks.start='100%'", 'phase ends at']),
+    ('config.masks.start=1%', ['masks.start is not', 'any more']),
     ('config.batch_size=1440', ['1440', 'larger than the 1437']),
     ('config.seed=-1', ['config.seed=-1 must be', '[0, 4294967295]']),
     ('config.seed=9223372036854775808', ['config.seed=9', '[0, 4294967295]']),
