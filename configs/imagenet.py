@@ -1,7 +1,14 @@
-"""ImageNet with the published recipe: resnet50 learns its connectivity.
+"""ImageNet with the published recipe, at either level.
 
   python -m maskconnect_jax.main --config=configs/imagenet.py \
       --workdir=runs/imagenet --config.data.dir=DIR
+  python -m maskconnect_jax.main --config=configs/imagenet.py:branch \
+      --workdir=runs/imagenet_branch --config.data.dir=DIR
+
+Each block of resnet50 picks 4 blocks. With `branch`, each branch of
+resnext50_32x4d picks 16 of 32; the other networks of the paper's table are
+--config.model.name=resnext101_32x4d, and resnext101_64x4d with
+--config.connectivity.fan_in=32.
 
 DIR holds train/n01440764/*.JPEG and val/n01440764/*.JPEG, 144 GB as published;
 or it is a TFDS data_dir with imagenet2012 prepared as ArrayRecord, with
@@ -19,7 +26,9 @@ import ml_collections
 from maskconnect_jax import config as config_lib
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config(level: str = 'block') -> ml_collections.ConfigDict:
+  if level not in ('block', 'branch'):
+    raise config_lib.InputError(f'there is no {level!r}; give block or branch')
   config = config_lib.default()
   config.duration = '90 epochs'
   config.batch_size = 256
@@ -30,6 +39,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.name = 'resnet50'
   config.model.dtype = 'bfloat16'
   config.connectivity.fan_in = 4
+  if level == 'branch':
+    config.model.name = 'resnext50_32x4d'
+    config.connectivity.level = 'branch'
+    config.connectivity.fan_in = 16
 
   config.optimizer.learning_rate = 0.1  # for a batch of 256
   config.optimizer.schedule = 'step'

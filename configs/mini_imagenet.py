@@ -1,12 +1,19 @@
-"""Mini-ImageNet, 100 classes of 500 + 100 images: resnet50 learns its wiring.
+"""Mini-ImageNet, 100 classes of 500 + 100 images, at either level.
 
   python -m maskconnect_jax.main --config=configs/mini_imagenet.py \
       --workdir=runs/mini_imagenet
+  python -m maskconnect_jax.main --config=configs/mini_imagenet.py:branch \
+      --workdir=runs/mini_imagenet_branch
 
-Prepared once, without TensorFlow, from a folder of the classes' images:
-python -m maskconnect_jax.data.mini_imagenet --images=DIR. The split is that of
-ordinary classification, not the few-shot one of disjoint classes. 90 epochs of
-50,000 images: not yet run to their end.
+Each block of resnet50 picks 4 blocks. With `branch`, each branch of
+resnext50_32x4d picks 16 of 32.
+
+The set is prepared once, without TensorFlow, from a folder of the images:
+
+  python -m maskconnect_jax.main --mode=prepare --images=DIR
+
+The split is that of ordinary classification, not the few-shot one of disjoint
+classes. 90 epochs of 50,000 images: not yet run to their end.
 """
 
 import ml_collections
@@ -14,7 +21,9 @@ import ml_collections
 from maskconnect_jax import config as config_lib
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config(level: str = 'block') -> ml_collections.ConfigDict:
+  if level not in ('block', 'branch'):
+    raise config_lib.InputError(f'there is no {level!r}; give block or branch')
   config = config_lib.default()
   config.duration = '90 epochs'
   config.batch_size = 256
@@ -25,6 +34,10 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.name = 'resnet50'
   config.model.dtype = 'bfloat16'
   config.connectivity.fan_in = 4
+  if level == 'branch':
+    config.model.name = 'resnext50_32x4d'
+    config.connectivity.level = 'branch'
+    config.connectivity.fan_in = 16
 
   config.optimizer.learning_rate = 0.1  # for a batch of 256
   config.optimizer.schedule = 'step'

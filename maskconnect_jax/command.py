@@ -56,7 +56,7 @@ def results() -> Iterator[None]:
       sys.stdout.flush()
   except OutputError as error:
     if error.errno == errno.EPIPE:
-      sys.exit(128 + signal.SIGPIPE)
+      sys.exit(128 + getattr(signal, 'SIGPIPE', 13))  # Windows has none
     print(
       f'error: the output cannot be written ({error.strerror})',
       file=sys.stderr,

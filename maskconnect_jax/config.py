@@ -69,7 +69,6 @@ FIELDS: dict[str, Field] = {
   'connectivity.phase': Duration(),
   'connectivity.stem_source': Switch(),
   'connectivity.gradient': Choice(spec.GRADIENTS),
-  'connectivity.gradient_every': whole(1),
   'connectivity.initial': Number(0, 1),
   'connectivity.initial_spread': Number(0, 1),
   'connectivity.temperature': Number(1e-6, 1),  # scores are divided by it
@@ -80,8 +79,6 @@ FIELDS: dict[str, Field] = {
   'masks.learning_rate': Number(0, _FINITE),
   'masks.schedule': Choice(('constant', 'cosine', 'step')),
   'masks.momentum': Number(0, 1),
-  'masks.start': Duration(),
-  'masks.relative': Number(0, 1, open=')'),  # 1 would be a mean of nothing
   'optimizer.learning_rate': Number(0, _FINITE),
   'optimizer.schedule': Choice(('constant', 'cosine', 'step')),
   'optimizer.warmup': Duration(),
@@ -120,12 +117,19 @@ FIELDS: dict[str, Field] = {
 ONLY_WITH = {
   'model.remat': ('connectivity.level', 'block'),
   'connectivity.stem_source': ('connectivity.level', 'block'),
-  'connectivity.gradient_every': ('connectivity.level', 'block'),
   'connectivity.scale': ('connectivity.level', 'block'),
   'connectivity.adapter': ('connectivity.level', 'block'),
   'connectivity.branch_identity': ('connectivity.level', 'branch'),
   'connectivity.shuffled': ('connectivity.rule', 'fixed_given'),
   'data.randaugment': ('data.crop', 'resized'),
+}
+
+# Fields that version 0.1.0 had, and their defaults, under which nothing is lost
+# without them. In the study of docs/results.md they brought nothing.
+REMOVED: dict[str, Any] = {
+  'connectivity.gradient_every': 1,
+  'masks.start': '0%',
+  'masks.relative': 0.0,
 }
 
 # What neither a run's weights nor its data depend on, but for how they are
@@ -176,7 +180,6 @@ def default() -> ml_collections.ConfigDict:
   config.connectivity.phase = '25%'  # masks move for this long, then freeze
   config.connectivity.stem_source = True  # may later blocks take the stem?
   config.connectivity.gradient = 'normalized'  # see `connectivity.draw_through`
-  config.connectivity.gradient_every = 1  # from every n-th image, times n
   config.connectivity.initial = 0.5  # every real mask entry starts here, ...
   config.connectivity.initial_spread = 0.0  # ... plus uniform(-spread, spread)
   config.connectivity.temperature = 0.1  # of the last draws; falls from 1
@@ -189,8 +192,6 @@ def default() -> ml_collections.ConfigDict:
   config.masks.learning_rate = 1.0
   config.masks.schedule = 'constant'
   config.masks.momentum = 0.0
-  config.masks.start = '0%'  # of the phase; before it they stand still
-  config.masks.relative = 0.0  # decay of the scale they are divided by; 0: off
 
   config.optimizer = ml_collections.ConfigDict()  # how the weights are trained
   config.optimizer.learning_rate = 0.1
@@ -259,12 +260,6 @@ def check(config: ml_collections.ConfigDict) -> None:
     if path not in known:
       raise InputError(unknown_field(path))
   check_values(given)
-  if given['batch_size'] % given['connectivity.gradient_every']:
-    raise InputError(
-      'config.connectivity.gradient_every='
-      f'{given["connectivity.gradient_every"]} must divide'
-      f' config.batch_size={given["batch_size"]}'
-    )
   if bool(given['connectivity.topology']) != (
     given['connectivity.rule'] == 'fixed_given'
   ):
@@ -359,17 +354,41 @@ def stored(workdir: Path) -> ml_collections.ConfigDict:
   Fields that did not exist yet have their defaults, but model.version is '1'.
 
   Raises:
-    InputError: there is none, or it is damaged.
+    InputError: there is none, it is damaged, or it sets a field of REMOVED.
+  """
+  config, removed = record_of(workdir)
+  if used := [path for path, v in removed.items() if v != REMOVED[path]]:
+    names = ', '.join(f'config.{path}={shown(removed[path])}' for path in used)
+    raise InputError(
+      f'{workdir} was written with {names}, which this version cannot train;'
+      ' go on with version 0.1.0, or give another --workdir'
+    )
+  return config
+
+
+def record_of(
+  workdir: Path,
+) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
+  """Returns a workdir's config, and what it has for each field of REMOVED.
+
+  It is for whoever tells of runs and trains none; otherwise see `stored`.
+
+  Raises:
+    InputError: there is no config, or it is damaged.
   """
   path = workdir / 'config.json'
   if not path.is_file():
     raise InputError(
       f'{workdir} holds no config.json; give the workdir of a run, or --config'
     )
-  config = default()
+  config, removed = default(), dict(REMOVED)
   remedy = 'give another --workdir'
   record = files.read_json(path, dict[str, Any], remedy=remedy)
   try:
+    for field in REMOVED:
+      section, _, name = field.partition('.')
+      if name in record.get(section, {}):
+        removed[field] = record[section].pop(name)
     with config.ignore_type():  # JSON has lists where the config has tuples
       config.update(record)
     if 'version' not in record.get('model', {}):
@@ -384,7 +403,7 @@ def stored(workdir: Path) -> ml_collections.ConfigDict:
     ValueError,
   ) as error:
     raise InputError(f'{path} is damaged: {error}; {remedy}') from error
-  return config
+  return config, removed
 
 
 def essential(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -398,6 +417,11 @@ def essential(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 def unknown_field(path: str) -> str:
   """Returns the message for a field that does not exist, with the nearest."""
+  if path in REMOVED:
+    return (
+      f'config.{path} is not a config field any more, since it brought nothing'
+      ' (docs/results.md); leave it out'
+    )
   known = list(flat(default()))
   near = difflib.get_close_matches(path, known, n=1, cutoff=0.4)
   hint = (

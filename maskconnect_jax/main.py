@@ -1,4 +1,4 @@
-r"""Trains, evaluates, describes and predicts from the command line.
+r"""Learns how the blocks of a network are wired: one mode a task.
 
   python -m maskconnect_jax.main --config=configs/digits.py \
       --workdir=runs/digits
@@ -11,6 +11,11 @@ r"""Trains, evaluates, describes and predicts from the command line.
       --config.variants=connectivity.rule=learned \
       --config.variants='connectivity.rule=fixed_random connectivity.fan_in=4'
   python -m maskconnect_jax.main --mode=summarize --workdirs=runs/rules
+  python -m maskconnect_jax.main --mode=dynamics --workdirs=runs/rules
+  python -m maskconnect_jax.main --mode=prepare --images=mini_imagenet
+
+pip also installs all this as the command `maskconnect`. The package brings its
+configs: --config=digits and --config=configs/digits.py find them in any folder.
 
 Any config field is overridden by --config.FIELD=VALUE, such as
 --config.connectivity.rule=fixed_random.
@@ -28,19 +33,17 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 import jax
-import ml_collections
 import numpy as np
-from absl import app, flags, logging
-from ml_collections import config_flags
+from absl import app, logging
 
-from maskconnect_jax import arguments, command, files, names
+from maskconnect_jax import command, files, flags, names
 from maskconnect_jax import config as config_lib
 from maskconnect_jax.data import image_files
 from maskconnect_jax.errors import InputError
+from maskconnect_jax.flags import FIGURE, IMAGES, JSON, MODE
 from maskconnect_jax.run import (
   compilation_cache,
   describe,
@@ -50,76 +53,14 @@ from maskconnect_jax.run import (
   inference,
   train,
 )
-from maskconnect_jax.study import summarize, sweep
-
-PATH = arguments.PathParser()
-AS_TEXT: flags.ArgumentSerializer[Path] = flags.ArgumentSerializer()
-
-CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'The experiment, such as configs/digits.py.'
-)
-flags.FLAGS['config'].parser = arguments.ConfigParser()
-WORKDIR = flags.DEFINE(
-  PATH,
-  'workdir',
-  None,
-  'Where a run writes, and where it goes on from.',
-  serializer=AS_TEXT,
-)
-MODE = flags.DEFINE_enum(
-  'mode',
-  'train',
-  ['train', 'evaluate', 'describe', 'predict', 'sweep', 'summarize'],
-  'train (goes on from the newest checkpoint in the workdir), evaluate (the'
-  ' finished model on the test images), describe (the network and the cost of'
-  ' a step), predict (a class for each of --images), sweep (trains every one'
-  ' of config.variants with every one of config.seeds) or summarize (the table'
-  ' of the runs in --workdirs).',
-)
-IMAGES = flags.DEFINE_multi(
-  PATH, AS_TEXT, 'images', [], 'predict: a file or a folder; may be repeated.'
-)
-JSON = flags.DEFINE_bool(
-  'json', False, 'predict: print one JSON object per line.'
-)
-WORKDIRS = flags.DEFINE_multi(
-  PATH,
-  AS_TEXT,
-  'workdirs',
-  [],
-  'summarize: a run, or a folder of runs; may be repeated.',
-)
-CSV = flags.DEFINE(
-  PATH,
-  'csv',
-  None,
-  'summarize: a file for the table as CSV.',
-  serializer=AS_TEXT,
-)
-FIGURE = flags.DEFINE(
-  PATH,
-  'figure',
-  None,
-  'summarize: FILE.png, a picture of it; also FILE.svg.',
-  serializer=AS_TEXT,
-)
-PARALLEL = flags.DEFINE_integer(
-  'parallel',
-  None,
-  'sweep: runs at once, which share the devices. By default one per GPU, and'
-  ' one in all on CPU and TPU.',
-  lower_bound=1,
-)
-MULTIHOST = flags.DEFINE_bool(
-  'multihost', False, 'Join the other processes of a pod or cluster.'
-)
+from maskconnect_jax.study import dynamics, summarize, sweep
 
 
 def main(argv: Sequence[str]) -> None:
   """Runs one mode, in this process and in those it joins."""
   if len(argv) > 1:
     raise InputError(f'{argv[1]!r} is no flag; write --flag=value')
-  if MULTIHOST.value:
+  if flags.MULTIHOST.value:
     if MODE.value not in ('train', 'describe'):
       raise InputError(
         f'--mode={MODE.value} is for one machine; omit --multihost'
@@ -131,7 +72,8 @@ def main(argv: Sequence[str]) -> None:
 
 def run_mode() -> None:
   """Runs what --mode says."""
-  if MODE.value not in ('sweep', 'summarize'):  # which compute nothing here
+  # The others compute nothing in this process.
+  if MODE.value not in ('sweep', 'summarize', 'prepare'):
     distributed.check_platform()
   {
     'train': run_train,
@@ -140,13 +82,15 @@ def run_mode() -> None:
     'predict': run_predict,
     'sweep': run_sweep,
     'summarize': run_summarize,
+    'dynamics': run_dynamics,
+    'prepare': run_prepare,
   }[MODE.value]()
 
 
 def run_train() -> None:
   """Trains and prints the result; a workdir brings its own config."""
-  workdir = the_workdir()
-  result = train.train(the_config_or_stored(), workdir)
+  workdir = flags.given_workdir()
+  result = train.train(flags.given_or_stored_config(), workdir)
   if result.interrupted:
     sys.exit(128 + result.interrupted)
   if jax.process_index() == 0:
@@ -155,8 +99,8 @@ def run_train() -> None:
 
 def run_evaluate() -> None:
   """Prints what a finished model scores on its test images, as JSON."""
-  workdir = the_workdir()
-  config = CONFIG.value or config_lib.stored(workdir)
+  workdir = flags.given_workdir()
+  config = flags.CONFIG.value or config_lib.stored(workdir)
   config_lib.check(config)
   scores = evaluation.of_model(inference.load(workdir), config)
   record = scores.named('test') | {'num_test_examples': scores.count}
@@ -165,7 +109,7 @@ def run_evaluate() -> None:
 
 def run_describe() -> None:
   """Prints the network and what a step costs."""
-  print(describe.describe(the_config_or_stored()))
+  print(describe.describe(flags.given_or_stored_config()))
 
 
 def run_predict() -> None:
@@ -177,7 +121,7 @@ def run_predict() -> None:
   if not IMAGES.value:
     raise InputError('--mode=predict needs --images, a file or a folder')
   found = [image_files.split(image_files.find(name)) for name in IMAGES.value]
-  model = inference.load(the_workdir())
+  model = inference.load(flags.given_workdir())
   for folder in found:
     if note := folder.note():
       print(f'note: {note}', file=sys.stderr)
@@ -217,97 +161,42 @@ def run_predict() -> None:
 
 def run_sweep() -> None:
   """Trains many runs and prints their table."""
-  sys.exit(sweep.sweep(the_config(), the_workdir(), PARALLEL.value))
+  config, workdir = flags.given_config(), flags.given_workdir()
+  sys.exit(sweep.sweep(config, workdir, flags.PARALLEL.value))
 
 
 def run_summarize() -> None:
   """Prints the table of the runs in --workdirs."""
-  if not WORKDIRS.value:
-    raise InputError(
-      '--mode=summarize needs --workdirs, such as --workdirs=runs/rules'
-    )
+  workdirs, csv = flags.given_workdirs(), flags.CSV.value
   if FIGURE.value:
     summarize.check_figure(FIGURE.value)
-  if CSV.value:
-    files.check_output(CSV.value)
-  table = summarize.summarize(WORKDIRS.value)
+  if csv:
+    files.check_output(csv)
+  table = summarize.summarize(workdirs)
   if FIGURE.value:
     table.draw(FIGURE.value)
-  if CSV.value:
-    files.write_text(CSV.value, table.csv())
+  if csv:
+    files.write_text(csv, table.csv())
   print(table.markdown(), end='')
 
 
-def the_config() -> ml_collections.ConfigDict:
-  """Returns --config. Raises InputError without it."""
-  if CONFIG.value is None:
-    raise InputError(
-      f'--mode={MODE.value} needs --config, such as --config=configs/digits.py'
-    )
-  return CONFIG.value
+def run_dynamics() -> None:
+  """Prints what the real masks of the runs in --workdirs did."""
+  print(dynamics.report(flags.given_workdirs(), FIGURE.value), end='')
 
 
-def the_config_or_stored() -> ml_collections.ConfigDict:
-  """Returns --config, or without it the one that --workdir was written with."""
-  if CONFIG.value is not None or not WORKDIR.value:
-    return the_config()
-  if (WORKDIR.value / 'config.json').exists():
-    return config_lib.stored(WORKDIR.value)
-  return the_config()
-
-
-def the_workdir() -> Path:
-  """Returns --workdir. Raises InputError without it."""
-  if not WORKDIR.value:
-    raise InputError(
-      f'--mode={MODE.value} needs --workdir, such as --workdir=runs/digits'
-    )
-  path: Path = WORKDIR.value
-  return path
-
-
-def parse_flags(argv: Sequence[str]) -> list[str]:
-  """Parses the command line; what is wrong with it is an InputError."""
-  given = [a.lstrip('-').partition('=')[0] for a in argv[1:]]
-  fields = [g.removeprefix('config.') for g in given if g[:7] == 'config.']
-  if fields and 'config' not in given:
-    raise InputError(
-      f'--config.{fields[0]} changes a field of --config, which is missing;'
-      ' give it too, such as --config=configs/digits.py'
-    )
-  known = config_lib.flat(config_lib.default())
+def run_prepare() -> None:
+  """Prepares Mini-ImageNet for TFDS, and prints where it lies."""
   try:
-    return flags.FLAGS([_quoted(argument) for argument in argv])
-  except flags.IllegalFlagValueError as error:
-    if isinstance(error.__context__, InputError):  # of --config
-      raise error.__context__ from error
-    for field in fields:
-      if field in known and f'--config.{field}=' in str(error):
-        raise InputError(
-          f'{_one_line(error)}; give {config_lib.FIELDS[field].noun}, such as'
-          f' {known[field]!r}'
-        ) from error
-    raise InputError(f'{_one_line(error)}; --help says what is') from error
-  except flags.Error as error:
-    raise InputError(f'{_one_line(error)}; --help lists the flags') from error
-  except (AttributeError, KeyError, TypeError) as error:
-    # An unknown --config.field; or a section as one.
-    for field in fields:
-      if field not in known:
-        raise InputError(config_lib.unknown_field(field)) from error
-    raise
-
-
-def _quoted(argument: str) -> str:
-  """Makes a variant, which may hold spaces, one string to ml_collections."""
-  flag, _, value = argument.partition('=')
-  if flag.lstrip('-') != 'config.variants' or value[:1] in ('(', "'", '"'):
-    return argument
-  return f'{flag}={value!r}'
-
-
-def _one_line(error: Exception) -> str:
-  return str(error).splitlines()[0].rstrip('.')
+    from maskconnect_jax.data import mini_imagenet
+  except ImportError as error:  # TFDS is an extra
+    raise InputError(
+      f"a package is missing ({error}); pip install 'maskconnect_jax[tfds]'"
+    ) from error
+  if len(IMAGES.value) != 1:
+    raise InputError('--mode=prepare needs --images=DIR, one folder')
+  data_dir, expect = flags.DATA_DIR.value, flags.EXPECT.value
+  print(mini_imagenet.report(IMAGES.value[0], data_dir, expect))
 
 
 def run() -> None:
@@ -320,7 +209,7 @@ def run() -> None:
   gc.freeze()
   try:
     with command.results():
-      app.run(main, flags_parser=parse_flags)
+      app.run(main, flags_parser=lambda argv: flags.parse(argv, __doc__))
   except InputError as error:
     _fail(str(error))
   except jax.errors.JaxRuntimeError as error:

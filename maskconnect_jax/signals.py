@@ -1,7 +1,8 @@
 """Signals that ask a process to stop, and who answers them.
 
 A signal that is ignored stays so: SIGHUP under nohup, and SIGINT in what a
-shell without job control runs in the background.
+shell without job control runs in the background. Windows has neither SIGHUP,
+nor forks, nor pipes that `select` can wait for.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-STOPPING = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+STOPPING = tuple(
+  getattr(signal, name)
+  for name in ('SIGHUP', 'SIGINT', 'SIGTERM')
+  if hasattr(signal, name)
+)
 
 _ending = threading.Lock()
 
@@ -29,12 +34,14 @@ def end_the_process() -> None:
   `caught` takes the signals over for a while.
   """
   reader, writer = os.pipe()
-  os.set_blocking(writer, False)
+  if hasattr(os, 'set_blocking'):  # on Windows from Python 3.12 on
+    os.set_blocking(writer, False)
   _install(_end)
   signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
   threading.Thread(target=_watch, args=(reader,), daemon=True).start()
   # A forked child shares the pipe, and would end its parent through it.
-  os.register_at_fork(after_in_child=_forget)
+  if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=_forget)
 
 
 @contextlib.contextmanager
@@ -78,7 +85,8 @@ def _end(number: int, frame: FrameType | None = None) -> None:
     ' checkpoint\n'
   )
   with contextlib.suppress(OSError):
-    if select.select([], [2], [], 1)[1]:  # a full pipe holds nobody up
+    # A full pipe holds nobody up.
+    if os.name == 'nt' or select.select([], [2], [], 1)[1]:
       os.write(2, line.encode())
   os._exit(128 + number)
 

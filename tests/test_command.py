@@ -175,3 +175,27 @@ def test_no_file_takes_the_number_of_a_closed_stream(tmp_path):
   )
   assert finish(start(code, redirect='<&- >&- 2>&-'))[0] == 0
   assert (tmp_path / 'file').read_text() == ''
+
+
+def test_without_what_windows_lacks():
+  """Its names are taken away; what else differs there is not tried."""
+  gone = 'os.register_at_fork, os.getuid'
+  code = (
+    f'import os, signal; del signal.SIGHUP, signal.SIGPIPE, {gone}\n{RESULTS}'
+    'print("ready", flush=True); import time; time.sleep(60)'
+  )
+  process = start(code)
+  assert process.stdout.readline() == b'ready\n'
+  process.send_signal(signal.SIGTERM)
+  code, _, err = finish(process)
+  assert code == 128 + signal.SIGTERM
+  assert err.startswith(b'SIGTERM: stopped; ')
+
+
+def test_the_command_begins_before_jax_is_imported():
+  code = (
+    'import sys; from maskconnect_jax import command\n'
+    'command.begin = lambda: sys.exit("jax" in sys.modules)\n'
+    'from maskconnect_jax import __main__; __main__.main()'
+  )
+  assert finish(start(code)) == (0, b'', b'')

@@ -1,5 +1,6 @@
 """Durations, the check of every field, and the configs that are shipped."""
 
+import json
 import runpy
 from pathlib import Path
 
@@ -131,7 +132,7 @@ def changed(path, value):
     ),
     ('connectivity.fan_in', 0, r'fan_in=0 must be a whole number in \[1, 2'),
     ('batch_size', -8, r'batch_size=-8 must be a whole number in \[1, 2'),
-    ('connectivity.gradient_every', 3, 'must divide config.batch_size=128'),
+    ('masks.start', '10%', 'is not a config field any more'),
     ('keep_checkpoints', 0, r'must be a whole number in \[1, 2'),
     (
       'optimizer.learning_rate',
@@ -207,7 +208,7 @@ WRONG = {
     ('connectivity.fan_in', [*WRONG['whole'], 0]),
     ('connectivity.temperature', [*WRONG['number'], 0, 1e-300, 2]),
     ('connectivity.shuffled', WRONG['switch']),
-    ('masks.relative', [*WRONG['number'], 1]),
+    ('masks.momentum', [*WRONG['number'], 1.5]),
     ('optimizer.average', [*WRONG['number'], 1]),
     ('optimizer.learning_rate', WRONG['number']),
     ('optimizer.steps_at', [*WRONG['several'], ('50%', 30), ('1e99 years',)]),
@@ -313,12 +314,25 @@ def test_a_stored_config_of_an_older_version(tmp_path):
   assert config.batch_size == 128
 
 
-@pytest.mark.parametrize(
-  ('path', 'value'),
-  [('connectivity.gradient_every', 4), ('model.remat', 'block')],
-)
-def test_what_the_branch_level_form_has_not(path, value):
-  config = changed(path, value)
+def test_a_stored_config_with_fields_that_are_gone(tmp_path):
+  was = {'connectivity': {'gradient_every': 1, 'fan_in': 3},
+         'masks': {'start': '0%', 'relative': 0.0}}  # fmt: skip
+  (tmp_path / 'config.json').write_text(json.dumps(was))
+  config = config_lib.stored(tmp_path)
+  config_lib.check(config)
+  assert config.connectivity.fan_in == 3
+  was['connectivity']['gradient_every'], was['masks']['start'] = 4, '10%'
+  (tmp_path / 'config.json').write_text(json.dumps(was))
+  with pytest.raises(config_lib.InputError) as error:
+    config_lib.stored(tmp_path)
+  message = str(error.value)
+  assert 'config.connectivity.gradient_every=4, config.masks.start=' in message
+  assert 'relative' not in message
+  assert '\n' not in message
+
+
+def test_what_the_branch_level_form_has_not():
+  config = changed('model.remat', 'block')
   config_lib.check(config)
   config.connectivity.level = 'branch'
   with pytest.raises(config_lib.InputError, match='not for .branch.; leave it'):

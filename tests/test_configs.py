@@ -22,11 +22,22 @@ from maskconnect_jax.run import (
 )
 from maskconnect_jax.study import sweep
 
-CONFIGS = {
+FOLDER = Path(__file__).parents[1] / 'configs'
+FILES = {
   path.stem: path
-  for path in sorted((Path(__file__).parents[1] / 'configs').glob('*.py'))
+  for path in sorted(FOLDER.glob('*.py'))
   if path.stem != 'study'  # parts, each a sweep: below
 }
+WORDS = {
+  'cifar': ('10', '10,branch', '100', '100,branch'),
+  'imagenet': ('', 'branch'),
+  'mini_imagenet': ('', 'branch'),
+}
+CONFIGS = [
+  f'{name}:{word}' if word else name
+  for name in FILES
+  for word in WORDS.get(name, ('',))
+]
 TRAIN, TEST = 24, 8
 CLASSES = {'cifar10': 10, 'cifar100': 20, 'mini_imagenet': 20}
 
@@ -88,9 +99,15 @@ def data_of(tmp_path_factory, write_tfds):
 
 # One of each kind of data and level; the others with `make slow`.
 KINDS = {
-  'cifar10', 'cifar10_branch', 'digits', 'fashion_mnist', 'imagenet',
+  'cifar:10', 'cifar:10,branch', 'digits', 'fashion_mnist', 'imagenet',
   'image_folder',
 }  # fmt: skip
+
+
+def config_of(name):
+  stem, colon, word = name.partition(':')
+  get_config = runpy.run_path(str(FILES[stem]))['get_config']
+  return get_config(word) if colon else get_config()
 
 
 @pytest.mark.parametrize(
@@ -101,7 +118,7 @@ KINDS = {
   ],
 )
 def test_config(name, data_of, reduced, capsys):
-  config = runpy.run_path(str(CONFIGS[name]))['get_config']()
+  config = config_of(name)
   config_lib.check(config)
   config.data.update(data_of(config.data))
   config.batch_size = config.eval_batch_size = 8
@@ -135,38 +152,42 @@ def test_config(name, data_of, reduced, capsys):
 
 @pytest.mark.parametrize('name', CONFIGS)
 def test_a_config_opens_with_its_own_command(name):
-  text = CONFIGS[name].read_text(encoding='utf-8')
+  stem, colon, word = name.partition(':')
+  text = FILES[stem].read_text(encoding='utf-8')
   header = text.split('"""')[1]
-  assert f'--config=configs/{name}.py' in header
+  assert f'--config=configs/{stem}.py{colon}{word} ' in header
   assert '--workdir=' in header
   assert re.search(r'\d (s|min) on|[Nn]ot yet run|not\s+yet\s+run', header)
 
 
 def test_every_level_and_data_set_of_the_papers_has_a_config():
-  for data in ('cifar10', 'cifar100', 'mini_imagenet', 'imagenet'):
-    for level, suffix in (('block', ''), ('branch', '_branch')):
-      path = CONFIGS[f'{data}{suffix}']
-      config = runpy.run_path(str(path))['get_config']()
-      assert config.connectivity.level == level
+  for data in ('cifar:10', 'cifar:100', 'mini_imagenet', 'imagenet'):
+    assert config_of(data).connectivity.level == 'block'
+    branch = f'{data},branch' if ':' in data else f'{data}:branch'
+    assert config_of(branch).connectivity.level == 'branch'
+    assert config_of(branch).data == config_of(data).data
+
+
+def test_cifar10_is_cifar_of_10_classes():
+  assert config_of('cifar10') == config_of('cifar:10') == config_of('cifar')
 
 
 @pytest.mark.parametrize(
   ('part', 'rows', 'seeds'),
   [
-    ('settings', 25, 2),
+    ('settings', 22, 2),
     ('block', 12, 3),
     ('branch', 4, 3),
     ('topology', 3, 3),
     ('fashion', 4, 3),
-    ('cpu-settings', 25, 2),
+    ('cpu-settings', 22, 2),
     ('cpu-block', 4, 3),
     ('cpu-topology', 3, 3),
     ('cpu-fashion', 4, 3),
   ],
 )
 def test_every_member_of_the_study_can_be(part, rows, seeds, tmp_path):
-  path = Path(__file__).parents[1] / 'configs' / 'study.py'
-  config = runpy.run_path(str(path))['get_config'](part)
+  config = runpy.run_path(str(FOLDER / 'study.py'))['get_config'](part)
   if part.endswith('topology'):
     config.connectivity.topology = 'topology.json'
   members = sweep.members(config, tmp_path)

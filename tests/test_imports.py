@@ -23,8 +23,8 @@ FILES_FOUND = sorted(ROOT.rglob('*.py'))
 # Arrows go down only; `errors` is at the bottom of all.
 FOLDERS: dict[str, set[str]] = {
   '': {  # main
-    'arguments', 'command', 'config', 'data.image_files', 'files', 'names',
-    'run', 'signals', 'study',
+    'command', 'config', 'data.image_files', 'data.mini_imagenet', 'files',
+    'flags', 'names', 'run', 'signals', 'study',
   },
   'study': {
     'config', 'command', 'fields', 'files', 'signals', 'run', 'figures',
@@ -35,7 +35,7 @@ FOLDERS: dict[str, set[str]] = {
     'networks', 'method', 'figures',
   },
   'networks': {'limits', 'method'},
-  'data': {'config', 'command', 'files', 'limits', 'names', 'signals'},
+  'data': {'config', 'files', 'limits', 'names', 'signals'},
   'figures': {'files'},
   'method': {'files', 'limits'},
 }  # fmt: skip
@@ -44,12 +44,13 @@ ARROWS: dict[str, set[str]] = {
   '__init__': {
     'method.stack', 'method.wiring', 'networks.models', 'run.inference',
   },
-  'arguments': {'config', 'fields'},
+  '__main__': {'command', 'main'},
   'command': {'signals'},
   'config': {'fields', 'files', 'limits', 'method.spec'},
   'errors': set(),
   'fields': set(),
   'files': set(),
+  'flags': {'config', 'fields'},
   'limits': set(),
   'names': set(),
   'signals': set(),
@@ -65,7 +66,7 @@ ARROWS: dict[str, set[str]] = {
 }  # fmt: skip
 NEEDS_ORBAX = {'run.checkpoint', 'run.storage'}
 ON_JAX = {'clu', 'flax', 'jax', 'jaxlib', 'optax'}  # orbax: see NEEDS_ORBAX
-WITHOUT_JAX = {'data', 'arguments', 'command', 'config', 'fields', 'files',
+WITHOUT_JAX = {'data', 'command', 'config', 'fields', 'files', 'flags',
                'limits', 'names', 'signals', 'figures'}  # fmt: skip
 # Module -> all that it may import beside the standard library.
 ONLY = {'method.connectivity': {'jax', 'numpy'}, 'command': set(),

@@ -83,7 +83,7 @@ def refused(cli, tiny, tmp_path):
     ('config.duration=soon', ["duration='soon'", '60 epochs']),
     ('config.duration=10%', ["duration='10%'", 'needs a unit']),
     ('config.duration=0 steps', ["duration='0 steps'", 'not one step']),
-    ('config.masks.start=100%', ["masks.start='100%'", 'phase ends at']),
+    ('config.masks.start=1%', ['masks.start is not', 'any more']),
     ('config.batch_size=1440', ['1440', 'larger than the 1437']),
     ('config.seed=-1', ['config.seed=-1 must be', '[0, 4294967295]']),
     ('config.seed=9223372036854775808', ['config.seed=9', '[0, 4294967295]']),
@@ -110,6 +110,13 @@ def test_bad_flags(argument, says, refused):
   refused(f'--{argument}', says=says)
 
 
+def test_help(cli):
+  ran = cli('--help')
+  assert (ran.code, ran.err) == (0, '')
+  assert '--mode=sweep --config=configs/digits.py' in ran.out
+  assert '  --workdirs: summarize, dynamics: a run' in ran.out
+
+
 def test_batch_that_does_not_divide(refused):
   devices = jax.device_count()
   refused(
@@ -124,6 +131,7 @@ def test_bad_command_lines(refused, tmp_path):
   for mode in ('train', 'evaluate'):
     refused(mode=mode, workdir=None, says=f'--mode={mode} needs --workdir')
   refused(mode='predict', says='--mode=predict needs --images')
+  refused(mode='prepare', says='--mode=prepare needs --images=DIR, one folder')
   refused('stray', says="'stray' is no flag")
   refused('--config.seed=1', config=None, says='--config, which is missing')
   refused(mode='evaluate', config=None, says='holds no config.json')
@@ -435,7 +443,7 @@ def test_a_tilde_in_every_path(cli, refused, finished, tmp_path, monkeypatch):
   refused(
     '--config.connectivity.rule=fixed_given',
     '--config.connectivity.topology=~/t.json',
-    says=[f'topology={home}/t.json is not there'],
+    says=[f'{home}/t.json is not there', 'config.connectivity.topology'],
   )
   refused(
     '--config.data.source=folder', '--config.data.dir=~/file',

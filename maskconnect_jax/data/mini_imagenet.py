@@ -1,7 +1,7 @@
 r"""Mini-ImageNet for ordinary classification, prepared for TFDS.
 
-  pip install -e .[tfds]
-  python -m maskconnect_jax.data.mini_imagenet --images=DIR [--data_dir=DIR]
+  pip install 'maskconnect_jax[tfds]'
+  python -m maskconnect_jax.main --mode=prepare --images=DIR [--data_dir=DIR]
 
 makes the set that `config.data.source='tfds'`, `config.data.name=
 'mini_imagenet'` reads: 100 classes, 500 training and 100 test images of each.
@@ -38,12 +38,6 @@ same one have the same images in the same split. --expect=SHA256 insists on one.
 
 from __future__ import annotations
 
-if __name__ == '__main__':  # before the seconds that importing TFDS takes
-  from maskconnect_jax import command
-
-  command.begin()
-
-import argparse
 import concurrent.futures
 import csv
 import functools
@@ -55,25 +49,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, NoReturn
 
+import tensorflow_datasets as tfds
 import tqdm
 
-from maskconnect_jax import command, names, signals
+from maskconnect_jax import names, signals
 from maskconnect_jax.config import given_path
 from maskconnect_jax.data import image_files
 from maskconnect_jax.data import images as images_lib
 from maskconnect_jax.errors import InputError
-
-try:
-  import tensorflow_datasets as tfds
-except ImportError as error:
-  if __name__ == '__main__':
-    print(
-      f"error: a package is missing ({error}); pip install 'maskconnect_jax"
-      "[tfds]'",
-      file=sys.stderr,
-    )
-    sys.exit(2)
-  raise
 
 # Ravi and Larochelle's classes ("Optimization as a Model for Few-Shot
 # Learning", ICLR 2017), training, validation and test together, sorted: the
@@ -376,43 +359,31 @@ def prepare(builder: MiniImagenet, expect: str | None = None) -> None:
     ) from error
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-  """Runs the command; `arguments` are those of the process by default."""
-  # Not absl's flags: main.py has another --images, and they are global.
-  parser = argparse.ArgumentParser(
-    prog='python -m maskconnect_jax.data.mini_imagenet',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  parser.add_argument('--images', required=True, help='the folder of images')
-  parser.add_argument(
-    '--data_dir', help='where TFDS keeps its sets (~/tensorflow_datasets)'
-  )
-  parser.add_argument(
-    '--expect', metavar='SHA256', help='fail if the manifest has another'
-  )
-  given = parser.parse_args(arguments)
-  try:
-    builder = MiniImagenet(given.images, data_dir=given.data_dir)
-    with signals.caught(_interrupt):  # TFDS removes what is half done
-      prepare(builder, given.expect)
-  except InputError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
+def report(
+  images: Path, data_dir: Path | None = None, expect: str | None = None
+) -> str:
+  """Prepares the set as a command does, and returns what it prints.
+
+  Args:
+    images: see `MiniImagenet`.
+    data_dir: see there.
+    expect: see `prepare`.
+
+  Raises:
+    InputError: see `prepare`.
+  """
+  builder = MiniImagenet(images, data_dir=data_dir)
+  with signals.caught(_interrupt):  # TFDS removes what is half done
+    prepare(builder, expect)
   splits = builder.info.splits
-  with command.results():
-    print(
-      f'{builder.data_path}: {splits["train"].num_examples} training and'
-      f' {splits["test"].num_examples} test images\n'
-      f'manifest SHA-256 {builder.digest}'
-    )
+  return (
+    f'{builder.data_path}: {splits["train"].num_examples} training and'
+    f' {splits["test"].num_examples} test images\n'
+    f'manifest SHA-256 {builder.digest}'
+  )
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
   del frame
   print('interrupted; nothing is prepared', file=sys.stderr)
   sys.exit(128 + number)
-
-
-if __name__ == '__main__':
-  main()

@@ -256,7 +256,7 @@ def _tfds(data: ml_collections.ConfigDict) -> Source:
     builder = tfds.builder(data.name, data_dir=folder)
   except ValueError as error:
     remedy = (
-      'python -m maskconnect_jax.data.mini_imagenet --images=DIR prepares it'
+      'python -m maskconnect_jax.main --mode=prepare --images=DIR prepares it'
       if data.name == 'mini_imagenet'
       else 'https://www.tensorflow.org/datasets/catalog lists them'
     )

@@ -19,8 +19,6 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from maskconnect_jax.errors import InputError
-
 # So many sources go into a call of a function that is traced and lowered once
 # for calls that are alike; whole sums are not, as each has one source more.
 SOURCES_AT_ONCE = 9
@@ -32,7 +30,6 @@ SHARED_SOURCES_AT_ONCE = 32
 def masked_sum(
   weights: jax.Array,
   sources: Sequence[jax.Array],
-  every: int = 1,
   shared: bool = False,
 ) -> jax.Array:
   """Returns the sum of the sources, each times its weight.
@@ -42,19 +39,12 @@ def masked_sum(
       all images of a step: the caller broadcasts them, and autodiff then sums
       their gradients over the images, for all blocks at once.
     sources: n arrays of one shape and dtype, [batch, ...].
-    every: the gradient of the weights is taken over every so many images, and
-      stands for the others between: unbiased over batches in random order, and
-      that much cheaper.
     shared: whether other sums are over the very same sources, which a CPU can
       then lay side by side once for all. Values depend on it by rounding alone.
 
   Returns:
     An array of a source's shape, in float32 or better, for other sums to be
     added to before it is rounded to the sources' dtype.
-
-  Raises:
-    InputError: where a gradient is taken, of a batch that is not a multiple
-      of `every`.
   """
   at_once = SHARED_SOURCES_AT_ONCE if shared else SOURCES_AT_ONCE
   parts = [
@@ -62,17 +52,17 @@ def masked_sum(
   ]
   rows = jax.lax.split(weights, [len(part) for part in parts])
   sums = [
-    _traced_once(row, part, every, shared)
+    _traced_once(row, part, shared)
     for row, part in zip(rows, parts, strict=True)
   ]
   return sum(sums[1:], start=sums[0])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _sum(
-  weights: jax.Array, sources: tuple[jax.Array, ...], every: int, shared: bool
+  weights: jax.Array, sources: tuple[jax.Array, ...], shared: bool
 ) -> jax.Array:
-  del every, shared
+  del shared
   exact = _exact(sources[0].dtype)
   terms = [
     weight * source.astype(exact)
@@ -84,17 +74,12 @@ def _sum(
 
 
 def _sum_forward(
-  weights: jax.Array, sources: tuple[jax.Array, ...], every: int, shared: bool
+  weights: jax.Array, sources: tuple[jax.Array, ...], shared: bool
 ) -> tuple[jax.Array, tuple[jax.Array, tuple[jax.Array, ...]]]:
-  if sources[0].shape[0] % every:
-    raise InputError(
-      f'gradient_every={every} must divide the batch of {sources[0].shape[0]}'
-    )
-  return _sum(weights, sources, every, shared), (weights, sources)
+  return _sum(weights, sources, shared), (weights, sources)
 
 
 def _sum_backward(
-  every: int,
   shared: bool,
   residuals: tuple[jax.Array, tuple[jax.Array, ...]],
   gradient: jax.Array,
@@ -108,33 +93,22 @@ def _sum_backward(
     for weight, source in zip(_beside(weights, gradient), sources, strict=True)
   )
   products = jax.lax.platform_dependent(
-    _every(gradient, every),
-    tuple(_every(source, every) for source in sources),
+    gradient,
+    sources,
     cpu=products_side_by_side if shared else products_one_by_one,
     tpu=products_one_by_one,
     default=products_at_once,
   )
-  products = jnp.repeat(products, every, axis=1)
   return products.astype(weights.dtype), for_sources
 
 
 _sum.defvjp(_sum_forward, _sum_backward)
-_traced_once = jax.jit(_sum, static_argnums=(2, 3))
+_traced_once = jax.jit(_sum, static_argnums=(2,))
 
 
 def _beside(weights: jax.Array, x: jax.Array) -> jax.Array:
   """Returns weights [n, batch] such that each multiplies x, [batch, ...]."""
   return weights.reshape(*weights.shape, *[1] * (x.ndim - 1))
-
-
-def _every(x: jax.Array, every: int) -> jax.Array:
-  """Returns every so many images of x.
-
-  By reshape: of a sharded batch each device keeps its own.
-  """
-  if every == 1:
-    return x
-  return x.reshape(-1, every, *x.shape[1:])[:, 0]
 
 
 def products_one_by_one(

@@ -70,7 +70,6 @@ class MaskedStack(Wiring):
     adapter: Callable[..., jax.Array] | None = None,
     scale: str = 'mean',
     gradient: str = 'normalized',
-    gradient_every: int = 1,
     initial: float = 0.5,
     initial_spread: float = 0.0,
     remat: str = 'none',
@@ -87,8 +86,6 @@ class MaskedStack(Wiring):
         `before` is what it has made of the source for shapes before this one.
       scale: c, 'mean' (1/k_j) or 'sum' (1).
       gradient: what the entries of r get; see `connectivity.draw_through`.
-      gradient_every: its products are taken over every so many images of a
-        batch, and multiplied by that.
       initial: where the entries of r start.
       initial_spread: half the width of the uniform noise added there.
       remat: 'none'; or 'block', whose inside the backward pass computes again
@@ -108,9 +105,6 @@ class MaskedStack(Wiring):
     self.scale = scale
     limits.choice('remat', remat, spec.REMATS)
     self.remat = remat
-    self.gradient_every = limits.whole(
-      'gradient_every', gradient_every, 1, limits.MAX_FAN_IN
-    )
     super().__init__(
       valid=valid or connectivity.valid_sources(len(blocks)),
       fan_in=fan_in,
@@ -148,7 +142,7 @@ class MaskedStack(Wiring):
     sources = _Sources(x, self.adapter)
     run = self._runner(options)
     for block, row, valid in zip(self.blocks, rows, self.valid, strict=True):
-      total = sources.masked_sum(valid, row[0], self.gradient_every)
+      total = sources.masked_sum(valid, row[0])
       sources.outputs.append(run(block, total))
     return sources.outputs[-1]
 
@@ -285,15 +279,12 @@ class _Sources:
       [adapters.zero_pad_channels(self._take(i), width) for i in picked], scale
     )
 
-  def masked_sum(
-    self, valid: Sequence[bool], weights: jax.Array, every: int
-  ) -> jax.Array:
+  def masked_sum(self, valid: Sequence[bool], weights: jax.Array) -> jax.Array:
     """Returns the sum that a block reads, of the newest output's shape.
 
     Args:
       valid: which of the sources 0..L-1 it may take.
       weights: float32 [L, batch], theirs.
-      every: see `aggregate.masked_sum`.
     """
     newest = self.outputs[-1]
     taken: list[Any] = [
@@ -312,7 +303,6 @@ class _Sources:
       total = masked_sum(
         jnp.concatenate([parts[i] for i in same]),
         tuple(y for i in same for y in runs[i][1]),
-        every,
         # All blocks of a stage read the same sources of earlier stages.
         width < newest.shape[-1],
       )

@@ -517,8 +517,8 @@ def create_model(
       passes of bfloat16; 'highest' is float32; a CPU has float32 alone, and
       masks and statistics are always of float32); with level 'block' also
       stem_source, adapter ('pool', 'projection', 'same_stage'), scale
-      ('mean', 'sum'), gradient_every (1) and remat ('none', 'block'), see
-      `MaskedStack`; with level 'branch' identity ('1/K', '1/C').
+      ('mean', 'sum') and remat ('none', 'block'), see `MaskedStack`; with
+      level 'branch' identity ('1/K', '1/C').
 
   Returns:
     A Flax NNX module: images float [N, H, W, in_channels] to logits

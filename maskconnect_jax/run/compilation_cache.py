@@ -56,8 +56,13 @@ def use() -> None:
   _replace_what_is_broken(folder)
 
 
+def _user() -> int:
+  """Returns the owner of what this process makes; on Windows all say 0."""
+  return os.getuid() if hasattr(os, 'getuid') else 0
+
+
 def _candidates() -> list[Path]:
-  user = os.getuid()
+  user = _user()
   temporary = Path(tempfile.gettempdir()) / f'maskconnect_jax-{user}'
   try:
     own = platformdirs.user_cache_path('maskconnect_jax')
@@ -72,7 +77,7 @@ def _private(folder: Path) -> str:
   try:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     # A link to another place is fine, if it is this user's as well.
-    if {folder.lstat().st_uid, folder.stat().st_uid} != {os.getuid()}:
+    if {folder.lstat().st_uid, folder.stat().st_uid} != {_user()}:
       return f"{folder} is another user's"
     folder.chmod(0o700)
   except OSError as error:

@@ -107,12 +107,12 @@ def make_schedules(
 ) -> tuple[optax.Schedule, optax.Schedule]:
   """Returns the learning rates of the weights and of the masks, by step."""
 
-  def steps_of(text: str, name: str, total: int = plan.total) -> int:
+  def steps_of(text: str, name: str) -> int:
     return config_lib.to_steps(
       text,
       batch_size=config.batch_size,
       num_examples=plan.per_epoch * config.batch_size,
-      total=total,
+      total=plan.total,
       name=f'config.{name}',
     )
 
@@ -131,13 +131,7 @@ def make_schedules(
     plan.freeze,
     steps_at=[round(drop * plan.freeze / plan.total) for drop in drops],
   )
-  start = steps_of(config.masks.start, 'masks.start', plan.freeze)
-  if plan.freeze and start >= plan.freeze:
-    raise InputError(
-      f'config.masks.start={config.masks.start!r} is step {start}; the'
-      f' connectivity phase ends at {plan.freeze}'
-    )
-  return weights, optimizer.between(masks, start, plan.freeze)
+  return weights, optimizer.until(masks, plan.freeze)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +199,6 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
         mask_rate,
         model.stack.valid,
         momentum=config.masks.momentum,
-        relative=config.masks.relative,
       ),
     ),
     seed=config.seed,
@@ -252,7 +245,6 @@ def architecture_of(
       'stem_source': own.stem_source,
       'adapter': own.adapter,
       'scale': own.scale,
-      'gradient_every': own.gradient_every,
       'remat': config.model.remat,
     }
   return architecture

@@ -116,6 +116,7 @@ def load(folder: str | Path) -> Classifier:
   # The rule and the seed decide what a network starts from, and no shape.
   given = {'version': '1'} | record['architecture']  # had no name then
   architecture = given | {'rule': 'fixed_prev', 'seed': 0}
+  architecture.pop('gradient_every', None)  # of version 0.1.0, for training
   try:
     abstract = nnx.eval_shape(
       lambda: wiring.prune(

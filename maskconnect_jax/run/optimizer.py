@@ -49,11 +49,11 @@ def schedule(
   return optax.join_schedules([rising, after], [warmup_steps])
 
 
-def between(active: optax.Schedule, start: int, end: int) -> optax.Schedule:
-  """Returns `active` from step `start` to before `end`, and 0 elsewhere."""
+def until(active: optax.Schedule, end: int) -> optax.Schedule:
+  """Returns `active` before step `end`, and 0 from there on."""
 
   def rate(step: Any) -> Any:
-    return jnp.where((start <= step) & (step < end), active(step), 0.0)
+    return jnp.where(step < end, active(step), 0.0)
 
   return rate
 
@@ -100,7 +100,6 @@ def masks_transform(
   valid: Any,
   *,
   momentum: float = 0.0,
-  relative: float = 0.0,
 ) -> optax.GradientTransformation:
   """r <- clip(r - rate * dloss/db, 0, 1), without weight decay.
 
@@ -108,40 +107,12 @@ def masks_transform(
     rate: learning rate by step.
     valid: bool, of the shape of r; other entries stay 0.
     momentum: 0 keeps no velocity.
-    relative: the decay of `by_running_scale`; 0 leaves gradients as they are.
   """
   return optax.chain(
-    by_running_scale(relative) if relative else optax.identity(),
+    optax.identity(),  # a checkpoint names the states after it by their place
     optax.sgd(rate, momentum or None),
     box_projection(jnp.asarray(valid, jnp.float32)),
   )
-
-
-def by_running_scale(decay: float) -> optax.GradientTransformation:
-  """Divides all entries alike by their running root mean square s.
-
-  s_t^2 = d s_(t-1)^2 + (1 - d) |g|^2 / n, over 1 - d^t; n counts the entries
-  that are not 0. One number for the whole mask: what entries have of another's
-  gradient stays as it is.
-  """
-
-  def init(params: Any) -> Any:
-    del params
-    return jnp.zeros(()), jnp.zeros((), jnp.int32)
-
-  def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-    del params
-    square, count = state
-    leaves = jax.tree.leaves(updates)
-    used = sum(jnp.sum(g != 0) for g in leaves)
-    mean = sum(jnp.sum(g**2) for g in leaves) / jnp.maximum(used, 1)
-    square, count = decay * square + (1 - decay) * mean, count + 1
-    scale = jnp.sqrt(square / (1 - decay**count))
-    return jax.tree.map(
-      lambda g: jnp.where(scale > 0, g / scale, g), updates
-    ), (square, count)
-
-  return optax.GradientTransformation(init, update)
 
 
 def box_projection(upper: jax.Array) -> optax.GradientTransformation:

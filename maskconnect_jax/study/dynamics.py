@@ -1,6 +1,7 @@
 r"""What the real masks did while they were learned: a table of runs.
 
-  python -m maskconnect_jax.study.dynamics runs/rules --figure=dynamics.png
+  python -m maskconnect_jax.main --mode=dynamics --workdirs=runs/rules \
+      --figure=dynamics.png
 
 takes the workdirs of runs, finished or not, or folders of such, and reads
 config.json, metrics.jsonl, real_masks.npz and, where there is one,
@@ -40,23 +41,14 @@ standard deviation of the mean over P pairs is thus sqrt(variance / P).
 
 from __future__ import annotations
 
-if __name__ == '__main__':  # before the seconds that importing JAX takes
-  from maskconnect_jax import command
-
-  command.begin()
-
-import argparse
 import dataclasses
 import itertools
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from maskconnect_jax import command
-from maskconnect_jax.config import given_path
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.figures import dynamics as dynamics_plots
 from maskconnect_jax.figures import page as plots
@@ -199,54 +191,40 @@ def draw(runs: Sequence[Trajectory], path: Path) -> None:
   plots.save(dynamics_plots.figure(panels), path.with_suffix(''))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-  """Runs the command; `arguments` are those of the process by default."""
-  # Not absl's flags, which are global: those of main.py take other values.
-  parser = argparse.ArgumentParser(
-    prog='python -m maskconnect_jax.study.dynamics',
-    description=__doc__,
-    formatter_class=argparse.RawDescriptionHelpFormatter,
-  )
-  parser.add_argument(
-    'workdirs', nargs='+', type=Path, help='runs, or folders of runs'
-  )
-  parser.add_argument(
-    '--figure',
-    type=Path,
-    metavar='FILE.png',
-    help='draw them too, up to six; FILE.svg is written beside it',
-  )
-  given = parser.parse_args(arguments)
-  try:
-    if given.figure:
-      given.figure = given_path(given.figure, '--figure')
-      summarize.check_figure(given.figure)
-    found = summarize.find_runs(
-      [given_path(folder, 'workdirs') for folder in given.workdirs]
+def report(folders: Sequence[Path], figure: Path | None = None) -> str:
+  """Returns the tables of the runs in some folders, and draws them.
+
+  Args:
+    folders: each the workdir of a run, or a folder with such at any depth.
+    figure: FILE.png for a picture of up to six runs, with FILE.svg beside it;
+      None draws none.
+
+  Raises:
+    InputError: no real mask was recorded there, a run's files are damaged, or
+      there can be no such figure.
+  """
+  if figure:
+    summarize.check_figure(figure)
+  found = summarize.find_runs(folders)
+  masked = [run for run in found if (run / 'real_masks.npz').is_file()]
+  if not masked:
+    raise InputError(
+      f'{found[0]} holds no real_masks.npz; give runs with'
+      ' connectivity.rule=learned that have saved a checkpoint'
     )
-    masked = [run for run in found if (run / 'real_masks.npz').is_file()]
-    if not masked:
-      raise InputError(
-        f'{found[0]} holds no real_masks.npz; give runs with'
-        ' connectivity.rule=learned that have saved a checkpoint'
-      )
-    if given.figure and len(masked) > dynamics_plots.MOST:
-      raise InputError(
-        f'--figure draws up to {dynamics_plots.MOST} runs, not {len(masked)};'
-        ' give fewer workdirs'
-      )
-    runs = [trajectories.read(workdir) for workdir in masked]
-    text = markdown(runs)
-    if given.figure:
-      draw(runs, given.figure)
-  except InputError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
-  with command.results():
-    print(text, end='')
-    if others := [run for run in found if run not in masked]:
-      names = ', '.join(map(str, others))
-      print(f'\nWithout a recorded real mask, and in no row: {names}.')
+  if figure and len(masked) > dynamics_plots.MOST:
+    raise InputError(
+      f'--figure draws up to {dynamics_plots.MOST} runs, not {len(masked)};'
+      ' give fewer --workdirs'
+    )
+  runs = [trajectories.read(workdir) for workdir in masked]
+  text = markdown(runs)
+  if figure:
+    draw(runs, figure)
+  if others := [run for run in found if run not in masked]:
+    names = ', '.join(map(str, others))
+    text += f'\nWithout a recorded real mask, and in no row: {names}.\n'
+  return text
 
 
 def _table(head: list[str], rows: Sequence[list[str]]) -> list[str]:
@@ -255,7 +233,3 @@ def _table(head: list[str], rows: Sequence[list[str]]) -> list[str]:
 
 def _percent(share: float, digits: int = 1) -> str:
   return f'{100 * share:.{digits}f} %'
-
-
-if __name__ == '__main__':
-  main()

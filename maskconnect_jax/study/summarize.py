@@ -287,7 +287,8 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 def read(workdir: Path) -> Run:
   """Reads a finished run. Raises InputError if its files are damaged."""
-  fields = config_lib.essential(config_lib.stored(workdir))
+  config, removed = config_lib.record_of(workdir)
+  fields = config_lib.essential(config) | removed
   seed = fields.pop('seed')
   path = workdir / 'summary.json'
   remedy = 'delete it and train again: the run goes on from its last checkpoint'

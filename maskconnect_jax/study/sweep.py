@@ -32,6 +32,13 @@ from maskconnect_jax.run import locks, workdirs
 from maskconnect_jax.study import summarize
 
 POLL_SECONDS = 0.2
+# The arguments of `Popen` for a process that Ctrl-C does not reach. They differ
+# on Windows, which has no process groups in the sense of POSIX.
+OWN_GROUP: dict[str, Any] = (
+  {'creationflags': getattr(subprocess, 'CREATE_NEW_PROCESS_GROUP', 0)}
+  if os.name == 'nt'
+  else {'process_group': 0}
+)
 PARSERS = {
   bool: flags.BooleanParser(),
   int: flags.IntegerParser(),
@@ -360,7 +367,7 @@ def start(
       stdout=log,
       stderr=subprocess.STDOUT,
       env=os.environ | environment,
-      process_group=0,
+      **OWN_GROUP,
     )
 
 

@@ -118,7 +118,7 @@ def read(workdir: Path) -> Trajectory:
     InputError: its files are missing, damaged or of another network, or no row
       has a choice.
   """
-  config = config_lib.stored(workdir)
+  config, removed = config_lib.record_of(workdir)
   valid, start = _at_the_start(config)
   path = workdir / 'real_masks.npz'
   try:
@@ -153,7 +153,7 @@ def read(workdir: Path) -> Trajectory:
       ' than it takes, so nothing was learned; leave the run out'
     )
   chosen = np.array([np.isin(np.arange(sources), row) for row in rows])
-  fields = config_lib.essential(config)
+  fields = config_lib.essential(config) | removed
   return Trajectory(
     workdir,
     fields.pop('seed'),

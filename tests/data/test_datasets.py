@@ -764,9 +764,7 @@ def test_tfds_name_unknown(tmp_path):
 
 def test_mini_imagenet_not_prepared(tmp_path):
   (tmp_path / 'something').mkdir()
-  with pytest.raises(
-    config.InputError, match='maskconnect_jax.data.mini_imagenet'
-  ):
+  with pytest.raises(config.InputError, match='--mode=prepare --images=DIR'):
     load(source='tfds', name='mini_imagenet', dir=str(tmp_path))
 
 

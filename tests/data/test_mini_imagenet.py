@@ -283,18 +283,14 @@ def test_failing_in_between_leaves_nothing(folder, tmp_path):
   assert len(load(tmp_path / 'tfds').train) == 10
 
 
-def test_command(folder, tmp_path, monkeypatch, capsys):
+def test_command(folder, tmp_path, monkeypatch, cli):
   monkeypatch.setattr(mini_imagenet, 'MiniImagenet', small)
   where = tmp_path / 'tfds' / 'mini_imagenet' / '1.0.0'
 
   def run(*more):
     flags = [f'--images={folder}', f'--data_dir={tmp_path / "tfds"}']
-    capsys.readouterr()
-    try:
-      mini_imagenet.main([*flags, *more])
-    except SystemExit as exited:
-      return exited.code, capsys.readouterr().err
-    return 0, capsys.readouterr().out
+    ran = cli('--mode=prepare', *flags, *more)
+    return ran.code, ran.err if ran.code else ran.out
 
   code, message = run('--expect=0123')
   assert code == 2

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskconnect_jax.errors import InputError
 from maskconnect_jax.method.aggregate import (
   masked_sum,
   products_at_once,
@@ -75,22 +74,6 @@ def test_gradients_are_those_of_autodiff(count, batch):
     assert actual.dtype == jnp.float64
     np.testing.assert_allclose(actual, by_autodiff, rtol=0, atol=1e-10)
   assert np.any(gradients[0][arguments[0] == 0])  # also where the weight is 0
-
-
-@pytest.mark.usefixtures('x64')
-def test_a_gradient_from_every_third_image():
-  rng = np.random.default_rng(0)
-  sources, gradient = rng.normal(size=(2, 9, 4)), rng.normal(size=(9, 4))
-  ys = tuple(jnp.asarray(sources))
-  value, backward = jax.vjp(
-    lambda w: masked_sum(in_each_image(w, 9), ys, 3), jnp.ones(2)
-  )
-  expected = 3 * np.einsum('bc,nbc->n', gradient[::3], sources[:, ::3])
-  (actual,) = backward(jnp.asarray(gradient))
-  np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-10)
-  np.testing.assert_allclose(value, sources.sum(0), rtol=0, atol=1e-10)
-  with pytest.raises(InputError, match='gradient_every=4 .* batch of 9'):
-    jax.grad(lambda w: masked_sum(w, ys, 4).sum())(jnp.ones((2, 9)))
 
 
 @pytest.mark.usefixtures('x64')

@@ -802,7 +802,6 @@ def test_list_models_matches_patterns():
     ('resnet8', {'level': None}, 'level=None is not one of block, branch'),
     ('resnet8', {'rule': ['learned']}, 'is not one of learned'),
     ('resnet8', {'stem_source': 'no'}, "stem_source='no' must be True or"),
-    ('resnet8', {'gradient_every': 0}, 'gradient_every=0 must be at least 1'),
     ('resnet8', {'initial': float('nan')}, r'initial=nan must be .* \[0, 1\]'),
     ('resnet8', {'initial_spread': -1}, 'initial_spread=-1 must be .* >= 0'),
     ('resnet8', {'initial_spread': 'x'}, "initial_spread='x' must be a number"),

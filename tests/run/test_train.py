@@ -252,7 +252,7 @@ def test_model_json(finished):
     'dtype': 'float32', 'fan_in': 2, 'rule': 'learned', 'stem_source': True,
     'adapter': 'pool', 'scale': 'mean', 'gradient': 'all', 'initial': 0.5,
     'initial_spread': 0.5, 'seed': 6, 'level': 'block',
-    'gradient_every': 1, 'remat': 'none', 'version': '2',
+    'remat': 'none', 'version': '2',
     'matmul_precision': 'default',
   }  # fmt: skip
   shape = record['preprocessing']

@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from maskconnect_jax import config as config_lib
 from maskconnect_jax import files
+from maskconnect_jax.errors import InputError
 from maskconnect_jax.figures import dynamics as dynamics_plots
 from maskconnect_jax.method import topology
 from maskconnect_jax.networks import models
@@ -87,12 +88,11 @@ def write(tmp_path):
 
 
 @pytest.fixture
-def table(capsys):
+def table():
   """Returns the cells of each row that is printed, by the first of them."""
 
   def run(*arguments):
-    dynamics.main([str(argument) for argument in arguments])
-    text = capsys.readouterr().out
+    text = dynamics.report(arguments)
     lines = [line for line in text.splitlines() if line[:2] == '| ']
     cells = [line[2:-2].split(' | ') for line in lines]
     return {row[0]: row[1:] for row in cells if row[0] not in ('', '---')}, text
@@ -396,30 +396,35 @@ def test_picture_shows_the_numbers_and_no_text_overlaps():
     ({'connectivity__fan_in': 6}, 'nothing has more sources than it takes'),
   ],
 )
-def test_bad_runs_are_one_line(change, message, write, capsys):
+def test_bad_runs_are_one_line(change, message, write):
   fields = {k: v for k, v in change.items() if '__' in k}
   workdir = write('run', random_masks(0), random_sources(0), **fields)
   for name, text in change.items() - fields.items():
     (workdir / name).unlink()
     if text is not None:
       (workdir / name).write_text(text)
-  assert message in refused(capsys, workdir)
+  assert message in refused(workdir)
 
 
-def test_bad_arguments_are_one_line(write, capsys):
+def test_bad_arguments_are_one_line(write, tmp_path, cli):
   runs = [write(f'{n}', random_masks(0), seed=n) for n in range(7)]
   same = write('same', random_masks(0), seed=6)
-  assert 'same config and seed' in refused(capsys, same, *runs[-1:])
-  assert 'must end in .png' in refused(capsys, runs[0], '--figure=a.jpg')
-  assert 'up to 6 runs, not 7' in refused(capsys, *runs, '--figure=a.png')
+  assert 'same config and seed' in refused(same, *runs[-1:])
+  figure = tmp_path / 'a.png'
+  assert 'up to 6 runs, not 7' in refused(*runs, figure=figure)
+  assert not figure.exists()
+  for given, says in (
+    ([], 'error: --mode=dynamics needs --workdirs'),
+    ([f'--workdirs={runs[0]}', '--figure=a.jpg'], 'must end in .png'),
+  ):
+    ran = cli('--mode=dynamics', *given)
+    assert (ran.code, ran.out) == (2, '')
+    assert says in ran.err
+    assert ran.err.count('\n') == 1
 
 
-def refused(capsys, *arguments):
-  capsys.readouterr()
-  with pytest.raises(SystemExit) as exited:
-    dynamics.main([str(argument) for argument in arguments])
-  assert exited.value.code == 2
-  out, err = capsys.readouterr()
-  assert not out
-  assert re.fullmatch(r'error: .*\n', err)
-  return err
+def refused(*folders, figure=None):
+  with pytest.raises(InputError) as error:
+    dynamics.report(folders, figure)
+  assert '\n' not in str(error.value)
+  return str(error.value)

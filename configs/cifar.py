@@ -1,0 +1,63 @@
+"""CIFAR-10 and CIFAR-100 with the published recipe, at either level.
+
+  python -m maskconnect_jax.main --config=configs/cifar.py:10 \
+      --workdir=runs/cifar10
+  python -m maskconnect_jax.main --config=configs/cifar.py:10,branch \
+      --workdir=runs/cifar10_branch
+  python -m maskconnect_jax.main --config=configs/cifar.py:100 \
+      --workdir=runs/cifar100
+  python -m maskconnect_jax.main --config=configs/cifar.py:100,branch \
+      --workdir=runs/cifar100_branch
+
+Each block of resnet38 picks 10 blocks. With `branch`, each branch picks 4 of 8:
+of resnext20_8x4d on CIFAR-10, of resnext29_8x8d on CIFAR-100.
+
+The set comes from TFDS, prepared once, without TensorFlow, as the README says;
+or from an image folder with --config.data.source=folder --config.data.dir=DIR.
+
+300 epochs of 50,000 images: not yet run to their end. On CIFAR-10 (JPEG) with
+--config.duration='1 epochs', seed 0, after pruning:
+
+  10         60.23 %, 7 min on two CPU cores
+  10,branch  39.43 % with the plain settings (README), which leave 38 of the 48
+             branches; 25 min on two busy CPU cores
+"""
+
+import ml_collections
+
+from maskconnect_jax import config as config_lib
+
+# Of the training images' channels, on the 0..255 scale.
+MEAN_AND_STD = {
+  '10': ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
+  '100': ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
+}
+RESNEXTS = {'10': 'resnext20_8x4d', '100': 'resnext29_8x8d'}
+
+
+def get_config(variant: str = '10') -> ml_collections.ConfigDict:
+  classes, comma, level = variant.partition(',')
+  if classes not in MEAN_AND_STD or (comma and level != 'branch'):
+    raise config_lib.InputError(
+      f'there is no {variant!r}; give 10, 100, 10,branch or 100,branch'
+    )
+  config = config_lib.default()
+  config.duration = '300 epochs'
+  config.batch_size = 128
+
+  config.model.name = 'resnet38'
+  config.connectivity.fan_in = 10
+  if level:
+    config.model.name = RESNEXTS[classes]
+    config.connectivity.level = 'branch'
+    config.connectivity.fan_in = 4
+
+  config.optimizer.learning_rate = 0.1
+  config.optimizer.schedule = 'step'
+  config.optimizer.steps_at = ('50%', '75%')
+  config.optimizer.weight_decay = 5e-4
+
+  config.data.source = 'tfds'
+  config.data.name = f'cifar{classes}'
+  config.data.mean, config.data.std = MEAN_AND_STD[classes]
+  return config
