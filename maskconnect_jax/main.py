@@ -32,7 +32,8 @@ import gc
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import jax
@@ -127,34 +128,30 @@ def run_predict() -> None:
       print(f'note: {note}', file=sys.stderr)
   paths = [path for folder in found for path in folder.files]
   classes = [names.encodable(name) for name in model.classes]
-  unread = 0
-  for start in range(0, len(paths), inference.BATCH):
-    part = []
-    for path in paths[start : start + inference.BATCH]:
+  unread = []
+
+  def prepared() -> Iterator[tuple[Path, np.ndarray]]:
+    for path in paths:
       try:
-        part.append((path, model.prepare(path)))
+        yield path, model.prepare(path)
       except InputError as error:
         print(f'error: {error}', file=sys.stderr)
-        unread += 1
-    if not part:
-      continue
-    rows = model.probabilities(np.stack([image for _, image in part]))
-    for (path, _), row in zip(part, rows, strict=True):
-      best = int(row.argmax())
-      if JSON.value:
-        record = {
-          'image': names.encodable(path),
-          'class': classes[best],
-          'probability': float(row[best]),
-          'probabilities': dict(zip(classes, row.tolist(), strict=True)),
-        }
-        print(json.dumps(files.finite(record), allow_nan=False))
-      else:
-        print(
-          f'{names.one_line(path)}\t{names.one_line(classes[best])}'
-          f'\t{row[best]:.4f}'
-        )
-    sys.stdout.flush()  # what is done is not lost to a signal
+        unread.append(path)
+
+  for path, row in model.rows(prepared()):
+    best = int(row.argmax())
+    if JSON.value:
+      record = {
+        'image': names.encodable(path),
+        'class': classes[best],
+        'probability': float(row[best]),
+        'probabilities': dict(zip(classes, row.tolist(), strict=True)),
+      }
+      line = json.dumps(files.finite(record), allow_nan=False)
+    else:
+      label = names.one_line(classes[best])
+      line = f'{names.one_line(path)}\t{label}\t{row[best]:.4f}'
+    print(line, flush=True)  # a line is not lost to a signal
   if unread:
     sys.exit(2)
 

@@ -13,7 +13,7 @@ from ml_collections import config_dict
 from maskconnect_jax import config as config_lib
 from maskconnect_jax.data import datasets
 from maskconnect_jax.networks import models
-from maskconnect_jax.run import experiment, train
+from maskconnect_jax.run import experiment, plan, train
 
 NAN, INF = float('nan'), float('inf')
 
@@ -79,7 +79,7 @@ def test_a_duration_of_more_digits_than_a_float_has():
 def test_a_run_that_is_too_long(duration):
   config = changed('duration', duration)
   with pytest.raises(config_lib.InputError, match='is too long; a run has'):
-    experiment.make_plan(config, num_examples=1000)
+    plan.make(config, num_examples=1000)
 
 
 def test_a_per_cent_of_nothing():

@@ -14,13 +14,15 @@ from PIL import Image
 
 from maskconnect_jax import config, signals
 from maskconnect_jax.networks import models
-from maskconnect_jax.run import distributed, locks, metrics, train
+from maskconnect_jax.run import locks, metrics, train
+from maskconnect_jax.run.preemption import Preemption
 
 # Runs the command line, but kills itself (kill -9) right after the line of a
 # step is written, or right after a save has been started in the background.
 COMMAND = """
 import os, signal, sys
-from maskconnect_jax import checkpoint, main, metrics
+from maskconnect_jax import main
+from maskconnect_jax.run import checkpoint, metrics
 
 moment, at = sys.argv.pop(1), int(sys.argv.pop(1))
 
@@ -260,7 +262,7 @@ def test_a_signal_saves_and_stops(
   number, tiny, tmp_path, cli, assert_same_end, caplog
 ):
   workdir = tmp_path / 'run'
-  real = train.report.at_freeze
+  real = train.finish.at_freeze
 
   def at_freeze(*arguments):
     os.kill(os.getpid(), number)
@@ -268,7 +270,7 @@ def test_a_signal_saves_and_stops(
 
   before = signal.getsignal(number)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train.report, 'at_freeze', at_freeze)
+    patch.setattr(train.finish, 'at_freeze', at_freeze)
     ran = cli(f'--config={tiny}', f'--workdir={workdir}')
   assert ran.code == 128 + number
   assert ran.out == ''
@@ -316,14 +318,14 @@ def test_a_signal_in_an_evaluation_and_at_the_freeze(
 def test_a_signal_for_which_no_step_is_left_is_passed_on():
   came = []
   with signals.caught(lambda number, frame: came.append(number)):
-    with distributed.Preemption() as preemption:
+    with Preemption() as preemption:
       os.kill(os.getpid(), signal.SIGTERM)
       assert came == [signal.SIGTERM]  # before the first step
       assert preemption.requested(1) == 0
       os.kill(os.getpid(), signal.SIGHUP)
       assert len(came) == 1
     assert came == [signal.SIGTERM, signal.SIGHUP]
-    with distributed.Preemption() as preemption:
+    with Preemption() as preemption:
       preemption.requested(1)
       os.kill(os.getpid(), signal.SIGHUP)
       assert preemption.requested(2) == signal.SIGHUP

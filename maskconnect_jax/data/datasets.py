@@ -38,6 +38,10 @@ class Split:
   def __len__(self) -> int:
     return len(self.labels)
 
+  def read_labels(self) -> np.ndarray:
+    """Returns the class indices, int32 [N], which are here already."""
+    return self.labels
+
   def part(self, chosen: np.ndarray) -> Split:
     """Returns the chosen ones, copied."""
     return Split(self.images[chosen], self.labels[chosen])
@@ -68,9 +72,8 @@ class Stream:
   def __len__(self) -> int:
     return len(self.chosen)
 
-  @property
-  def labels(self) -> np.ndarray:
-    """Class indices, int32 [N]; reads every record to find them."""
+  def read_labels(self) -> np.ndarray:
+    """Returns the class indices, int32 [N]; reads every record for them."""
     numbers = tqdm.tqdm(
       self.chosen, 'reading labels', delay=2, leave=False, disable=None
     )
@@ -354,7 +357,7 @@ def _none_decodes(source: Source, what: str, errors: list[str]) -> InputError:
 
 def _check_labels(dataset: Dataset, name: str) -> None:
   """Raises InputError for a data set that no classifier can be trained on."""
-  known = np.unique(dataset.train.labels)
+  known = np.unique(dataset.train.read_labels())
   if len(dataset.classes) < 2 or len(known) < 2:
     raise InputError(
       f'{name} has training images of one class only'
@@ -366,7 +369,7 @@ def _check_labels(dataset: Dataset, name: str) -> None:
       f'{name} has training labels from {known[0]} to {known[-1]};'
       f' its {last + 1} classes need labels from 0 to {last}'
     )
-  if len(odd := np.setdiff1d(dataset.test.labels, known)):
+  if len(odd := np.setdiff1d(dataset.test.read_labels(), known)):
     raise InputError(
       f'{name} has test images with labels {odd.tolist()}, of which'
       ' there are no training images; both need the same classes'
@@ -377,7 +380,7 @@ def _evenly(
   field: str, split: Split | Stream, count: int
 ) -> tuple[Split | Stream, Split | Stream]:
   """Returns the rest and `count` images drawn evenly from the classes."""
-  labels = split.labels
+  labels = split.read_labels()
   if count >= len(labels):
     raise InputError(
       f'config.data.{field}={count} must be smaller'

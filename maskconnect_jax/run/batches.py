@@ -14,7 +14,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import grain
 import jax
@@ -23,7 +23,7 @@ import numpy as np
 
 from maskconnect_jax.data.datasets import Split, Stream
 from maskconnect_jax.networks import streams
-from maskconnect_jax.run import distributed, steps
+from maskconnect_jax.run import distributed
 
 
 class Resident:
@@ -38,30 +38,38 @@ class Resident:
   def __init__(
     self,
     split: Split,
-    recipe: steps.Recipe,
     batch_size: int,
-    mesh: jax.sharding.Mesh,
+    *,
+    seed: int,
+    sharding: jax.sharding.NamedSharding,
   ) -> None:
-    """Puts the split on the devices."""
+    """Puts the split on the devices.
+
+    Args:
+      split: the training examples.
+      batch_size: examples in a step, on all devices together.
+      seed: of the run; decides the order of each epoch.
+      sharding: how a batch lies on the devices.
+    """
     self._size = batch_size
     self._per_epoch = len(split) // batch_size
-    everywhere = distributed.replicated(mesh)
+    everywhere = distributed.replicated(sharding.mesh)
     self._arrays = distributed.to_global(
       (split.images, split.labels), everywhere
     )
 
     def order(step: Any) -> jax.Array:
       return jax.random.permutation(
-        recipe.key(streams.ORDER, step), len(split)
+        streams.at_step(seed, streams.ORDER, step), len(split)
       ).astype(jnp.int32)
 
     def take(arrays: Any, order: jax.Array, start: Any) -> Any:
       indices = jax.lax.dynamic_slice(order, (start,), (batch_size,))
-      indices = jax.lax.with_sharding_constraint(indices, recipe.batch_sharding)
+      indices = jax.lax.with_sharding_constraint(indices, sharding)
       return jax.tree.map(lambda array: array[indices], arrays)
 
     self._order = jax.jit(order, out_shardings=everywhere)
-    self._take = jax.jit(take, out_shardings=recipe.batch_sharding)
+    self._take = jax.jit(take, out_shardings=sharding)
 
   def starting_at(self, step: int) -> Iterator[Any]:
     """Yields the batches of `step`, `step` + 1, ... without an end.
@@ -89,9 +97,10 @@ class Streamed:
   def __init__(
     self,
     stream: Stream,
-    recipe: steps.Recipe,
     batch_size: int,
     *,
+    seed: int,
+    sharding: jax.sharding.NamedSharding,
     threads: int,
     workers: int,
   ) -> None:
@@ -99,16 +108,17 @@ class Streamed:
 
     Args:
       stream: the training examples.
-      recipe: of the run, for its seed and sharding.
       batch_size: examples in a step, on all devices together.
+      seed: of the run; decides the order of each epoch, and every crop.
+      sharding: how a batch lies on the devices.
       threads: that decode, in this process or in each worker.
       workers: processes that decode; 0: this one.
     """
     self.damaged: set[int] = set()
     self._batch_size = batch_size
-    self._sharding = recipe.batch_sharding
+    self._sharding = sharding
     self._threads, self._workers = threads, workers
-    self._examples = training_examples(stream, recipe.seed, batch_size)
+    self._examples = training_examples(stream, seed, batch_size)
 
   def starting_at(self, step: int) -> Iterator[Any]:
     """Yields the batches of `step`, `step` + 1, ... without an end.
@@ -134,6 +144,9 @@ class Streamed:
         images, labels, damaged = batch
         self.damaged.update(damaged[damaged >= 0].tolist())
         yield distributed.from_shares((images, labels), self._sharding)
+
+
+Batches: TypeAlias = Resident | Streamed
 
 
 def training_examples(

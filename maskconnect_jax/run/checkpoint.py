@@ -9,9 +9,9 @@ from __future__ import annotations
 import errno
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -21,6 +21,8 @@ from orbax.checkpoint import v1 as ocp
 from maskconnect_jax import files
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.run import storage, stored
+
+P = TypeVar('P')
 
 _policies = ocp.training.preservation_policies
 # After these, the files may be whole all the same.
@@ -151,13 +153,14 @@ class Checkpoints:
     self._write(step, size, response.result)
 
   def load_newest(
-    self, like: Any, progress: Mapping[str, Any] | None = None
-  ) -> tuple[Any, dict[str, Any]] | None:
+    self, like: Any, parse: Callable[[Any], P]
+  ) -> tuple[Any, P] | None:
     """Returns the newest whole state and its progress, or None without any.
 
     Args:
       like: a state, for its structure, shapes, dtypes and shardings.
-      progress: what that of the checkpoint holds at least, for its kinds.
+      parse: JSON kept beside a state -> progress; ValueError where it is
+        damaged.
 
     Raises:
       InputError: there are checkpoints, and all are damaged, of another
@@ -177,7 +180,7 @@ class Checkpoints:
       with storage.quiet() as settle:
         try:
           loaded, saved = self._session.call(self._load, step, abstract)
-          stored.check_progress(saved, progress or {})
+          progress = parse(saved)
         except (MemoryError, jax.errors.JaxRuntimeError):
           raise
         except Exception as error:  # whatever a broken file makes Orbax raise
@@ -187,7 +190,7 @@ class Checkpoints:
       if no_damage and no_damage.errno in _NO_DAMAGE:
         raise stored.unreadable(folder, no_damage.strerror)
       if not damage:
-        return type(like)(**loaded), saved
+        return type(like)(**loaded), progress
       with storage.quiet() as settle:
         try:
           found = self._session.call(self._checkpointer.metadata, step).metadata

@@ -82,7 +82,7 @@ def describe(config: ml_collections.ConfigDict) -> str:
       f'data         {len(dataset.train):,} training,'
       f' {len(dataset.validation) if dataset.validation else 0:,} validation,'
       f' {len(dataset.test):,} test images',
-      f'run          {experiment.duration_in_words(job)}',
+      f'run          {plan.in_words(config.batch_size)}',
       f'forward      {_giga(forward_products(model, dataset.image_shape))}'
       ' multiply-adds an image, padding included, as papers count them',
       f'an image     {cost["flops"] / share / 1e6:,.1f} MFLOP to train on,'

@@ -1,26 +1,27 @@
-"""Start-up, the mesh, host arrays to global arrays, and preemption."""
+"""Start-up, failing together, the mesh, and host arrays to global arrays."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
-from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+  AbstractMesh,
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+)
 
-from maskconnect_jax import signals
 from maskconnect_jax.errors import InputError
 
 # The key of what ended a process, in the store that all processes share.
@@ -188,7 +189,7 @@ def process() -> tuple[int, int]:
   return jax.process_index(), jax.process_count()
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
   """The sharding of parameters: a whole copy on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
@@ -226,59 +227,3 @@ def check_batch_size(batch_size: int) -> None:
       f'config.batch_size={batch_size} does not divide over'
       f' {devices} devices; {nearest} does'
     )
-
-
-class Preemption:
-  """Notices that a run is to stop: SIGTERM of a machine, or Ctrl-C.
-
-  Used as a context manager around the loop; `requested(step)` then tells, on
-  all processes at the same step, that it is time to save and stop. A second
-  Ctrl-C stops at once; of several processes already the first one does.
-
-  Until the first step is done there is nothing to save, and signals are left to
-  whoever has them: compiling takes minutes.
-  """
-
-  def __init__(self) -> None:
-    self._signalled = 0
-    self._told = False
-    self._handlers = contextlib.ExitStack()
-    self._begun = False
-
-  def __enter__(self) -> Preemption:
-    # With jax.distributed its own service owns the signal and agrees on a step.
-    self._coordinated = jax.process_count() > 1
-    return self
-
-  def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-    self._handlers.close()
-    if self._signalled and not self._told and kind is None:
-      # It came too late for a step: for whoever has the signals from here on.
-      signal.raise_signal(self._signalled)
-
-  def _on_signal(self, number: int, frame: FrameType | None) -> None:
-    del frame
-    if number == signal.SIGINT and self._signalled:
-      raise KeyboardInterrupt
-    self._signalled = number
-    with contextlib.suppress(RuntimeError):  # amid another line to stderr
-      logging.warning(
-        '%s: saving after the step under way, then stopping%s',
-        signal.Signals(number).name,
-        '; once more stops at once' * (number == signal.SIGINT),
-      )
-
-  def noticed(self) -> bool:
-    """Whether a signal has come; of several processes none can say."""
-    return self._signalled != 0
-
-  def requested(self, step: int) -> int:
-    """Returns the signal for which to save and stop after `step`, else 0."""
-    if self._coordinated:
-      reached = multihost_utils.reached_preemption_sync_point(step)
-      return signal.SIGTERM if reached else 0
-    if not self._begun:
-      self._begun = True
-      self._handlers.enter_context(signals.caught(self._on_signal))
-    self._told = self.noticed()
-    return self._signalled

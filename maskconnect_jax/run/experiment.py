@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -12,98 +11,16 @@ import numpy as np
 import optax
 
 from maskconnect_jax import config as config_lib
-from maskconnect_jax import fields
 from maskconnect_jax.data import datasets
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import topology, wiring
 from maskconnect_jax.networks import models
 from maskconnect_jax.run import batches, distributed, optimizer, steps
-
-FEW_STEPS = 50  # of the masks: of those of the digits' demo, 82, they need most
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """A config's durations, in steps."""
-
-  total: int
-  freeze: int  # the connectivity phase is [0, freeze); 0 for a fixed rule
-  log_every: int
-  evaluate_every: int
-  checkpoint_every: int
-  per_epoch: int
-
-  def phase(self, step: int) -> str:
-    """The phase that `step`, counted from 0, belongs to."""
-    if not self.freeze:
-      return 'train'
-    return 'connectivity' if step < self.freeze else 'fine-tune'
-
-  def saves(self, done: int) -> bool:
-    """Whether a checkpoint is due after so many steps."""
-    return done == self.total or done % self.checkpoint_every == 0
-
-  def evaluates(self, done: int) -> bool:
-    """Whether an evaluation is due."""
-    return done == self.total or done % self.evaluate_every == 0
-
-  def records(self, done: int) -> bool:
-    """Whether a line of the log is due; it is with each of the above."""
-    return (
-      self.saves(done)
-      or self.evaluates(done)
-      or done % self.log_every == 0
-      or done == self.freeze
-    )
-
-
-def make_plan(config: ml_collections.ConfigDict, num_examples: int) -> Plan:
-  """Turns the durations of a config into steps.
-
-  Raises:
-    InputError: the batch is larger than the training set, or there are no
-      steps to take.
-  """
-  if config.batch_size > num_examples:
-    raise InputError(
-      f'config.batch_size={config.batch_size} is larger than the'
-      f' {num_examples} training images'
-    )
-  to_steps = functools.partial(
-    config_lib.to_steps, batch_size=config.batch_size, num_examples=num_examples
-  )
-  total = to_steps(config.duration, name='config.duration')
-  if total < 1:
-    raise InputError(f'config.duration={config.duration!r} is not one step')
-  if total >= fields.MOST:
-    raise InputError(
-      f'config.duration={config.duration!r} is too long; a run has fewer than'
-      f' {fields.MOST:,} steps'
-    )
-
-  def steps_of(text: str, name: str) -> int:
-    return to_steps(text, total=total, name=f'config.{name}')
-
-  freeze = steps_of(config.connectivity.phase, 'connectivity.phase')
-  if not 1 <= freeze <= total:
-    raise InputError(
-      f'config.connectivity.phase={config.connectivity.phase!r} is {freeze}'
-      f' steps; it must be between 1 and the {total} of the run'
-    )
-  return Plan(
-    total=total,
-    freeze=freeze if config.connectivity.rule == 'learned' else 0,
-    log_every=max(1, steps_of(config.log_every, 'log_every')),
-    evaluate_every=max(1, steps_of(config.evaluate_every, 'evaluate_every')),
-    checkpoint_every=max(
-      1, steps_of(config.checkpoint_every, 'checkpoint_every')
-    ),
-    per_epoch=num_examples // config.batch_size,
-  )
+from maskconnect_jax.run import plan as plan_lib
 
 
 def make_schedules(
-  config: ml_collections.ConfigDict, plan: Plan
+  config: ml_collections.ConfigDict, plan: plan_lib.Plan
 ) -> tuple[optax.Schedule, optax.Schedule]:
   """Returns the learning rates of the weights and of the masks, by step."""
 
@@ -145,15 +62,17 @@ class Experiment:
     architecture: the arguments of `create_model`, plain enough for JSON.
     model: the network before training.
     mesh: all devices.
+    rates: the learning rates of the weights and of the masks, by step.
     recipe: what the first phase's step is compiled for.
   """
 
   config: ml_collections.ConfigDict
   dataset: datasets.Dataset
-  plan: Plan
+  plan: plan_lib.Plan
   architecture: dict[str, Any]
   model: models.Network
   mesh: jax.sharding.Mesh
+  rates: tuple[optax.Schedule, optax.Schedule]
   recipe: steps.Recipe
 
 
@@ -167,7 +86,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   models.architecture_of(config.model.name)  # before any image is read
   distributed.check_batch_size(config.batch_size)
   dataset = datasets.load(config.data)
-  plan = make_plan(config, len(dataset.train))
+  plan = plan_lib.make(config, len(dataset.train))
   architecture = architecture_of(
     config, len(dataset.classes), dataset.image_shape[-1]
   )
@@ -184,27 +103,26 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
       f' the {dataset.image_shape[-1]} channels'
     )
   mesh = distributed.make_mesh()
-  rate, mask_rate = make_schedules(config, plan)
+  rates = make_schedules(config, plan)
+  last = config.connectivity.temperature
   recipe = steps.Recipe(
     network=steps.split(model)[0],
     optimizer=optimizer.partitioned(
       optimizer.weights_transform(
-        rate,
+        rates[0],
         momentum=config.optimizer.momentum,
         nesterov=config.optimizer.nesterov,
         weight_decay=config.optimizer.weight_decay,
         decay_all=config.optimizer.decay_all,
       ),
       optimizer.masks_transform(
-        mask_rate,
+        rates[1],
         model.stack.valid,
         momentum=config.masks.momentum,
       ),
     ),
     seed=config.seed,
-    temperature=optax.exponential_decay(
-      1.0, max(1, plan.freeze), config.connectivity.temperature
-    ),
+    temperature=lambda step: plan_lib.temperature(last, plan.share(step)),
     pad=config.data.pad if config.data.crop == 'pad' else 0,
     flip=config.data.flip,
     mean=mean,
@@ -214,7 +132,9 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     average=config.optimizer.average,
     batch_sharding=distributed.sharded(mesh),
   )
-  return Experiment(config, dataset, plan, architecture, model, mesh, recipe)
+  return Experiment(
+    config, dataset, plan, architecture, model, mesh, rates, recipe
+  )
 
 
 def architecture_of(
@@ -288,36 +208,20 @@ def with_given_topology(
   return wiring.freeze(model, given)
 
 
-def training_batches(job: Experiment) -> batches.Resident | batches.Streamed:
+def training_batches(job: Experiment) -> batches.Batches:
   """Returns where a run takes its batches from."""
-  size, data = job.config.batch_size, job.config.data
-  if isinstance(job.dataset.train, datasets.Split):
-    return batches.Resident(job.dataset.train, job.recipe, size, job.mesh)
+  train, size, data = job.dataset.train, job.config.batch_size, job.config.data
+  seed, sharding = job.config.seed, job.recipe.batch_sharding
+  if isinstance(train, datasets.Split):
+    return batches.Resident(train, size, seed=seed, sharding=sharding)
   return batches.Streamed(
-    job.dataset.train,
-    job.recipe,
+    train,
     size,
+    seed=seed,
+    sharding=sharding,
     threads=data.threads,
     workers=data.workers,
   )
-
-
-def duration_in_words(job: Experiment) -> str:
-  """Returns how many steps a run takes, in which phases."""
-  plan = job.plan
-  text = (
-    f'{plan.total / plan.per_epoch:,.4g} epochs, {plan.total:,} steps of'
-    f' {job.config.batch_size} images, {plan.per_epoch:,} per epoch'
-  )
-  if not plan.freeze:
-    return text
-  text += f'; masks move for the first {plan.freeze:,}'
-  if plan.freeze < FEW_STEPS:
-    text += (
-      ', which is little to learn a wiring from: a smaller config.batch_size or'
-      ' a longer config.duration gives them more'
-    )
-  return text
 
 
 def note_on_fan_in(job: Experiment) -> str:

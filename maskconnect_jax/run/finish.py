@@ -1,4 +1,4 @@
-"""What a finished run leaves to read: summary, pictures, the closing table."""
+"""The end of a run: prune, measure, write model, summary and pictures."""
 
 from __future__ import annotations
 
@@ -8,22 +8,82 @@ from typing import Any
 import jax
 import ml_collections
 import numpy as np
+from flax import nnx
 
 from maskconnect_jax import files
 from maskconnect_jax.figures import branches as branch_plots
 from maskconnect_jax.figures import page as plots
+from maskconnect_jax.method import wiring
 from maskconnect_jax.method.topology import BranchTopology
 from maskconnect_jax.networks import models
-from maskconnect_jax.run import experiment, inference, metrics
+from maskconnect_jax.run import experiment, inference, metrics, steps
+from maskconnect_jax.run.progress import Run
 
 
-def at_freeze(watched: str, progress: dict[str, Any], step: int) -> str:
-  """Returns the line that tells of the freeze."""
-  return (
-    f'froze the topology after step {step}: {watched} accuracy'
-    f' {progress[f"{watched}_accuracy_drawn"]:.2%} with drawn masks,'
-    f' {progress[f"{watched}_accuracy_at_freeze"]:.2%} with the frozen one'
+def at_freeze(run: Run) -> str:
+  """Returns the line that tells of the freeze, which has just been."""
+  watched, _ = experiment.held_out(run.job)
+  drawn, frozen = (
+    run.progress.accuracies[f'{watched}_accuracy_{name}']
+    for name in ('drawn', 'at_freeze')
   )
+  return (
+    f'froze the topology after step {int(run.state.step)}: {watched} accuracy'
+    f' {drawn:.2%} with drawn masks, {frozen:.2%} with the frozen one'
+  )
+
+
+def finish(run: Run) -> tuple[dict[str, Any], Any]:
+  """Prunes the model, measures it, and writes all that a finished run leaves.
+
+  Args:
+    run: after its last step, and frozen.
+
+  Returns:
+    The content of summary.json, and the pruned model.
+
+  Raises:
+    InputError: a file cannot be written, as on a full disk.
+  """
+  job, test = run.job, run.job.dataset.test
+  variables = run.state.variables()
+  frozen = nnx.merge(run.recipe.network, *variables)
+  pruned = wiring.prune(frozen)
+  network, *kept = steps.split(pruned)
+  tested = run.evaluate(run.recipe.network, variables, test)
+  watched, _ = experiment.held_out(job)
+  accuracies = {
+    name: run.progress.accuracies.get(name)
+    for name in (f'{watched}_accuracy_drawn', f'{watched}_accuracy_at_freeze')
+  } | {
+    **tested.named('test'),
+    'test_accuracy_pruned': run.evaluate(network, tuple(kept), test).accuracy,
+    'num_test_examples': tested.count,
+  }
+  if validation := job.dataset.validation:
+    scores = run.evaluate(run.recipe.network, variables, validation)
+    accuracies |= scores.named('validation')
+  if lost := [
+    name
+    for name, value in accuracies.items()
+    if name.endswith('_loss') and value is None
+  ]:
+    run.bar.say(
+      f'{", ".join(lost)} is not finite, and null in summary.json: the run'
+      ' diverged. Try a lower config.optimizer.learning_rate or a longer'
+      ' config.optimizer.warmup'
+    )
+  damaged = len(run.progress.damaged) + len(test) - tested.count
+  summary = summarize(
+    job,
+    frozen,
+    pruned,
+    accuracies,
+    job.dataset.skipped + damaged,
+    run.progress.clock,
+  )
+  write(run.workdir, job, frozen, pruned, summary, run.history)
+  return summary, pruned
 
 
 def summarize(

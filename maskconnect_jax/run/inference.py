@@ -10,12 +10,11 @@ from __future__ import annotations
 import itertools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -25,7 +24,9 @@ from maskconnect_jax.data import image_headers, image_inputs, images
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import topology, wiring
 from maskconnect_jax.networks import models
-from maskconnect_jax.run import checkpoint, model_record
+from maskconnect_jax.run import augment, checkpoint, model_record
+
+K = TypeVar('K')
 
 BATCH = 256
 _BATCH_BYTES = 2**26  # of the images of a batch, before they are widened
@@ -172,14 +173,13 @@ class Classifier:
     self.topology = topology.from_dict(record['topology'])
     shape = record['preprocessing']
     self.image_shape = (shape['height'], shape['width'], shape['channels'])
-    mean = jnp.asarray(shape['mean'], jnp.float32)
-    std = jnp.asarray(shape['std'], jnp.float32)
+    mean, std = shape['mean'], shape['std']
     self._state = state
 
     @jax.jit
     def forward(state: Any, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
       model = nnx.merge(network, state)
-      logits = model((batch.astype(jnp.float32) - mean) / std)
+      logits = model(augment.normalize(batch, mean, std))
       return logits, jax.nn.softmax(logits)
 
     self._forward = forward
@@ -199,14 +199,26 @@ class Classifier:
         has two readings.
     """
     items = image_inputs.each(images_or_paths, channels=self.image_shape[-1])
-    numbered = enumerate(items)
-    rows = [np.zeros((0, len(self.classes)), np.float32)]
-    while part := [
-      self._prepared(*item)
-      for item in itertools.islice(numbered, self.batch_size)
-    ]:
-      rows.append(self.probabilities(np.stack(part)))
-    return np.concatenate(rows)
+    prepared = ((n, self._prepared(n, item)) for n, item in enumerate(items))
+    rows = [row for _, row in self.rows(prepared)]
+    return np.array(rows, np.float32).reshape(-1, len(self.classes))
+
+  def rows(
+    self, prepared: Iterable[tuple[K, np.ndarray]]
+  ) -> Iterator[tuple[K, np.ndarray]]:
+    """Yields the class probabilities of images, one after the other.
+
+    Args:
+      prepared: anything that names an image, and the image as `prepare` returns
+        it. They are taken `batch_size` at a time.
+
+    Yields:
+      The name, and float32 [len(classes)].
+    """
+    prepared = iter(prepared)
+    while part := list(itertools.islice(prepared, self.batch_size)):
+      names, batch = zip(*part, strict=True)
+      yield from zip(names, self.probabilities(np.stack(batch)), strict=True)
 
   @property
   def batch_size(self) -> int:

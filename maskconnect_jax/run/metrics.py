@@ -204,7 +204,7 @@ class Throughput:
     return self.images / self.seconds if self.seconds else 0.0
 
 
-class Progress:
+class ProgressBar:
   """One bar on a terminal; elsewhere a plain line every few seconds.
 
   What cannot be shown, since the terminal has gone, is dropped.

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -84,30 +83,6 @@ def unreadable(path: Path | str, why: str | None) -> InputError:
   return InputError(
     f'{path} cannot be read: {why}; mend that, or give another --workdir'
   )
-
-
-def check_progress(found: Any, least: Mapping[str, Any]) -> None:
-  """Raises ValueError unless it has what `least` has, and sound accuracies.
-
-  No number is negative: they are of images, seconds, records and accuracies.
-  """
-  if not isinstance(found, dict):
-    raise ValueError('its progress is no object')
-  for name in [*least, *found]:
-    value, default = found.get(name), least.get(name)
-    if isinstance(default, list):
-      fits = isinstance(value, list) and all(map(_is_count, value))
-    elif name in least:
-      fits = _is_count(value)
-    else:
-      fits = 'accuracy' not in name or value is None or _is_count(value)
-    if not fits:
-      raise ValueError(f'its progress has no {name!r} that can be used')
-
-
-def _is_count(value: Any) -> bool:
-  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  return is_number and 0 <= value < math.inf
 
 
 def difference(found: Any, own: Any) -> str:

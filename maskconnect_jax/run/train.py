@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +37,31 @@ from maskconnect_jax.run import (
   steps,
   workdirs,
 )
+from maskconnect_jax.run import plan as plan_lib
+from maskconnect_jax.run.preemption import Preemption
+from maskconnect_jax.run.progress import Progress, Run
 
 
 @dataclasses.dataclass
 class Result:
-  """What a run leaves in memory, for a notebook to go on with.
+  """The outcome of a run, which a notebook goes on with.
 
   Attributes:
     summary: the content of summary.json; empty if the run was interrupted.
     state: after the last step.
     model: frozen, fine-tuned and pruned; None if the run was interrupted.
-    interrupted: the signal that stopped the run, which the same call goes on
-      with, such as SIGTERM; else 0.
+    interrupted: the signal that stopped the run, such as SIGTERM, else 0. The
+      same call goes on from there.
   """
 
   summary: dict[str, Any]
   state: steps.TrainState
   model: Any
   interrupted: int = 0
+
+
+class NotFinite(Exception):
+  """A loss or an update is NaN or infinite; the text names it and the step."""
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
@@ -73,17 +81,35 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
   config = config.copy_and_resolve_references()
   workdirs.keep_version(config, workdir)
   workdirs.check(config, workdir)
-  primary = jax.process_index() == 0
-  with locks.locked(workdir, enabled=primary):
+  with locks.locked(workdir, enabled=jax.process_index() == 0):
     # Once more: a run that had the lock until now may have left something.
     workdirs.check(config, workdir)
-    return _train(config, workdir, primary)
+    run = start(experiment.build(config), workdir)
+    plan = run.job.plan
+    if interrupted := loop(run):
+      run.bar.say(
+        f'stopped after step {int(run.state.step)} of {plan.total}; the same'
+        ' command goes on from there'
+      )
+      return Result({}, run.state, None, interrupted)
+    if plan.freeze == plan.total:
+      freeze(run)
+    summary, model = finish.finish(run)
+    return Result(summary, run.state, model)
 
 
-def _train(
-  config: ml_collections.ConfigDict, workdir: Path, primary: bool
-) -> Result:
-  job = experiment.build(config)
+def start(job: experiment.Experiment, workdir: Path) -> Run:
+  """Loads the newest checkpoint, or starts from the seed; opens the log.
+
+  Args:
+    job: the run.
+    workdir: of the run, and locked.
+
+  Raises:
+    InputError: the workdir is of other images, or cannot be used.
+  """
+  config, plan = job.config, job.plan
+  primary = jax.process_index() == 0
   given = config.connectivity.rule == 'fixed_given'
   inputs = workdirs.checked_inputs(
     workdir, job.dataset.identity, job.model.topology if given else None
@@ -92,184 +118,195 @@ def _train(
     workdirs.remove_leftovers(workdir)
     if not (workdir / 'config.json').exists():
       workdirs.write_config(config, workdir)  # says whose the folder is
-  plan, recipe = job.plan, job.recipe
-  everywhere = distributed.replicated(job.mesh)
 
-  # Start: the newest checkpoint, or the seed.
-  state = distributed.to_global(steps.init_state(job.model, recipe), everywhere)
+  state = distributed.to_global(
+    steps.init_state(job.model, job.recipe), distributed.replicated(job.mesh)
+  )
   checkpoints = checkpoint.Checkpoints(
     workdir / 'checkpoints', keep=config.keep_checkpoints
   )
-  progress: dict[str, Any] = {'images': 0, 'train_seconds': 0.0, 'damaged': []}
-  if loaded := checkpoints.load_newest(state, progress):
-    state, progress = loaded
-  start = int(state.step)
+  loaded = checkpoints.load_newest(state, Progress.from_json)
+  state, progress = loaded or (state, Progress())
+  step = int(state.step)
   if primary:
     workdirs.write_config(config, workdir)
     workdirs.write_inputs(inputs, workdir)
-  writer = metrics.MetricsWriter(workdir, start, enabled=primary)
+    plan_lib.write(plan, workdir)
+
   shapes = [leaf.shape for leaf in jax.tree.leaves(state.masks)]
-  history = metrics.MaskHistory(workdir, start, *shapes, enabled=primary)
-  bar = metrics.Progress(plan.total, start, enabled=primary)
-  bar.say(experiment.duration_in_words(job))
-  if note := experiment.note_on_fan_in(job):
-    bar.say(note)
-  if loaded:
-    bar.say(f'going on from step {start} of {plan.total} in {workdir}')
-
-  batches = experiment.training_batches(job)
-  damaged = set(progress['damaged'])
-  preemption = distributed.Preemption()
-  evaluate = evaluation.Evaluator(
-    recipe,
-    config.eval_batch_size,
-    job.mesh,
-    threads=config.data.threads,
-    stopping=preemption.noticed,
+  preemption = Preemption()
+  run = Run(
+    workdir=workdir,
+    job=job,
+    recipe=job.recipe,
+    state=state,
+    progress=progress,
+    batches=experiment.training_batches(job),
+    evaluate=evaluation.Evaluator(
+      job.recipe,
+      config.eval_batch_size,
+      job.mesh,
+      threads=config.data.threads,
+      stopping=preemption.noticed,
+    ),
+    preemption=preemption,
+    checkpoints=checkpoints,
+    writer=metrics.MetricsWriter(workdir, step, enabled=primary),
+    history=metrics.MaskHistory(workdir, step, *shapes, enabled=primary),
+    bar=metrics.ProgressBar(plan.total, step, enabled=primary),
   )
-  watched, split = experiment.held_out(job)
-  rates = experiment.make_schedules(config, plan)
-  clock = metrics.Throughput(progress['images'], progress['train_seconds'])
-  # What a stop left out of the log, so that it cannot be told from a run that
-  # went through: the steps since a record, or also the last one's evaluation.
-  pending: list[dict[str, Any]] = [
-    {name: np.float32(number) for name, number in values.items()}
-    for values in progress.pop('unlogged', [])
-  ]
-  owed = bool(pending) and plan.records(start)
-  timed = 0  # of those pending, by the clock
-  interrupted = 0
-  if plan.freeze and start > plan.freeze:
-    recipe = frozen_recipe(recipe, state)
+  if plan.freeze and step > plan.freeze:
+    run.recipe = frozen_recipe(job.recipe, state)
+  run.bar.say(plan.in_words(config.batch_size))
+  if note := experiment.note_on_fan_in(job):
+    run.bar.say(note)
+  if loaded:
+    run.bar.say(f'going on from step {step} of {plan.total} in {workdir}')
+  return run
+
+
+def loop(run: Run) -> int:
+  """Takes all steps that are left, and closes the log and the checkpoints.
+
+  A stop leaves no trace in the log: the checkpoint then keeps the steps since
+  the last record. Where the last step's own record is left out, because its
+  evaluation was stopped, the next start begins with that record.
+
+  Args:
+    run: as `start` returns it; moved on to the last step.
+
+  Returns:
+    The signal that stopped the run, else 0.
+
+  Raises:
+    InputError: the loss stopped being finite, or a file cannot be written.
+  """
+  plan, first = run.job.plan, int(run.state.step)
+  owed = bool(run.progress.pending) and plan.records(first)
+  upcoming = run.batches.starting_at(first)
   train_step: Any = None
-  upcoming = batches.starting_at(start)
-
-  def save(done: int, accuracy: float | None) -> None:
-    check_finite(state, done, checkpoints)
-    damaged.update(batches.damaged)
-    progress.update(
-      images=clock.images,
-      train_seconds=clock.seconds,
-      damaged=sorted(damaged),
-    )
-    if primary:
-      history.save()
-    unlogged = {'unlogged': in_numbers(pending)} if pending else {}
-    checkpoints.save(done, state, progress | unlogged, accuracy)
-
   with (
-    preemption,
-    contextlib.closing(checkpoints),
-    contextlib.closing(writer),
-    contextlib.closing(bar),
+    run.preemption,
+    contextlib.closing(run.checkpoints),
+    contextlib.closing(run.writer),
+    contextlib.closing(run.bar),
     distributed.failing_together(),
+    naming_the_last_checkpoint(run.checkpoints),
   ):
-    for step in range(start - owed, plan.total):
-      done, phase = step + 1, plan.phase(step)
-      if done > start:
-        if plan.freeze and step == plan.freeze:
+    for step in range(first - owed, plan.total):
+      done = step + 1
+      if done > first:
+        if plan.freezes(step):
           try:
-            recipe, state = freeze(job, state, batches, evaluate, progress)
+            freeze(run)
           except evaluation.Stopped:
-            interrupted = preemption.requested(step)
-            if step > start and not plan.saves(step):
-              save(step, None)
-            break
-          bar.say(finish.at_freeze(watched, progress, step))
+            interrupted = run.preemption.requested(step)
+            if step > first and not plan.saves(step):
+              save(run, step, None)
+            return interrupted
+          run.bar.say(finish.at_freeze(run))
           train_step = None
-        if not timed:
-          clock.start()
-        batch = next(upcoming)
-        if train_step is None:
-          clock.stop(0)
-          train_step = compile_step(recipe, state, batch, bar)
-          clock.start()
-        state, values = train_step(state, *batch)
-        pending.append(values)
-        timed += 1
-
-      interrupted = preemption.requested(done)
+        train_step = take_step(run, upcoming, train_step)
+      interrupted = run.preemption.requested(done)
       if not (interrupted or plan.records(done)):
         continue
-
-      record: dict[str, Any] = {
-        'epoch': done / plan.per_epoch,
-        **average(pending, done, checkpoints),
-        'learning_rate': float(rates[0](step)),
-        'mask_learning_rate': float(rates[1](step)),
-        'images_per_second': clock.stop(timed * config.batch_size)
-        or clock.images_per_second,
-      }
-      timed = 0
-      accuracy = None
-      whole = plan.records(done)
-      if whole and plan.evaluates(done):
+      means = mean_of_steps(run.progress.pending, done)
+      rate = run.progress.clock.stop(run.timed * run.job.config.batch_size)
+      run.timed = 0
+      accuracy: float | None = None
+      if plan.records(done):
         try:
-          scores = evaluate(recipe.network, state.variables(), split)
+          accuracy = record(run, done, means, rate)
         except evaluation.Stopped:
-          interrupted, whole = preemption.requested(done), False
-        else:
-          record |= scores.named(watched)
-          accuracy = scores.accuracy
-      if whole:
-        pending = []
-        if phase == 'connectivity':
-          history.add(done, state.masks)
-        writer.write(done, phase, record)
-        bar.update(done, phase, record)
+          interrupted = run.preemption.requested(done)
       if interrupted or plan.saves(done):
-        save(done, accuracy)
+        save(run, done, accuracy)
       if interrupted:
-        break
+        return interrupted
+  return 0
 
-  if interrupted:
-    bar.say(
-      f'stopped after step {int(state.step)} of {plan.total}; the same'
-      ' command goes on from there'
-    )
-    return Result({}, state, None, interrupted)
-  if plan.freeze == plan.total:
-    recipe, state = freeze(job, state, batches, evaluate, progress)
 
-  frozen = nnx.merge(recipe.network, *state.variables())
-  pruned = wiring.prune(frozen)
-  network, *variables = steps.split(pruned)
-  test = job.dataset.test
-  tested = evaluate(recipe.network, state.variables(), test)
-  accuracies = {
-    f'{watched}_accuracy_drawn': progress.get(f'{watched}_accuracy_drawn'),
-    f'{watched}_accuracy_at_freeze': progress.get(
-      f'{watched}_accuracy_at_freeze'
-    ),
-    **tested.named('test'),
-    'test_accuracy_pruned': evaluate(network, tuple(variables), test).accuracy,
-    'num_test_examples': tested.count,
+def take_step(run: Run, upcoming: Iterator[Any], train_step: Any) -> Any:
+  """Takes one step, and returns what it was compiled to.
+
+  Args:
+    run: moved on by the step.
+    upcoming: yields its batch.
+    train_step: of the step before; None compiles for the phase that begins.
+  """
+  clock = run.progress.clock
+  if not run.timed:
+    clock.start()
+  batch = next(upcoming)
+  if train_step is None:
+    clock.stop(0)
+    train_step = compile_step(run.recipe, run.state, batch, run.bar)
+    clock.start()
+  run.state, values = train_step(run.state, *batch)
+  run.progress.pending.append(values)
+  run.timed += 1
+  return train_step
+
+
+def record(
+  run: Run, done: int, means: dict[str, float], rate: float
+) -> float | None:
+  """Writes the line of the log that is due after `done` steps.
+
+  Args:
+    run: its pending steps are those that the line tells of.
+    done: steps taken.
+    means: loss and accuracy of those steps.
+    rate: images per second in those steps; 0 if none was timed.
+
+  Returns:
+    The accuracy on the images that the run is watched on; None if it was not
+    due.
+
+  Raises:
+    Stopped: a signal came in the evaluation; nothing is written.
+  """
+  job, step = run.job, done - 1
+  phase, accuracy = job.plan.phase(step), None
+  line: dict[str, Any] = {
+    'epoch': done / job.plan.per_epoch,
+    **means,
+    'learning_rate': float(job.rates[0](step)),
+    'mask_learning_rate': float(job.rates[1](step)),
+    'images_per_second': rate or run.progress.clock.images_per_second,
   }
-  if job.dataset.validation:
-    accuracies |= evaluate(
-      recipe.network, state.variables(), job.dataset.validation
-    ).named('validation')
-  if lost := [
-    name
-    for name, value in accuracies.items()
-    if name.endswith('_loss') and value is None
-  ]:
-    bar.say(
-      f'{", ".join(lost)} is not finite, and null in summary.json: the run'
-      ' diverged. Try a lower config.optimizer.learning_rate or a longer'
-      ' config.optimizer.warmup'
-    )
-  skipped = job.dataset.skipped + len(damaged) + len(test) - tested.count
-  summary = finish.summarize(job, frozen, pruned, accuracies, skipped, clock)
-  finish.write(workdir, job, frozen, pruned, summary, history)
-  return Result(summary, state, pruned)
+  if job.plan.evaluates(done):
+    watched, split = experiment.held_out(job)
+    scores = run.evaluate(run.recipe.network, run.state.variables(), split)
+    line |= scores.named(watched)
+    accuracy = scores.accuracy
+  run.progress.pending = []
+  if phase == 'connectivity':
+    run.history.add(done, run.state.masks)
+  run.writer.write(done, phase, line)
+  run.bar.update(done, phase, line)
+  return accuracy
+
+
+def save(run: Run, done: int, accuracy: float | None) -> None:
+  """Saves a checkpoint after `done` steps; NotFinite if it is not to be kept.
+
+  Args:
+    run: with the state to save.
+    done: steps taken.
+    accuracy: see `Checkpoints.save`.
+  """
+  check_finite(run.state, done)
+  run.progress.damaged |= run.batches.damaged
+  run.history.save()
+  run.checkpoints.save(done, run.state, run.progress.to_json(), accuracy)
 
 
 def compile_step(
   recipe: steps.Recipe,
   state: steps.TrainState,
   batch: tuple[jax.Array, jax.Array],
-  bar: metrics.Progress,
+  bar: metrics.ProgressBar,
 ) -> Any:
   """Compiles ahead of the first call, so that no timing includes it."""
   bar.say('compiling the training step')
@@ -286,41 +323,51 @@ def frozen_recipe(
   return dataclasses.replace(recipe, network=network)
 
 
-def freeze(
-  job: experiment.Experiment,
-  state: steps.TrainState,
-  batches: batches_lib.Resident | batches_lib.Streamed,
-  evaluate: evaluation.Evaluator,
-  progress: dict[str, Any],
-) -> tuple[steps.Recipe, steps.TrainState]:
+def freeze(run: Run) -> None:
   """Freezes the topology and recomputes BatchNorm; measures before and after.
 
   A function of the state alone: a run resumed just before it repeats it. The
-  two accuracies go into `progress`, and so into every later checkpoint.
+  two accuracies go into the progress, and so into every later checkpoint.
+
+  Args:
+    run: at the end of the connectivity phase; its recipe, state and progress
+      become those of fine-tuning.
+
+  Raises:
+    Stopped: a signal came; the run is as it was.
   """
-  watched, split = experiment.held_out(job)
-  progress[f'{watched}_accuracy_drawn'] = evaluate(
-    job.recipe.network, state.variables(), split, draw_at=int(state.step)
-  ).accuracy
-  recipe = frozen_recipe(job.recipe, state)
-  count = job.config.connectivity.batchnorm_batches
-  if count:
-    state = measured_anew(recipe, state, batches, count)
-  progress[f'{watched}_accuracy_at_freeze'] = evaluate(
-    recipe.network, state.variables(), split
-  ).accuracy
-  return recipe, state
+  watched, split = experiment.held_out(run.job)
+  state = run.state
+  drawn = run.evaluate(
+    run.recipe.network, state.variables(), split, draw_at=int(state.step)
+  )
+  recipe = frozen_recipe(run.recipe, state)
+  if count := run.job.config.connectivity.batchnorm_batches:
+    state = measured_anew(recipe, state, run.batches, count)
+  frozen = run.evaluate(recipe.network, state.variables(), split)
+  run.recipe, run.state = recipe, state
+  run.progress.accuracies |= {
+    f'{watched}_accuracy_drawn': drawn.accuracy,
+    f'{watched}_accuracy_at_freeze': frozen.accuracy,
+  }
 
 
 def measured_anew(
   recipe: steps.Recipe,
   state: steps.TrainState,
-  batches: batches_lib.Resident | batches_lib.Streamed,
+  batches: batches_lib.Batches,
   count: int,
 ) -> steps.TrainState:
   """Returns the state with BatchNorm's statistics over the next batches.
 
-  Those of the averaged weights, where there are such, are measured too.
+  A run that averages its weights has statistics of the averaged weights too,
+  and they are measured likewise.
+
+  Args:
+    recipe: with the frozen network.
+    state: at the freeze.
+    batches: of training images.
+    count: how many batches to measure on.
   """
   measure = jax.jit(steps.batch_statistics, static_argnums=0)
   both = {False: (state.weights, state.masks, state.statistics)}
@@ -340,53 +387,51 @@ def measured_anew(
   return dataclasses.replace(state, statistics=means[False], average=average)
 
 
-def average(
-  pending: list[dict[str, Any]],
-  done: int,
-  checkpoints: checkpoint.Checkpoints,
-) -> dict[str, float]:
-  """Returns mean loss and accuracy of the last steps; all must be finite."""
+def mean_of_steps(pending: list[dict[str, Any]], done: int) -> dict[str, float]:
+  """Returns the mean loss and accuracy of the last steps.
+
+  Args:
+    pending: {'loss', 'accuracy'}, float32 [], of each of them.
+    done: steps taken, the last of them included.
+
+  Raises:
+    NotFinite: a loss is not finite; names the first such step.
+  """
   values = jax.device_get(pending)
   for step, value in enumerate(values, start=done - len(values) + 1):
     if not math.isfinite(value['loss']):
-      raise diverged('loss', step, checkpoints)
+      raise NotFinite(f'the loss is not finite at step {step}')
   return {
     name: float(np.mean([value[name] for value in values]))
     for name in ('loss', 'accuracy')
   }
 
 
-def in_numbers(pending: list[dict[str, Any]]) -> list[dict[str, float]]:
-  """Returns what steps gave as JSON keeps it; a float32 comes back the same."""
-  return [
-    {name: float(value) for name, value in values.items()}
-    for values in jax.device_get(pending)
-  ]
-
-
-def check_finite(
-  state: steps.TrainState, done: int, checkpoints: checkpoint.Checkpoints
-) -> None:
-  """Keeps a state that the last update broke out of the checkpoints."""
+def check_finite(state: steps.TrainState, done: int) -> None:
+  """Raises NotFinite if the update of step `done` broke the state."""
   leaves = jax.tree.leaves(
     (state.weights, state.masks, state.statistics, state.average)
   )
   if not all(bool(jnp.isfinite(leaf).all()) for leaf in leaves):
-    raise diverged('update', done, checkpoints)
+    raise NotFinite(f'the update is not finite at step {done}')
 
 
-def diverged(
-  what: str, step: int, checkpoints: checkpoint.Checkpoints
-) -> InputError:
-  """Returns the error that names the step and what is left to go on from."""
-  checkpoints.close()
-  kept = checkpoints.steps()
-  last = (
-    f'the last good checkpoint is {checkpoints.folder / str(kept[-1])}'
-    if kept
-    else 'there is no checkpoint yet'
-  )
-  return InputError(
-    f'the {what} is not finite at step {step}; {last}. Try a lower'
-    ' config.optimizer.learning_rate or a longer config.optimizer.warmup'
-  )
+@contextlib.contextmanager
+def naming_the_last_checkpoint(
+  checkpoints: checkpoint.Checkpoints,
+) -> Iterator[None]:
+  """Makes NotFinite an InputError that says what to go on from."""
+  try:
+    yield
+  except NotFinite as error:
+    checkpoints.wait()
+    kept = checkpoints.steps()
+    last = (
+      f'the last good checkpoint is {checkpoints.folder / str(kept[-1])}'
+      if kept
+      else 'there is no checkpoint yet'
+    )
+    raise InputError(
+      f'{error}; {last}. Try a lower config.optimizer.learning_rate or a longer'
+      ' config.optimizer.warmup'
+    ) from error

@@ -40,6 +40,7 @@ _FILES = (
   'config.json',
   'inputs.json',
   'metrics.jsonl',
+  'plan.json',
   'real_masks.npz',
   'summary.json',
   'topology.json',

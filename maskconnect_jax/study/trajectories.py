@@ -20,6 +20,7 @@ from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import connectivity, topology
 from maskconnect_jax.networks import models
 from maskconnect_jax.run import experiment, metrics
+from maskconnect_jax.run import plan as plan_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +68,9 @@ class Trajectory:
   def entropies(self) -> np.ndarray:
     """Entropy of p relative to its largest, float64 [T, J]."""
     r = np.maximum(self.masks, connectivity.PROBABILITY_FLOOR, dtype=np.float64)
-    # T falls from 1 to that of the config, geometrically.
-    temperature = self.fields['connectivity.temperature'] ** self.progress
+    temperature = plan_lib.temperature(
+      self.fields['connectivity.temperature'], self.progress
+    )
     scores = np.log(r) / temperature[:, None, None]
     scores -= scores.max(-1, where=self.valid, initial=-np.inf, keepdims=True)
     weights = np.where(self.valid, np.exp(np.minimum(scores, 0)), 0)
@@ -130,7 +132,7 @@ def read(workdir: Path) -> Trajectory:
       f'{path} is missing, damaged or of another network than config.json'
       f' ({error}); train again, or leave the run out'
     ) from error
-  plan = _plan(workdir, config)
+  plan = plan_lib.read(workdir) or _plan_of_log(workdir, config)
   fan_in = config.connectivity.fan_in
   frozen = _frozen(workdir, masks[-1].shape)
   mask = connectivity.top_k(masks[-1], valid, fan_in)
@@ -158,7 +160,7 @@ def read(workdir: Path) -> Trajectory:
     workdir,
     fields.pop('seed'),
     fields,
-    steps / plan.freeze,
+    plan.share(steps),
     bool(steps[-1] > plan.freeze - plan.log_every),
     masks.reshape(len(masks), -1, sources)[:, able],
     valid[able],
@@ -187,8 +189,13 @@ def _at_the_start(
   return np.broadcast_to(valid[0], mask.shape), mask
 
 
-def _plan(workdir: Path, config: ml_collections.ConfigDict) -> experiment.Plan:
-  """Returns the run's durations; its log says how long an epoch is."""
+def _plan_of_log(
+  workdir: Path, config: ml_collections.ConfigDict
+) -> plan_lib.Plan:
+  """Returns the plan of a run of an earlier version, which wrote none.
+
+  Its log says how long an epoch is.
+  """
   records = [record for record in metrics.read(workdir) if record.get('epoch')]
   if not records:
     raise InputError(
@@ -196,7 +203,7 @@ def _plan(workdir: Path, config: ml_collections.ConfigDict) -> experiment.Plan:
       ' again, or leave the run out'
     )
   per_epoch = round(records[-1]['step'] / records[-1]['epoch'])
-  return experiment.make_plan(config, per_epoch * config.batch_size)
+  return plan_lib.make(config, per_epoch * config.batch_size)
 
 
 def _frozen(

@@ -15,7 +15,7 @@ from PIL import Image
 
 from maskconnect_jax import config
 from maskconnect_jax.data import datasets
-from maskconnect_jax.run import batches, distributed, steps
+from maskconnect_jax.run import batches, distributed
 
 COUNT, BATCH, SEED = 22, 8, 7
 PER_EPOCH = COUNT // BATCH
@@ -27,21 +27,8 @@ def mesh():
 
 
 @pytest.fixture(scope='module')
-def recipe(mesh):
-  return steps.Recipe(
-    temperature=lambda _: 1.0,
-    network=None,
-    optimizer=None,
-    seed=SEED,
-    pad=0,
-    flip=False,
-    mean=(0.0,),
-    std=(1.0,),
-    mixup=0.0,
-    label_smoothing=0.0,
-    average=0.0,
-    batch_sharding=distributed.sharded(mesh),
-  )
+def sharding(mesh):
+  return distributed.sharded(mesh)
 
 
 def first(iterator, count):
@@ -57,12 +44,12 @@ def assert_same(one, other):
 
 
 @pytest.fixture(scope='module')
-def resident(recipe, mesh):
+def resident(sharding):
   """Image i is full of i, and so is its label."""
   numbers = np.arange(COUNT)
   images = np.broadcast_to(numbers[:, None, None, None], (COUNT, 2, 3, 1))
   split = datasets.Split(images.astype(np.uint8), numbers.astype(np.int32))
-  return batches.Resident(split, recipe, BATCH, mesh)
+  return batches.Resident(split, BATCH, seed=SEED, sharding=sharding)
 
 
 def test_resident_epochs_are_the_permutations_of_their_keys(resident):
@@ -128,9 +115,14 @@ def streams(folder):
   return datasets.load(fields(folder))
 
 
-def streamed(stream, recipe, *, threads=2, workers=0):
+def streamed(stream, sharding, *, threads=2, workers=0):
   return batches.Streamed(
-    stream, recipe, BATCH, threads=threads, workers=workers
+    stream,
+    BATCH,
+    seed=SEED,
+    sharding=sharding,
+    threads=threads,
+    workers=workers,
   )
 
 
@@ -139,8 +131,8 @@ def values_of(taken):
   return [images.mean((1, 2, 3)).round().tolist() for images, _ in taken]
 
 
-def test_streamed_epochs_hold_every_image_once_in_new_orders(streams, recipe):
-  taken = first(streamed(streams.train, recipe).starting_at(0), 3 * PER_EPOCH)
+def test_streamed_epochs_hold_every_image_once_in_new_orders(streams, sharding):
+  taken = first(streamed(streams.train, sharding).starting_at(0), 3 * PER_EPOCH)
   known = {}
   for number in range(COUNT):
     known[grey_of('train', number)] = number % 2
@@ -161,17 +153,17 @@ def test_streamed_epochs_hold_every_image_once_in_new_orders(streams, recipe):
 
 @pytest.mark.parametrize('start', [1, PER_EPOCH, 5])
 def test_streamed_goes_on_anywhere_with_any_number_of_threads(
-  streams, recipe, start
+  streams, sharding, start
 ):
-  whole = first(streamed(streams.train, recipe).starting_at(0), start + 2)
-  again = streamed(streams.train, recipe, threads=1)
+  whole = first(streamed(streams.train, sharding).starting_at(0), start + 2)
+  again = streamed(streams.train, sharding, threads=1)
   assert_same(first(again.starting_at(start), 2), whole[start:])
 
 
 @pytest.mark.slow
-def test_streamed_through_worker_processes_is_the_same(streams, recipe):
-  whole = first(streamed(streams.train, recipe).starting_at(1), 5)
-  workers = streamed(streams.train, recipe, workers=2)
+def test_streamed_through_worker_processes_is_the_same(streams, sharding):
+  whole = first(streamed(streams.train, sharding).starting_at(1), 5)
+  workers = streamed(streams.train, sharding, workers=2)
   assert_same(first(workers.starting_at(1), 5), whole)
 
 
@@ -179,7 +171,9 @@ WORKERS = """
 import itertools, os, signal, sys, time
 from absl import flags
 import jax
-from maskconnect_jax import batches, config, datasets, distributed, steps
+from maskconnect_jax import config
+from maskconnect_jax.data import datasets
+from maskconnect_jax.run import batches, distributed
 flags.FLAGS.mark_as_parsed()
 
 if __name__ == '__main__':
@@ -187,12 +181,9 @@ if __name__ == '__main__':
   data.source, data.dir = 'folder', sys.argv[1]
   data.image_size, data.crop = 16, 'resized'
   mesh = distributed.make_mesh()
-  recipe = steps.Recipe(
-    temperature=lambda _: 1.0, network=None, optimizer=None, seed=0, pad=0,
-    flip=False, mean=(0.0,), std=(1.0,), mixup=0.0, label_smoothing=0.0,
-    average=0.0, batch_sharding=distributed.sharded(mesh))
   stream = batches.Streamed(
-    datasets.load(data).train, recipe, 8, threads=1, workers=2)
+    datasets.load(data).train, 8, seed=0, sharding=distributed.sharded(mesh),
+    threads=1, workers=2)
   kept = list(itertools.islice(stream.starting_at(0), 5))
   if sys.argv[2] == 'killed':
     going = stream.starting_at(0)
@@ -230,7 +221,7 @@ def test_a_worker_ends_when_its_parent_is_killed(tmp_path):
 import multiprocessing, os, signal, time
 
 def work(sending):
-  from maskconnect_jax import batches
+  from maskconnect_jax.run import batches
   batches._prepare_worker(0, 1)
   sending.send(os.getpid())
   time.sleep(100)
@@ -320,19 +311,19 @@ def damaged(folder, tmp_path):
   return tmp_path, bad
 
 
-def test_a_damaged_file_ends_the_stream_and_is_named(damaged, recipe, mesh):
+def test_a_damaged_file_ends_the_stream_and_is_named(damaged, sharding, mesh):
   root, (bad, bad_test) = damaged
   dataset = datasets.load(fields(root))
   with pytest.raises(config.InputError, match=f'{bad} .*skip_errors=True'):
-    first(streamed(dataset.train, recipe).starting_at(0), 6)
+    first(streamed(dataset.train, sharding).starting_at(0), 6)
   with pytest.raises(config.InputError, match=f'{bad_test} .*skip_errors'):
     first(batches.evaluation_batches(dataset.test, 8, mesh, threads=1), 2)
 
 
-def test_a_damaged_file_is_replaced_and_counted(damaged, recipe, mesh):
+def test_a_damaged_file_is_replaced_and_counted(damaged, sharding, mesh):
   root, _ = damaged
   dataset = datasets.load(fields(root, skip_errors=True))
-  stream = streamed(dataset.train, recipe)
+  stream = streamed(dataset.train, sharding)
   taken = first(stream.starting_at(0), 6)
   files = sorted(path.name for path in (root / 'train/class1').iterdir())
   number = 11 + files.index('7.jpg')  # class0 has eleven files
@@ -353,7 +344,9 @@ def test_a_damaged_file_is_replaced_and_counted(damaged, recipe, mesh):
 # TFDS.
 
 
-def test_a_tfds_set_is_streamed_from_array_record(tmp_path, recipe, write_tfds):
+def test_a_tfds_set_is_streamed_from_array_record(
+  tmp_path, sharding, write_tfds
+):
   values = {'train': [], 'test': []}
 
   def image(split, i):
@@ -365,7 +358,7 @@ def test_a_tfds_set_is_streamed_from_array_record(tmp_path, recipe, write_tfds):
   dataset = datasets.load(data)
   assert dataset.classes == ('a', 'b', 'c')
   assert (len(dataset.train), len(dataset.test)) == (16, 5)
-  taken = first(streamed(dataset.train, recipe).starting_at(0), 2)
+  taken = first(streamed(dataset.train, sharding).starting_at(0), 2)
   seen = sorted(itertools.chain.from_iterable(values_of(taken)))
   np.testing.assert_allclose(seen, sorted(values['train']), atol=2)
   for i in range(5):

@@ -22,6 +22,7 @@ import pytest
 
 from maskconnect_jax import config, files
 from maskconnect_jax.run import checkpoint, distributed
+from maskconnect_jax.run.progress import Progress
 
 
 @jax.tree_util.register_dataclass
@@ -73,10 +74,10 @@ def save(folder, steps, *, keep=2):
   return sorted(int(path.name) for path in folder.iterdir())
 
 
-def load(folder, like=None, progress=None):
+def load(folder, like=None, parse=lambda found: found):
   checkpoints = checkpoint.Checkpoints(folder, keep=2)
   try:
-    return checkpoints.load_newest(like or state(0), progress)
+    return checkpoints.load_newest(like or state(0), parse)
   finally:
     checkpoints.close()
 
@@ -340,6 +341,7 @@ PROGRESS_EDITS = {
   'damaged is a number': lambda p: p | {'damaged': 3},
   'damaged is a list of lists': lambda p: p | {'damaged': [[3]]},
   'accuracy is text': lambda p: p | {'test_accuracy_drawn': '1'},
+  'a step has no loss': lambda p: p | {'unlogged': [{'accuracy': 1.0}]},
 }
 
 
@@ -374,9 +376,9 @@ def test_metadata_edited_by_hand(name, two_saved, tmp_path, caplog):
   if name != 'deep':
     text = json.dumps(edited(json.loads(path.read_text()), name))
   path.write_text(text)
-  loaded, progress = load(folder, progress=PROGRESS)
+  loaded, progress = load(folder, parse=Progress.from_json)
   assert_is(loaded, 3)
-  assert progress['images'] == 3
+  assert progress.clock.images == 3
   (said,) = [r.getMessage() for r in caplog.records]
   assert said.startswith(f'checkpoint {folder / "7"} is damaged (')
   assert '\n' not in said

@@ -148,7 +148,7 @@ def test_throughput(monkeypatch):
 def test_plain_lines(monkeypatch, capsys):
   now = 0.0
   monkeypatch.setattr(time, 'monotonic', lambda: now)
-  bar = metrics.Progress(100, 0)
+  bar = metrics.ProgressBar(100, 0)
   now = 5.0
   bar.update(10, 'train', VALUES)
   assert capsys.readouterr().err == ''  # too soon
@@ -167,7 +167,7 @@ def test_plain_lines(monkeypatch, capsys):
 def test_time_left_counts_this_run_only(monkeypatch, capsys):
   now = 0.0
   monkeypatch.setattr(time, 'monotonic', lambda: now)
-  bar = metrics.Progress(100, 80)
+  bar = metrics.ProgressBar(100, 80)
   now = 10.0
   bar.update(90, 'train', VALUES)
   assert '00:10 left' in capsys.readouterr().err
@@ -175,7 +175,7 @@ def test_time_left_counts_this_run_only(monkeypatch, capsys):
 
 def test_bar_on_a_terminal(monkeypatch, capsys):
   monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
-  bar = metrics.Progress(100, 20)
+  bar = metrics.ProgressBar(100, 20)
   bar.update(40, 'train', VALUES)
   bar.say('a line')
   bar.close()
@@ -201,7 +201,7 @@ def test_what_cannot_be_shown_ends_nothing(how, terminal, monkeypatch):
     streams = {'full': full, 'broken': broken, 'closed': closed, 'none': None}
     stream = streams[how]
     monkeypatch.setattr(sys, 'stderr', stream)
-    bar = metrics.Progress(4, 0)
+    bar = metrics.ProgressBar(4, 0)
     closed.close()
     bar.say('a line')
     for step in range(1, 5):

@@ -85,7 +85,8 @@ def test_everything_is_there(finished):
   names = {path.name for path in finished.workdir.iterdir()}
   assert names == {
     'checkpoints', 'config.json', 'figures', 'inputs.json', 'metrics.jsonl',
-    'model', 'real_masks.npz', 'summary.json', 'tensorboard', 'topology.json',
+    'model', 'plan.json', 'real_masks.npz', 'summary.json', 'tensorboard',
+    'topology.json',
   }  # fmt: skip
   assert not [p for p in finished.workdir.rglob('*') if '.tmp' in p.name]
 
@@ -316,7 +317,7 @@ def test_a_fixed_rule_has_no_masks(tiny_config, tmp_path, capsys):
   assert 'test_accuracy_drawn' not in summary
   assert summary['validation_accuracy_drawn'] is None
   (last,) = {summary['validation_accuracy'], records[-1]['validation_accuracy']}
-  assert f'{last:.2%}' in train.report.table(summary, tmp_path)
+  assert f'{last:.2%}' in train.finish.table(summary, tmp_path)
   assert summary['num_train_examples'] == 1437 - 64
   topology = read_json(tmp_path, 'topology.json')
   assert [b['sources'] for b in topology['blocks']] == [[0], [0, 1], [0, 1, 2]]
@@ -439,24 +440,12 @@ def test_a_test_loss_that_is_not_finite(tiny_config, tmp_path, capsys):
   assert 'test_loss is not finite, and null in summary.json' in err
 
 
-class Nothing:
-  """Stands in for checkpoints of a run that has none."""
-
-  folder = None
-
-  def close(self):
-    pass
-
-  def steps(self):
-    return []
-
-
 def test_mean_of_the_steps_since_the_last_line():
   values = [
     {'loss': jnp.float32(loss), 'accuracy': jnp.float32(accuracy)}
     for loss, accuracy in ((1, 0.5), (2, 0.25), (6, 0))
   ]
-  assert train.average(values, 10, Nothing()) == {'loss': 3, 'accuracy': 0.25}
+  assert train.mean_of_steps(values, 10) == {'loss': 3, 'accuracy': 0.25}
   values[1]['loss'] = jnp.float32(math.inf)
-  with pytest.raises(config.InputError, match='step 9; there is no checkpoint'):
-    train.average(values, 10, Nothing())
+  with pytest.raises(train.NotFinite, match='loss is not finite at step 9'):
+    train.mean_of_steps(values, 10)

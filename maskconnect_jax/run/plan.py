@@ -1,0 +1,197 @@
+"""When a run does what: its durations in steps, and plan.json in the workdir.
+
+A config gives durations in steps, epochs, images or shares of the run. How many
+steps they are depends on the number of training images, which only the data
+set knows. So a run writes its plan down for those who read the workdir later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+from absl import logging
+
+from maskconnect_jax import config as config_lib
+from maskconnect_jax import fields, files
+from maskconnect_jax.errors import InputError
+
+SCHEMA = 'maskconnect_jax.plan/1'
+NAME = 'plan.json'
+FEW_STEPS = 50  # of the masks; the digits' demo has 82 and needs most of them
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """The durations of a run, in steps.
+
+  Attributes:
+    total: the length of the run.
+    freeze: the connectivity phase is [0, freeze); 0 for a fixed rule.
+    log_every: between two lines of the log.
+    evaluate_every: between two evaluations.
+    checkpoint_every: between two checkpoints.
+    per_epoch: the whole batches of one pass through the training images.
+  """
+
+  total: int
+  freeze: int
+  log_every: int
+  evaluate_every: int
+  checkpoint_every: int
+  per_epoch: int
+
+  def phase(self, step: int) -> str:
+    """Returns the phase that `step`, counted from 0, belongs to."""
+    if not self.freeze:
+      return 'train'
+    return 'connectivity' if step < self.freeze else 'fine-tune'
+
+  def share(self, step: Any) -> Any:
+    """Returns the share of the connectivity phase done before `step`.
+
+    Args:
+      step: an integer, or a NumPy or JAX array of integers.
+
+    Returns:
+      A float, or floats of the shape of `step`; above 1 in fine-tuning.
+    """
+    return step / max(1, self.freeze)
+
+  def freezes(self, step: int) -> bool:
+    """Whether the topology is frozen just before `step`."""
+    return 0 < self.freeze == step
+
+  def saves(self, done: int) -> bool:
+    """Whether a checkpoint is due after `done` steps."""
+    return done == self.total or done % self.checkpoint_every == 0
+
+  def evaluates(self, done: int) -> bool:
+    """Whether an evaluation is due after `done` steps."""
+    return done == self.total or done % self.evaluate_every == 0
+
+  def records(self, done: int) -> bool:
+    """Whether a line of the log is due after `done` steps.
+
+    A line goes with every checkpoint, every evaluation and the freeze.
+    """
+    return (
+      self.saves(done)
+      or self.evaluates(done)
+      or done % self.log_every == 0
+      or done == self.freeze
+    )
+
+  def in_words(self, batch_size: int) -> str:
+    """Returns how many steps of `batch_size` images a run takes, by phase."""
+    text = (
+      f'{self.total / self.per_epoch:,.4g} epochs, {self.total:,} steps of'
+      f' {batch_size} images, {self.per_epoch:,} per epoch'
+    )
+    if not self.freeze:
+      return text
+    text += f'; masks move for the first {self.freeze:,}'
+    if self.freeze < FEW_STEPS:
+      text += (
+        ', which is little to learn a wiring from: a smaller config.batch_size'
+        ' or a longer config.duration gives them more'
+      )
+    return text
+
+
+def temperature(last: float, share: Any) -> Any:
+  """Returns the temperature T of the drawn masks: T = last ** share.
+
+  T falls from 1 at the start of the connectivity phase to `last` at its end.
+
+  Args:
+    last: `config.connectivity.temperature`, above 0.
+    share: see `Plan.share`; a number, or a NumPy or JAX array.
+  """
+  return last**share
+
+
+def make(config: ml_collections.ConfigDict, num_examples: int) -> Plan:
+  """Turns the durations of a config into steps.
+
+  Args:
+    config: see `maskconnect_jax/config.py`.
+    num_examples: how many images are trained on.
+
+  Raises:
+    InputError: the batch is larger than the training set, or there are no
+      steps to take.
+  """
+  if config.batch_size > num_examples:
+    raise InputError(
+      f'config.batch_size={config.batch_size} is larger than the'
+      f' {num_examples} training images'
+    )
+  to_steps = functools.partial(
+    config_lib.to_steps, batch_size=config.batch_size, num_examples=num_examples
+  )
+  total = to_steps(config.duration, name='config.duration')
+  if total < 1:
+    raise InputError(f'config.duration={config.duration!r} is not one step')
+  if total >= fields.MOST:
+    raise InputError(
+      f'config.duration={config.duration!r} is too long; a run has fewer than'
+      f' {fields.MOST:,} steps'
+    )
+
+  def steps_of(text: str, name: str) -> int:
+    return to_steps(text, total=total, name=f'config.{name}')
+
+  freeze = steps_of(config.connectivity.phase, 'connectivity.phase')
+  if not 1 <= freeze <= total:
+    raise InputError(
+      f'config.connectivity.phase={config.connectivity.phase!r} is {freeze}'
+      f' steps; it must be between 1 and the {total} of the run'
+    )
+  return Plan(
+    total=total,
+    freeze=freeze if config.connectivity.rule == 'learned' else 0,
+    log_every=max(1, steps_of(config.log_every, 'log_every')),
+    evaluate_every=max(1, steps_of(config.evaluate_every, 'evaluate_every')),
+    checkpoint_every=max(
+      1, steps_of(config.checkpoint_every, 'checkpoint_every')
+    ),
+    per_epoch=num_examples // config.batch_size,
+  )
+
+
+def write(plan: Plan, workdir: Path) -> None:
+  """Writes plan.json; InputError if it cannot be written."""
+  files.write_json(
+    workdir / NAME, {'schema': SCHEMA} | dataclasses.asdict(plan)
+  )
+
+
+def read(workdir: Path) -> Plan | None:
+  """Returns the plan of a run, or None if the workdir has none.
+
+  Runs of earlier versions wrote none. A damaged plan.json is named in a warning
+  and counts as none.
+  """
+  path = workdir / NAME
+  try:
+    record = json.loads(path.read_bytes())
+    if record.pop('schema') != SCHEMA:
+      raise ValueError('another schema')
+    plan = Plan(**record)
+    values = dataclasses.astuple(plan)
+    if {*map(type, values)} != {int} or not 0 <= plan.freeze <= plan.total:
+      raise ValueError('its durations are no whole numbers')
+    if min(values[:1] + values[2:]) < 1:
+      raise ValueError('a duration is below one step')
+  except FileNotFoundError:
+    return None
+  except (OSError, ValueError, TypeError, KeyError, AttributeError,
+          RecursionError) as error:  # fmt: skip
+    logging.warning('%s is damaged (%s)', path, error)
+    return None
+  return plan

@@ -1,0 +1,141 @@
+"""A run under way, and what a checkpoint keeps of it beside the state."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from maskconnect_jax.run import batches as batches_lib
+from maskconnect_jax.run import (
+  checkpoint,
+  evaluation,
+  experiment,
+  metrics,
+  steps,
+)
+from maskconnect_jax.run.preemption import Preemption
+
+
+@dataclasses.dataclass
+class Progress:
+  """What a checkpoint keeps beside the state.
+
+  Attributes:
+    clock: counts the images trained on and the seconds that took.
+    damaged: numbers of the training records that were found damaged.
+    accuracies: measured at the freeze, by their names in summary.json.
+    pending: {'loss', 'accuracy'}, float32 [], of each step that no line of the
+      log tells of yet. A run that is stopped between two lines goes on with
+      them, so its log is that of a run that went through.
+  """
+
+  clock: metrics.Throughput = dataclasses.field(
+    default_factory=metrics.Throughput
+  )
+  damaged: set[int] = dataclasses.field(default_factory=set)
+  accuracies: dict[str, float | None] = dataclasses.field(default_factory=dict)
+  pending: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns it as JSON keeps it; a float32 comes back the same."""
+    record: dict[str, Any] = {
+      'images': self.clock.images,
+      'train_seconds': self.clock.seconds,
+      'damaged': sorted(self.damaged),
+      **self.accuracies,
+    }
+    if self.pending:
+      record['unlogged'] = [
+        {name: float(value) for name, value in values.items()}
+        for values in jax.device_get(self.pending)
+      ]
+    return record
+
+  @classmethod
+  def from_json(cls, record: Any) -> Progress:
+    """Returns what `to_json` made JSON of.
+
+    Raises:
+      ValueError: something is missing or of another kind. No number is below
+        0: they are of images, seconds, records and accuracies.
+    """
+    if not isinstance(record, dict):
+      raise ValueError('its progress is no object')
+    accuracies = {
+      name: value for name, value in record.items() if 'accuracy' in name
+    }
+    counts = {name: record.get(name) for name in ('images', 'train_seconds')}
+    counts |= {
+      name: value for name, value in accuracies.items() if value is not None
+    }
+    damaged, unlogged = record.get('damaged'), record.get('unlogged', [])
+    for name, fits in {
+      'damaged': isinstance(damaged, list) and all(map(_is_count, damaged)),
+      'unlogged': isinstance(unlogged, list) and all(map(_is_step, unlogged)),
+      **{name: _is_count(value) for name, value in counts.items()},
+    }.items():
+      if not fits:
+        raise ValueError(f'its progress has no {name!r} that can be used')
+    return cls(
+      metrics.Throughput(record['images'], record['train_seconds']),
+      set(record['damaged']),
+      accuracies,
+      [
+        {name: np.float32(value) for name, value in values.items()}
+        for values in unlogged
+      ],
+    )
+
+
+def _is_count(value: Any) -> bool:
+  is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  return is_number and 0 <= value < math.inf
+
+
+def _is_step(values: Any) -> bool:
+  """Whether it is of one step; a loss that is not finite is named later."""
+  return (
+    isinstance(values, dict)
+    and values.keys() == {'loss', 'accuracy'}
+    and all(type(value) in (int, float) for value in values.values())
+  )
+
+
+@dataclasses.dataclass
+class Run:
+  """A run under way: `train.start` makes it, and `train.loop` moves it on.
+
+  Attributes:
+    workdir: where everything is written.
+    job: the config and all that follows from it.
+    recipe: of the phase that the run is in.
+    state: after the last step.
+    progress: see `Progress`.
+    batches: of training images.
+    evaluate: scores a network, until a signal comes.
+    preemption: notices the signal.
+    checkpoints: where the state is saved.
+    writer: of the log.
+    history: of the real mask.
+    bar: what the user sees.
+    timed: steps since the clock was started.
+  """
+
+  workdir: Path
+  job: experiment.Experiment
+  recipe: steps.Recipe
+  state: steps.TrainState
+  progress: Progress
+  batches: batches_lib.Batches
+  evaluate: evaluation.Evaluator
+  preemption: Preemption
+  checkpoints: checkpoint.Checkpoints
+  writer: metrics.MetricsWriter
+  history: metrics.MaskHistory
+  bar: metrics.ProgressBar
+  timed: int = 0
