@@ -10,11 +10,11 @@ from matplotlib import cm, collections, colormaps, colors, style, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from maskconnect_jax.figures import layout
 from maskconnect_jax.figures import page as paper
-from maskconnect_jax.figures import topology
+from maskconnect_jax.figures.layout import BlockSources, Ints
 from maskconnect_jax.figures.masks import source_name
 from maskconnect_jax.figures.page import Page
-from maskconnect_jax.figures.topology import BlockSources, Ints
 
 MOST = 6  # runs in a figure
 _WIDTH, _HEIGHT = 470, 226  # of a run, in points
@@ -27,7 +27,7 @@ _MOMENTS = 120  # steps in a strip
 
 
 class Panel(NamedTuple):
-  """What is drawn of a run: T records, J rows with a choice, S sources.
+  """A run as it is drawn: T records, J rows with a choice, S sources.
 
   Attributes:
     title: one line.
@@ -49,7 +49,7 @@ class Panel(NamedTuple):
 
   @property
   def branches(self) -> bool:
-    """Whether rows are branches, of which a block has several."""
+    """Whether rows are branches: a block has several of them."""
     return len(np.unique(self.blocks)) < len(self.blocks)
 
 
@@ -132,7 +132,7 @@ def history_figure(
     ValueError: lengths or shapes differ, steps do not increase, or a source is
       no earlier one.
   """
-  topology.check_blocks(sources, stages, None)
+  layout.check_blocks(sources, stages, None)
   count = len(sources)
   time, real = np.asarray(steps, float), np.asarray(masks)
   if not time.size or real.shape != (time.size, count, count):

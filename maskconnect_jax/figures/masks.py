@@ -1,4 +1,4 @@
-"""The picture of a real mask and of what was chosen by it.
+"""The picture of a real mask and of the sources chosen by it.
 
 At block level it is one triangle, a row for each block. At branch level it is a
 square for each junction between two blocks, a row for each branch.
@@ -13,19 +13,19 @@ from matplotlib import collections, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from maskconnect_jax.figures import layout
 from maskconnect_jax.figures import page as paper
-from maskconnect_jax.figures import topology
-from maskconnect_jax.figures.page import Page
-from maskconnect_jax.figures.topology import (
+from maskconnect_jax.figures.layout import (
   BlockSources,
   BranchSources,
   Ints,
   Sources,
 )
+from maskconnect_jax.figures.page import Page
 
 _SIDE = 432  # of the triangle, in points
 _ACROSS = 4  # junctions side by side
-_MOST_CELLS = 5_000  # of which an SVG holds each by itself
+_MOST_CELLS = 5_000  # more of them are pixels in the SVG
 _SUBTITLE = 'real mask r: a row per'
 
 
@@ -39,9 +39,9 @@ def mask_figure(
   """Draws the real mask as heat maps, the chosen sources marked.
 
   Args:
-    real_mask: float in [0, 1]: `[L, L]` (target block, source), of which the
-      entries right of the diagonal do not exist and stay blank, or
-      `[L-1, C, C]` (junction, target branch, source branch).
+    real_mask: float in [0, 1]: `[L, L]` (target block, source), or
+      `[L-1, C, C]` (junction, target branch, source branch). Of blocks, the
+      entries right of the diagonal do not exist and stay blank.
     sources: `[L]` or `[L-1][C]` rows, as in `topology.topology_figure`.
     stages: `[L]` stage numbers from 0, never decreasing; None: unknown.
     title: the headline, one line.
@@ -51,10 +51,10 @@ def mask_figure(
   """
   real = np.asarray(real_mask)
   with style.context(paper.STYLE):
-    if topology.has_branches(sources):
-      topology.check_branches(sources, stages, real)
+    if layout.has_branches(sources):
+      layout.check_branches(sources, stages, real)
       return _squares(real, sources, stages, title).figure
-    topology.check_blocks(sources, stages, real)
+    layout.check_blocks(sources, stages, real)
     return _triangle(real, sources, stages, title).figure
 
 
@@ -96,7 +96,7 @@ def _mark_stages(
   """Draws the bars of the stages, and steps where a stage ends."""
   count = len(stages)
   cell = _SIDE / count
-  for stage, first, last in topology.runs_of(stages):
+  for stage, first, last in layout.runs_of(stages):
     top = low + _SIDE - cell * (first - 1)
     bottom = low + _SIDE - cell * last
     page.stage_bar(stage, bottom, top, left - 28, upright=True)

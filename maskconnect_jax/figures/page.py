@@ -206,7 +206,7 @@ class Page:
     """Draws a scale of colours.
 
     Args:
-      cells: what has these colours.
+      cells: the artist that has these colours.
       box: left, bottom, width and height in points.
       ticks: the names of some values.
     """

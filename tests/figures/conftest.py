@@ -1,4 +1,4 @@
-"""What the tests of pictures share: a topology of each level, and its text."""
+"""Topologies for the tests of pictures, and readers of a figure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The picture of a topology: what is drawn, where and how strongly."""
+"""The picture of a topology: each part, its place and its strength."""
 
 import xml.etree.ElementTree as ET
 
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from maskconnect_jax.figures import page
-from maskconnect_jax.figures.topology import runs_of, topology_figure
+from maskconnect_jax.figures.layout import runs_of
+from maskconnect_jax.figures.topology import topology_figure
 
 
 def draw(wired, **changed):
@@ -20,7 +21,7 @@ def draw(wired, **changed):
 
 
 def parts(figure, prefix):
-  """Returns what has an id that starts so, by the rest of the id."""
+  """Returns the parts whose id starts so, by the rest of the id."""
   axes = figure.axes[0]
   return {
     part.get_gid().removeprefix(prefix): part
