@@ -1,7 +1,4 @@
-"""Pictures of what real masks did, a pair of panels for each run.
-
-They look like those of `plots` and are saved by `plots.save`.
-"""
+"""Pictures of how real masks moved: in one run by block, and in several."""
 
 from __future__ import annotations
 
@@ -9,21 +6,28 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from matplotlib import cm, colormaps, colors, style, ticker
+from matplotlib import cm, collections, colormaps, colors, style, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from maskconnect_jax.figures import page as plots
+from maskconnect_jax.figures import layout
+from maskconnect_jax.figures import page as paper
+from maskconnect_jax.figures.layout import BlockSources, Ints
+from maskconnect_jax.figures.masks import source_name
+from maskconnect_jax.figures.page import Page
 
 MOST = 6  # runs in a figure
-WIDTH, HEIGHT = 470, 226  # of a run, in points
-SIDE = 158  # of a panel
+_WIDTH, _HEIGHT = 470, 226  # of a run, in points
+_SIDE = 158  # of a panel
 # Yellow, which nobody sees on white, is left out.
-DEPTH = colors.ListedColormap(colormaps['viridis'](np.linspace(0, 0.88, 256)))
+_DEPTH = colors.ListedColormap(colormaps['viridis'](np.linspace(0, 0.88, 256)))
+
+_STRIPS = 9  # blocks in a history
+_MOMENTS = 120  # steps in a strip
 
 
 class Panel(NamedTuple):
-  """What is drawn of a run: T records, J rows with a choice, S sources.
+  """A run as it is drawn: T records, J rows with a choice, S sources.
 
   Attributes:
     title: one line.
@@ -45,67 +49,159 @@ class Panel(NamedTuple):
 
   @property
   def branches(self) -> bool:
-    """Whether rows are branches, of which a block has several."""
+    """Whether rows are branches: a block has several of them."""
     return len(np.unique(self.blocks)) < len(self.blocks)
 
 
-@style.context(plots.STYLE)
 def figure(panels: Sequence[Panel]) -> Figure:
-  """Draws for each run how sure its draws became, and the r that it ended with.
+  """Draws for each run how sure its draws became, and its last real mask.
 
-  All runs share the scale of the entropy, which starts where their least is.
-  In the SVG, a line has the id `run-NUMBER-entropy-BLOCK`.
+  All runs share the scale of the entropy, which begins below the least of all.
+  In the SVG, a line has the id `run-NUMBER-entropy-BLOCK` and the chosen
+  entries the id `run-NUMBER-chosen`; runs count from 1.
+
+  Args:
+    panels: one for each run, up to `MOST`.
   """
   columns = min(2, len(panels))
   rows = -(-len(panels) // columns)
-  height = rows * HEIGHT + 104
-  result, page = plots.new_page(
-    *(columns * WIDTH + 20, height, 'Learning of the masks'),
-    'entropy of the draw over the connectivity phase; r at its end',
-  )
+  height = rows * _HEIGHT + 104
   least = min(panel.entropy.min() for panel in panels)
   low = least - 0.05 * max(1 - least, 1e-3)
   first = min(panel.blocks[0] for panel in panels)
   last = max(panel.blocks[-1] for panel in panels)
-  depth = cm.ScalarMappable(colors.Normalize(first, max(last, first + 1)))
-  depth.set_cmap(DEPTH)
-  for n, panel in enumerate(panels):
-    x = n % columns * WIDTH
-    y = height - 52 - (n // columns + 1) * HEIGHT + 36
-    look = plots.NAME_LOOK | {'ha': 'left', 'color': plots.INK}
-    look['size'] = min(10, 1.5 * (WIDTH - 34) / max(len(panel.title), 1))
-    page.text(x + 24, y + SIDE + 16, panel.title, **look)
-    box = (x + 70, y, SIDE, SIDE)
-    lines = page.inset_axes(box, transform=page.transData)
-    _draw_entropy(lines, panel, depth, f'run-{n + 1}')
-    lines.set_ylim(low, 1 + 0.02 * (1 - low))
-    look = plots.NAME_LOOK | {'weight': 'normal', 'size': 9}
-    page.text(x + 70 + SIDE / 2, y - 27, 'of the connectivity phase', **look)
-    page.text(x + 24, y + SIDE / 2, 'relative entropy', rotation=90, **look)
-    box = (x + 290, y, SIDE, SIDE)
-    grid = page.inset_axes(box, transform=page.transData)
-    cells = _draw_mask(grid, panel, f'run-{n + 1}')
-    source = 'branch before' if panel.branches else 'source'
-    page.text(x + 290 + SIDE / 2, y - 27, source, **look)
-    page.text(x + 262, y + SIDE / 2, 'block', rotation=90, **look)
-  axes = page.inset_axes((70, 24, SIDE, 9), transform=page.transData)
-  bar = result.colorbar(depth, cax=axes, orientation='horizontal')
-  bar.set_ticks([first, last], labels=[f'block {first}', f'block {last}'])
-  bar.outline.set_visible(False)
-  plots.add_color_bar(page, cells, 290, 24)
-  keys: dict[str, plots.Look] = {'chosen': plots.DOT_LOOK | {'ms': 7}}
-  plots.add_legend(page, 384, height - 64, keys)
-  return result
+  depth = cm.ScalarMappable(
+    colors.Normalize(first, max(last, first + 1)), _DEPTH
+  )
+  with style.context(paper.STYLE):
+    page = Page(
+      columns * _WIDTH + 20,
+      height,
+      'Learning of the masks',
+      'entropy of the draw over the connectivity phase; r at its end',
+    )
+    for number, panel in enumerate(panels):
+      x = number % columns * _WIDTH
+      y = height - 52 - (number // columns + 1) * _HEIGHT + 36
+      name = f'run-{number + 1}'
+      size = min(10, 1.5 * (_WIDTH - 34) / max(len(panel.title), 1))
+      page.write(
+        x + 24,
+        y + _SIDE + 16,
+        panel.title,
+        ink=True,
+        ha='left',
+        size=size,
+        weight='bold',
+      )
+      curves = _draw_entropy(page, x, y, panel, depth, name)
+      curves.set_ylim(low, 1 + 0.02 * (1 - low))
+      cells = _draw_mask(page, x, y, panel, name)
+    page.color_bar(
+      depth,
+      (70, 24, _SIDE, 9),
+      {first: f'block {first}', last: f'block {last}'},
+    )
+    page.real_mask_bar(cells, 290, 24)
+    page.legend(384, height - 64, {'chosen': paper.DOT | {'ms': 7}})
+  return page.figure
+
+
+def history_figure(
+  steps: Ints | np.ndarray,
+  masks: np.ndarray,
+  sources: BlockSources,
+  *,
+  stages: Ints | None,
+  title: str,
+) -> Figure:
+  """Draws how the real mask of a run moved, a strip over the steps by block.
+
+  Only blocks that had a choice are drawn, at most nine, spread evenly over the
+  depth. A line marks a source while it was among the K largest of its block
+  (of equals, the latest source first), a dot the sources that were frozen.
+
+  Args:
+    steps: `[T]` steps at which the mask was recorded, strictly increasing.
+    masks: float `[T, L, L]` (step, target block, source) in [0, 1].
+    sources: `[L]` rows: `sources[t]` are the sources of block t + 1.
+    stages: `[L]` stage numbers from 0, never decreasing; None: unknown.
+    title: the headline, one line.
+
+  Raises:
+    ValueError: lengths or shapes differ, steps do not increase, or a source is
+      no earlier one.
+  """
+  layout.check_blocks(sources, stages, None)
+  count = len(sources)
+  time, real = np.asarray(steps, float), np.asarray(masks)
+  if not time.size or real.shape != (time.size, count, count):
+    raise ValueError(f'masks is {real.shape}: must be [T, {count}, {count}]')
+  if np.any(np.diff(time) <= 0):
+    raise ValueError('steps must increase strictly')
+  picked = np.linspace(0, time.size - 1, _MOMENTS).round().astype(int)
+  time, real = time[np.unique(picked)], real[np.unique(picked)]
+  # A strip's color changes half way between two records.
+  first = time[0] - 1 if time.size == 1 else time[0]
+  bounds = np.array([first, *(time[1:] + time[:-1]) / 2, time[-1]])
+  able = [t for t, row in enumerate(sources, start=1) if len(row) < t]
+  able = able or [count]
+  places = np.linspace(0, len(able) - 1, min(len(able), _STRIPS))
+  shown = [able[place] for place in places.round().astype(int)]
+  height = 104 + 150 * -(-len(shown) // 3)
+  with style.context(paper.STYLE):
+    page = Page(
+      720,
+      height,
+      title,
+      'real mask r over the training steps, a row per source: '
+      f'{len(shown)} of the {len(able)} blocks that had a choice',
+    )
+    for number, block in enumerate(shown):
+      x, y = 46 + number % 3 * 230, height - 190 - number // 3 * 150
+      strip = page.inset(x, y, 184, 118)
+      tint = page.theme.tint(stages[block - 1]) if stages else page.theme.ink
+      page.write(
+        x,
+        y + 126,
+        f'block {block}',
+        ha='left',
+        color=tint,
+        weight='bold',
+        size=10,
+      )
+      values = real[:, block - 1, :block].T
+      cells = _draw_strip(strip, bounds, values, sources[block - 1])
+    page.legend(
+      46,
+      17,
+      {
+        'among the K largest': {'color': paper.CHOSEN, 'lw': 2},
+        'chosen at the freeze': paper.DOT | {'ms': 7},
+      },
+    )
+    page.real_mask_bar(cells, 540, 24)
+  return page.figure
 
 
 def _draw_entropy(
-  axes: Axes, panel: Panel, depth: cm.ScalarMappable, name: str
-) -> None:
-  for block, values in zip(
-    np.unique(panel.blocks), panel.entropy.T, strict=True
-  ):
+  page: Page,
+  x: float,
+  y: float,
+  panel: Panel,
+  depth: cm.ScalarMappable,
+  name: str,
+) -> Axes:
+  """Draws the left panel of the run at (x, y): a line for each block."""
+  left = x + 70
+  axes = page.inset(left, y, _SIDE, _SIDE)
+  page.write(left + _SIDE / 2, y - 27, 'of the connectivity phase', size=9)
+  page.write(x + 24, y + _SIDE / 2, 'relative entropy', rotation=90, size=9)
+  blocks = np.unique(panel.blocks)
+  for block, values in zip(blocks, panel.entropy.T, strict=True):
     axes.plot(
-      *(panel.progress, values),
+      panel.progress,
+      values,
       color=depth.to_rgba(block),
       lw=1.1,
       gid=f'{name}-entropy-{block}',
@@ -114,34 +210,86 @@ def _draw_entropy(
   axes.set_xticks([0, 0.5, 1], ['0', '50 %', '100 %'])
   axes.yaxis.set_major_locator(ticker.MaxNLocator(5, steps=[1, 2, 5, 10]))
   axes.spines[['top', 'right']].set_visible(False)
-  axes.spines[['left', 'bottom']].set_color(plots.FAINT)
+  axes.spines[['left', 'bottom']].set_color(page.theme.faint)
+  return axes
 
 
-def _draw_mask(axes: Axes, panel: Panel, name: str) -> cm.ScalarMappable:
+def _draw_mask(
+  page: Page, x: float, y: float, panel: Panel, name: str
+) -> cm.ScalarMappable:
+  """Draws the right panel of the run at (x, y): r, the chosen marked."""
+  left = x + 290
+  axes = page.inset(left, y, _SIDE, _SIDE)
+  source = 'branch before' if panel.branches else 'source'
+  page.write(left + _SIDE / 2, y - 27, source, size=9)
+  page.write(x + 262, y + _SIDE / 2, 'block', rotation=90, size=9)
   rows, sources = panel.valid.shape
   cells = axes.imshow(
     np.ma.masked_where(~panel.valid, panel.real_mask),
-    cmap=plots.REAL_MASK,
+    cmap=paper.REAL_MASK,
     vmin=0,
     vmax=1,
     aspect='auto',
     interpolation='nearest',
   )
-  cell = SIDE / max(rows, sources)
-  dot = float(np.clip(0.6 * cell, 1.6, 8))
+  dot = float(np.clip(0.6 * _SIDE / max(rows, sources), 1.6, 8))
   taken, picked = np.nonzero(panel.chosen)
-  look = plots.DOT_LOOK | {'ms': dot, 'mew': dot / 12}
+  look = paper.DOT | {'ms': dot, 'mew': dot / 12}
   axes.plot(picked, taken, gid=f'{name}-chosen', **look)
   blocks, starts = np.unique(panel.blocks, return_index=True)
   every = 1 if len(blocks) <= 9 else 2 if len(blocks) <= 20 else 5
   shown = [i for i, block in enumerate(blocks) if block % every == 0]
   axes.set_yticks(starts[shown], [str(blocks[i]) for i in shown])
+  every = 1 if sources <= 8 else 4 if sources <= 24 else 10
+  ticks = range(0, sources, every)
   if panel.branches:  # they count from 1 in pictures
     axes.hlines(starts[1:] - 0.5, -0.5, sources - 0.5, color='white', lw=1)
-  every = 1 if sources <= 8 else 4 if sources <= 24 else 10
-  ticks = np.arange(0, sources, every)
-  names = [str(t + panel.branches) for t in ticks]
-  axes.set_xticks(ticks, names if panel.branches else ['stem', *names[1:]])
+    axes.set_xticks(ticks, [str(tick + 1) for tick in ticks])
+  else:
+    axes.set_xticks(ticks, [source_name(tick) for tick in ticks])
   axes.set_xlim(-0.5, sources - 0.5)
   axes.set_frame_on(False)
+  return cells
+
+
+def _draw_strip(
+  strip: Axes, bounds: np.ndarray, values: np.ndarray, chosen: Ints
+) -> collections.QuadMesh:
+  """Draws the row of one block over the steps.
+
+  Args:
+    strip: the axes.
+    bounds: float [T + 1], the steps between which each value is drawn.
+    values: float [S, T], r of each source.
+    chosen: the sources that the freeze kept.
+
+  Returns:
+    The cells, for their scale of colours.
+  """
+  count = len(values)
+  cells = strip.pcolormesh(
+    bounds, np.arange(count + 1) - 0.5, values, cmap=paper.REAL_MASK
+  )
+  cells.set(clim=(0, 1), rasterized=True)
+  # The source of each rank, [S, T]; the latest of equals comes first.
+  order = count - 1 - np.argsort(-values[::-1], axis=0, kind='stable')
+  width = float(np.clip(36 / count, 0.9, 2.2))
+  for source in range(count):
+    within = np.any(order[: len(chosen)] == source, axis=0)
+    strip.stairs(
+      np.where(within, float(source), np.nan),
+      bounds,
+      baseline=None,
+      color=paper.CHOSEN,
+      lw=width,
+    )
+  dots = paper.DOT | {'ms': max(3, 2.4 * width), 'mew': 0.5}
+  strip.plot(
+    [bounds[-1]] * len(chosen), chosen, clip_on=False, zorder=5, **dots
+  )
+  every = 1 if count < 7 else 2 if count < 13 else 5 if count < 31 else 10
+  strip.set_yticks(range(0, count, every))
+  strip.yaxis.set_major_formatter(source_name)
+  strip.locator_params(axis='x', nbins=4, integer=True)
+  strip.set(xlim=bounds[[0, -1]], ylim=(-0.5, count - 0.5), frame_on=False)
   return cells

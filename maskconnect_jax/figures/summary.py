@@ -1,7 +1,4 @@
-"""A picture of a table of runs: a line for each row, a dot for each seed.
-
-It looks like those of `plots` and is saved by `plots.save`.
-"""
+"""The picture of a table of runs: a line for each row, a dot for each seed."""
 
 from __future__ import annotations
 
@@ -10,23 +7,25 @@ from statistics import fmean
 
 import numpy as np
 from matplotlib import style, ticker
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from maskconnect_jax.figures import page as plots
+from maskconnect_jax.figures import page as paper
+from maskconnect_jax.figures.page import Page
 
-ROW, PANEL, LETTER = 19, 330, 5.1  # in points; of a letter about
-LONGEST = 64  # letters of a name; the middle of a longer one is left out
+_ROW, _PANEL, _LETTER = 19, 330, 5.1  # in points; of a letter about
+_LONGEST = 64  # letters of a name
+_FOOT = 48  # below the panel, in points
 
 
-@style.context(plots.STYLE)
 def figure(
   names: Sequence[str], accuracies: Sequence[Sequence[float]], title: str
 ) -> Figure:
   """Draws accuracies, and the mean of each row as a bar across its line.
 
-  A row far below the others, as of a network that learned nothing, is written.
-  In the SVG, the dots of a row have the id `row-NUMBER`, its mean
-  `row-NUMBER-mean`.
+  A row far below the others, as of a network that learned nothing, is written
+  in numbers. The middle of a long name is left out. In the SVG, the dots of a
+  row have the id `row-NUMBER` and its mean the id `row-NUMBER-mean`.
 
   Args:
     names: of the rows, drawn from top to bottom.
@@ -40,48 +39,65 @@ def figure(
     raise ValueError(f'{len(names)} names for {len(accuracies)} rows')
   if not names:
     raise ValueError('no rows')
-  names = [
-    name
-    if len(name) <= LONGEST
-    else f'{name[: LONGEST // 2 - 2]} … {name[1 - LONGEST // 2 :]}'
-    for name in names
-  ]
-  left = 34 + LETTER * max(map(len, names))
-  height = 112 + ROW * len(names)
-  result, page = plots.new_page(
-    *(left + PANEL + 30, height, title), 'a dot for each seed, a bar the mean'
-  )
-  axes = page.inset_axes(
-    (left, 48, PANEL, ROW * len(names)), transform=page.transData
-  )
+  names = [_shortened(name) for name in names]
+  left = 34 + _LETTER * max(map(len, names))
   low, high = np.percentile(100 * np.concatenate(accuracies), (25, 75))
   low -= max(3 * (high - low), 10)
-  for row, values in enumerate(accuracies):
-    percent = 100 * np.asarray(values)
-    if min(percent) < low:  # it would press all others together
-      text = ', '.join(f'{one:.1f} %' for one in percent)
-      place = (left + 4, 48 + ROW * (len(names) - row - 0.5))
-      page.text(*place, f'◂ {text}', va='center', color=plots.INK)
-      continue
-    axes.plot(
-      *(percent, np.full(len(percent), row)),
-      **(plots.DOT_LOOK | {'ms': 6.5, 'mew': 0.6}),
-      gid=f'row-{row + 1}',
-      zorder=3,
+  with style.context(paper.STYLE):
+    page = Page(
+      left + _PANEL + 30,
+      112 + _ROW * len(names),
+      title,
+      'a dot for each seed, a bar the mean',
     )
-    axes.plot(
-      *([fmean(percent)] * 2, [row - 0.36, row + 0.36]),
-      color=plots.INK,
-      lw=1.6,
-      gid=f'row-{row + 1}-mean',
-    )
-  axes.set_yticks(range(len(names)), names)
-  axes.set_ylim(len(names) - 0.5, -0.5)
-  axes.margins(x=0.04)
-  axes.xaxis.set_major_locator(ticker.MaxNLocator(6, steps=[1, 2, 5, 10]))
-  axes.xaxis.set_major_formatter('{x:g} %')
-  axes.grid(axis='x', color='#E6E6E6', lw=0.8)
-  axes.set_axisbelow(True)
-  axes.spines[['top', 'right', 'left']].set_visible(False)
-  axes.spines['bottom'].set_color(plots.FAINT)
-  return result
+    panel = page.inset(left, _FOOT, _PANEL, _ROW * len(names))
+    for row, values in enumerate(accuracies):
+      percent = 100 * np.asarray(values)
+      if min(percent) < low:  # it would press all others together
+        text = ', '.join(f'{one:.1f} %' for one in percent)
+        y = _FOOT + _ROW * (len(names) - row - 0.5)
+        page.write(left + 4, y, f'◂ {text}', ink=True, ha='left')
+      else:
+        _draw_row(panel, row, percent)
+    _set_scales(panel, names)
+  return page.figure
+
+
+def _shortened(name: str) -> str:
+  """Returns a name of up to `_LONGEST` letters."""
+  if len(name) <= _LONGEST:
+    return name
+  half = _LONGEST // 2
+  return f'{name[: half - 2]} … {name[1 - half :]}'
+
+
+def _draw_row(panel: Axes, row: int, percent: np.ndarray) -> None:
+  """Draws the dots of a row, which counts from 0, and their mean."""
+  panel.plot(
+    percent,
+    np.full(len(percent), row),
+    gid=f'row-{row + 1}',
+    zorder=3,
+    **(paper.DOT | {'ms': 6.5, 'mew': 0.6}),
+  )
+  mean = fmean(percent)
+  panel.plot(
+    [mean, mean],
+    [row - 0.36, row + 0.36],
+    color=paper.LIGHT.ink,
+    lw=1.6,
+    gid=f'row-{row + 1}-mean',
+  )
+
+
+def _set_scales(panel: Axes, names: Sequence[str]) -> None:
+  """Names the rows, and draws a grid of per cent behind them."""
+  panel.set_yticks(range(len(names)), names)
+  panel.set_ylim(len(names) - 0.5, -0.5)
+  panel.margins(x=0.04)
+  panel.xaxis.set_major_locator(ticker.MaxNLocator(6, steps=[1, 2, 5, 10]))
+  panel.xaxis.set_major_formatter('{x:g} %')
+  panel.grid(axis='x', color='#E6E6E6', lw=0.8)
+  panel.set_axisbelow(True)
+  panel.spines[['top', 'right', 'left']].set_visible(False)
+  panel.spines['bottom'].set_color(paper.LIGHT.faint)

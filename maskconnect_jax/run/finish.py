@@ -11,8 +11,8 @@ import numpy as np
 from flax import nnx
 
 from maskconnect_jax import files
-from maskconnect_jax.figures import branches as branch_plots
-from maskconnect_jax.figures import page as plots
+from maskconnect_jax.figures import dynamics, masks, page
+from maskconnect_jax.figures import topology as topology_picture
 from maskconnect_jax.method import wiring
 from maskconnect_jax.method.topology import BranchTopology
 from maskconnect_jax.networks import models
@@ -178,43 +178,31 @@ def draw_figures(
   real = (
     np.asarray(frozen.stack.real_mask[...]) if own.rule == 'learned' else None
   )
-  folder = workdir / 'figures'
+  live = topology.live
   if isinstance(topology, BranchTopology):
-    figures = {
-      'topology': branch_plots.topology_figure(
-        topology.sources,
-        stages=frozen.stages,
-        live=topology.live_branches,
-        title=title,
+    live = topology.live_branches
+  sources, stages = topology.sources, frozen.stages
+  figures = {
+    name: topology_picture.topology_figure(
+      sources,
+      stages=stages,
+      live=live,
+      real_mask=real,
+      title=title,
+      theme=theme,
+    )
+    for name, theme in (('topology', page.LIGHT), ('topology_dark', page.DARK))
+  }
+  if real is not None:
+    figures['real_mask'] = masks.mask_figure(
+      real, sources, stages=stages, title=title
+    )
+    if real.ndim == 2 and len(history) > 1:
+      figures['real_mask_history'] = dynamics.history_figure(
+        history.steps, history.masks, sources, stages=stages, title=title
       )
-    }
-    if real is not None:
-      figures['real_mask'] = branch_plots.mask_figure(
-        real, topology.sources, title=title
-      )
-  else:
-    figures = {
-      'topology': plots.topology_figure(
-        topology.sources, stages=frozen.stages, live=topology.live, title=title
-      )
-    }
-    if real is not None:
-      figures['real_mask'] = plots.mask_figure(
-        real, topology.sources, stages=frozen.stages, title=title
-      )
-      if len(history) > 1:
-        figures['real_mask_history'] = plots.history_figure(
-          history.steps,
-          history.masks,
-          topology.sources,
-          stages=frozen.stages,
-          title=title,
-        )
   for name, figure in figures.items():
-    try:
-      plots.save(figure, folder / name)
-    except OSError as error:
-      raise files.unwritten(folder / name, error) from error
+    page.save(figure, workdir / 'figures' / name)
 
 
 def table(summary: dict[str, Any], workdir: Path) -> str:

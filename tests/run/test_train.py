@@ -283,7 +283,7 @@ def test_model_holds_the_live_weights_of_the_last_checkpoint(
 
 
 def test_figures_can_be_opened(finished):
-  names = ('topology', 'real_mask', 'real_mask_history')
+  names = ('topology', 'topology_dark', 'real_mask', 'real_mask_history')
   for name in names:
     path = finished.workdir / 'figures' / name
     with Image.open(path.with_suffix('.png')) as image:
@@ -291,7 +291,7 @@ def test_figures_can_be_opened(finished):
       assert min(image.size) > 100
     root = ElementTree.parse(path.with_suffix('.svg')).getroot()
     assert root.tag.endswith('svg')
-  assert len(list((finished.workdir / 'figures').iterdir())) == 6
+  assert len(list((finished.workdir / 'figures').iterdir())) == 8
 
 
 def test_what_is_said_on_the_way(finished):
@@ -322,8 +322,8 @@ def test_a_fixed_rule_has_no_masks(tiny_config, tmp_path, capsys):
   topology = read_json(tmp_path, 'topology.json')
   assert [b['sources'] for b in topology['blocks']] == [[0], [0, 1], [0, 1, 2]]
   assert not (tmp_path / 'real_masks.npz').exists()
-  figures = {path.name for path in (tmp_path / 'figures').iterdir()}
-  assert figures == {'topology.png', 'topology.svg'}
+  figures = {path.stem for path in (tmp_path / 'figures').iterdir()}
+  assert figures == {'topology', 'topology_dark'}
   assert 'sources' not in capsys.readouterr().err  # K means nothing here
 
 
