@@ -24,16 +24,12 @@ from maskconnect_jax.errors import InputError
 # So many sources go into a call of a function that is traced and lowered once
 # for calls that are alike; whole sums are not, as each has one source more.
 SOURCES_AT_ONCE = 9
-# Where all blocks of a stage sum the same ones, any number is alike; but XLA
-# fuses a GPU's products into one pass only up to 96 operands and results.
-SHARED_SOURCES_AT_ONCE = 32
 
 
 def masked_sum(
   weights: jax.Array,
   sources: Sequence[jax.Array],
   every: int = 1,
-  shared: bool = False,
 ) -> jax.Array:
   """Returns the sum of the sources, each times its weight.
 
@@ -45,8 +41,6 @@ def masked_sum(
     every: the gradient of the weights is taken over every so many images, and
       stands for the others between: unbiased over batches in random order, and
       that much cheaper.
-    shared: whether other sums are over the very same sources, which a CPU can
-      then lay side by side once for all. Values depend on it by rounding alone.
 
   Returns:
     An array of a source's shape, in float32 or better, for other sums to be
@@ -56,23 +50,23 @@ def masked_sum(
     InputError: where a gradient is taken, of a batch that is not a multiple
       of `every`.
   """
-  at_once = SHARED_SOURCES_AT_ONCE if shared else SOURCES_AT_ONCE
   parts = [
-    tuple(sources[i : i + at_once]) for i in range(0, len(sources), at_once)
+    tuple(sources[i : i + SOURCES_AT_ONCE])
+    for i in range(0, len(sources), SOURCES_AT_ONCE)
   ]
   rows = jax.lax.split(weights, [len(part) for part in parts])
   sums = [
-    _traced_once(row, part, every, shared)
+    _traced_once(row, part, every)
     for row, part in zip(rows, parts, strict=True)
   ]
   return sum(sums[1:], start=sums[0])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _sum(
-  weights: jax.Array, sources: tuple[jax.Array, ...], every: int, shared: bool
+  weights: jax.Array, sources: tuple[jax.Array, ...], every: int
 ) -> jax.Array:
-  del every, shared
+  del every
   exact = _exact(sources[0].dtype)
   terms = [
     weight * source.astype(exact)
@@ -84,18 +78,17 @@ def _sum(
 
 
 def _sum_forward(
-  weights: jax.Array, sources: tuple[jax.Array, ...], every: int, shared: bool
+  weights: jax.Array, sources: tuple[jax.Array, ...], every: int
 ) -> tuple[jax.Array, tuple[jax.Array, tuple[jax.Array, ...]]]:
   if sources[0].shape[0] % every:
     raise InputError(
       f'gradient_every={every} must divide the batch of {sources[0].shape[0]}'
     )
-  return _sum(weights, sources, every, shared), (weights, sources)
+  return _sum(weights, sources, every), (weights, sources)
 
 
 def _sum_backward(
   every: int,
-  shared: bool,
   residuals: tuple[jax.Array, tuple[jax.Array, ...]],
   gradient: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
@@ -110,7 +103,7 @@ def _sum_backward(
   products = jax.lax.platform_dependent(
     _every(gradient, every),
     tuple(_every(source, every) for source in sources),
-    cpu=products_side_by_side if shared else products_one_by_one,
+    cpu=products_one_by_one,
     tpu=products_one_by_one,
     default=products_at_once,
   )
@@ -119,7 +112,7 @@ def _sum_backward(
 
 
 _sum.defvjp(_sum_forward, _sum_backward)
-_traced_once = jax.jit(_sum, static_argnums=(2, 3))
+_traced_once = jax.jit(_sum, static_argnums=2)
 
 
 def _beside(weights: jax.Array, x: jax.Array) -> jax.Array:
@@ -161,28 +154,6 @@ def products_one_by_one(
     for source in sources
   ]
   return jnp.stack(of_images)
-
-
-def products_side_by_side(
-  gradient: jax.Array, sources: Sequence[jax.Array]
-) -> jax.Array:
-  """Returns the same in one call of a library, for CPUs.
-
-  XLA lays the same sources side by side once, for however many gradients.
-
-  Args:
-    gradient: see `products_one_by_one`.
-    sources: see there.
-  """
-  stack = jnp.stack([y.astype(gradient.dtype) for y in sources], axis=1)
-  axes = tuple(range(1, gradient.ndim))
-  of_images = jax.lax.dot_general(
-    stack,
-    gradient,
-    ((tuple(axis + 1 for axis in axes), axes), ((0,), (0,))),
-    precision=jax.lax.Precision.HIGHEST,
-  )
-  return of_images.T
 
 
 def products_at_once(

@@ -313,8 +313,6 @@ class _Sources:
         jnp.concatenate([parts[i] for i in same]),
         tuple(y for i in same for y in runs[i][1]),
         every,
-        # All blocks of a stage read the same sources of earlier stages.
-        width < newest.shape[-1],
       )
       sums.append(adapters.append_zero_channels(total, newest.shape[-1]))
     return sum(sums[1:], start=sums[0]).astype(newest.dtype)
