@@ -4,10 +4,10 @@
   dloss/dy_i = sum_j w[j, i] * g_j,   g_j = dloss/dx_j             backward
   dloss/dw[j, i] = <g_j, y_i>, for drawn and undrawn i alike
 
-Autodiff would compute the last entry by entry, each reading a g and a y. Here
-all of a block are made when the backward pass comes to it, on a GPU in a pass
-over its g for every few y_i. They are accumulated in float32 also when the
-activations are bfloat16, whose 8 bits would lose nearly all of it.
+Autodiff would compute the last line entry by entry, and read a g and a y for
+each. Here the entries of a block are computed when the backward pass comes to
+the block. They are accumulated in float32 also where the activations are
+bfloat16, whose 8 bits would lose nearly all of it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from maskconnect_jax import backend
 from maskconnect_jax.errors import InputError
-
-# So many sources go into a call of a function that is traced and lowered once
-# for calls that are alike; whole sums are not, as each has one source more.
-SOURCES_AT_ONCE = 9
 
 
 def masked_sum(
@@ -34,32 +31,24 @@ def masked_sum(
   """Returns the sum of the sources, each times its weight.
 
   Args:
-    weights: float32 [n, batch], those of each image. The mask's are the same in
-      all images of a step: the caller broadcasts them, and autodiff then sums
-      their gradients over the images, for all blocks at once.
+    weights: float32 [n, batch], a weight of each source in each image; see
+      `backend.rows_for_images`.
     sources: n arrays of one shape and dtype, [batch, ...].
-    every: the gradient of the weights is taken over every so many images, and
-      stands for the others between: unbiased over batches in random order, and
-      that much cheaper.
+    every: the gradient of the weights is taken from every so many images, and
+      stands for the images between. It is unbiased over batches in random
+      order.
 
   Returns:
-    An array of a source's shape, in float32 or better, for other sums to be
-    added to before it is rounded to the sources' dtype.
+    An array of a source's shape, in float32 or better. The caller adds other
+    sums to it before it rounds.
 
   Raises:
-    InputError: where a gradient is taken, of a batch that is not a multiple
-      of `every`.
+    InputError: a gradient is taken, and the batch is not a multiple of
+      `every`.
   """
-  parts = [
-    tuple(sources[i : i + SOURCES_AT_ONCE])
-    for i in range(0, len(sources), SOURCES_AT_ONCE)
-  ]
-  rows = jax.lax.split(weights, [len(part) for part in parts])
-  sums = [
-    _traced_once(row, part, every)
-    for row, part in zip(rows, parts, strict=True)
-  ]
-  return sum(sums[1:], start=sums[0])
+  return backend.sum_in_parts(
+    lambda row, part: _traced_once(row, part, every), weights, sources
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -93,26 +82,20 @@ def _sum_backward(
   gradient: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   weights, sources = residuals
-  # It is rounded already, as the sum was; but a TPU's compiler, which may keep
-  # more precision than asked for, would write down what it was before, float32.
-  gradient = gradient.astype(sources[0].dtype).astype(gradient.dtype)
+  gradient = backend.rounded_again(gradient, sources[0].dtype)
   for_sources = tuple(
     (weight * gradient).astype(source.dtype)
     for weight, source in zip(_beside(weights, gradient), sources, strict=True)
   )
-  products = jax.lax.platform_dependent(
-    _every(gradient, every),
-    tuple(_every(source, every) for source in sources),
-    cpu=products_one_by_one,
-    tpu=products_one_by_one,
-    default=products_at_once,
+  products = backend.inner_products(
+    _every(gradient, every), [_every(source, every) for source in sources]
   )
   products = jnp.repeat(products, every, axis=1)
   return products.astype(weights.dtype), for_sources
 
 
 _sum.defvjp(_sum_forward, _sum_backward)
-_traced_once = jax.jit(_sum, static_argnums=2)
+_traced_once = backend.traced_once(2)(_sum)
 
 
 def _beside(weights: jax.Array, x: jax.Array) -> jax.Array:
@@ -130,53 +113,6 @@ def _every(x: jax.Array, every: int) -> jax.Array:
   return x.reshape(-1, every, *x.shape[1:])[:, 0]
 
 
-def products_one_by_one(
-  gradient: jax.Array, sources: Sequence[jax.Array]
-) -> jax.Array:
-  """Returns <g, y_i> of n sources in each image, [n, batch], as g's dtype.
-
-  On a CPU each is a call of a library, before which XLA must write down g once
-  instead of computing it again for every reader; a TPU's compiler expects this
-  to take less than all at once. docs/performance.md has the figures.
-
-  Args:
-    gradient: g, [batch, ...], float32 or better.
-    sources: the y_i, of the same shape, perhaps of a narrower dtype.
-  """
-  axes = tuple(range(1, gradient.ndim))
-  of_images = [
-    jax.lax.dot_general(
-      gradient,
-      source.astype(gradient.dtype),
-      ((axes, axes), ((0,), (0,))),
-      precision=jax.lax.Precision.HIGHEST,
-    )
-    for source in sources
-  ]
-  return jnp.stack(of_images)
-
-
-def products_at_once(
-  gradient: jax.Array, sources: Sequence[jax.Array]
-) -> jax.Array:
-  """Returns the same, but reads g once for all sources, for GPUs.
-
-  Args:
-    gradient: see `products_one_by_one`.
-    sources: see there.
-  """
-  terms = [gradient * source.astype(gradient.dtype) for source in sources]
-  zeros = [jnp.zeros((), gradient.dtype)] * len(terms)
-  axes = tuple(range(1, gradient.ndim))
-  return jnp.stack(jax.lax.reduce(terms, zeros, _add_each, axes))
-
-
-def _add_each(
-  these: Sequence[jax.Array], those: Sequence[jax.Array]
-) -> list[jax.Array]:
-  return [a + b for a, b in zip(these, those, strict=True)]
-
-
 def _exact(dtype: DTypeLike) -> jnp.dtype:
   """Returns float32, or float64 for float64: what sums are accumulated in."""
   return jnp.promote_types(dtype, jnp.float32)
@@ -185,8 +121,8 @@ def _exact(dtype: DTypeLike) -> jnp.dtype:
 def static_sum(sources: Sequence[jax.Array], scale: float) -> jax.Array:
   """Returns the scaled sum of the sources of a frozen block.
 
-  One source with scale 1 is returned as it is, so that Fixed-Prev is the
-  ordinary network bit for bit.
+  One source with scale 1 is returned as it is: Fixed-Prev is the ordinary
+  network to the bit.
 
   Args:
     sources: at least one array, all of one shape and dtype.
@@ -195,9 +131,5 @@ def static_sum(sources: Sequence[jax.Array], scale: float) -> jax.Array:
   if len(sources) == 1:
     return sources[0] if scale == 1 else sources[0] * scale
   exact = _exact(sources[0].dtype)
-  *others, last = [source.astype(exact) for source in sources]
-  # Not the whole sum is scaled: XLA's CPU compiler would compute a sum that
-  # feeds nothing but a scaling again and again (docs/performance.md). Nor is
-  # each term: under Fixed-All a sum is the one before and one more.
-  total = sum(others[1:], start=others[0]) * scale + last * scale
+  total = backend.scaled_sum([s.astype(exact) for s in sources], scale)
   return total.astype(sources[0].dtype)

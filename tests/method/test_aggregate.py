@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 
 from maskconnect_jax.errors import InputError
-from maskconnect_jax.method.aggregate import (
-  masked_sum,
-  products_at_once,
-  products_one_by_one,
-  static_sum,
-)
+from maskconnect_jax.method.aggregate import masked_sum, static_sum
 
 SHAPE = (4, 5, 2)  # of an image
 
@@ -88,29 +83,6 @@ def test_a_gradient_from_every_third_image():
   np.testing.assert_allclose(value, sources.sum(0), rtol=0, atol=1e-10)
   with pytest.raises(InputError, match='gradient_every=4 .* batch of 9'):
     jax.grad(lambda w: masked_sum(w, ys, 4).sum())(jnp.ones((2, 9)))
-
-
-@pytest.mark.usefixtures('x64')
-@pytest.mark.parametrize('shape', [(3,), (3, *SHAPE)])
-@pytest.mark.parametrize('products', [products_one_by_one, products_at_once])
-def test_products_are_numpys(products, shape):
-  rng = np.random.default_rng(0)
-  gradient, sources = rng.normal(size=shape), rng.normal(size=(5, *shape))
-  actual = products(jnp.asarray(gradient), tuple(jnp.asarray(sources)))
-  expected = np.einsum(
-    'nbi,bi->nb', sources.reshape(5, 3, -1), gradient.reshape(3, -1)
-  )
-  np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize('products', [products_one_by_one, products_at_once])
-def test_products_of_bfloat16_sources_are_float32(products):
-  # bfloat16 counts to 256; and (1 + 2^-7)^2 - (1 + 2^-6) is 0 in it, not 2^-14.
-  ones = jnp.ones((1, 10_001), jnp.bfloat16)
-  ((count,),) = products(ones.astype(jnp.float32), (ones,))
-  pair = jnp.array([[1 + 2**-7, -(1 + 2**-6)]], jnp.bfloat16)
-  ((left,),) = products(jnp.array([[1 + 2**-7, 1]], jnp.float32), (pair,))
-  assert (float(count), float(left)) == (10_001, 2**-14)
 
 
 @pytest.mark.parametrize(
