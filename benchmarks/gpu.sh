@@ -32,7 +32,7 @@ first() {  # Is it right? Then: learned ÷ Fixed-Random, ÷ Fixed-Prev, dispatch
 import runpy, sys
 import jax, numpy as np
 sys.path.insert(0, 'tests')
-tests = runpy.run_path('tests/test_aggregate.py')
+tests = runpy.run_path('tests/method/test_aggregate.py')
 with jax.enable_x64(True):
   for count, batch in ((1, 4), (2, 3), (7, 4)):
     tests['test_gradients_are_those_of_autodiff'](count, batch)

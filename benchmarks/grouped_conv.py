@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from maskconnect_jax.networks import layers
+from maskconnect_jax import backend
 
 CASES = (
   (8, 32, 8, 4),
@@ -56,7 +56,7 @@ def sharded() -> None:
   )
 
   def loss(x, kernel):
-    return jnp.sum(layers.sharded_grouped_conv(x, kernel, 8, 1) ** 2)
+    return jnp.sum(backend.sharded_grouped_conv(x, kernel, 8, 1) ** 2)
 
   for name, context in {
     "XLA's own": contextlib.nullcontext(),  # without a mesh, no shard_map
@@ -90,7 +90,7 @@ def main() -> None:
       row.append(
         'own '
         + milliseconds(
-          lambda x, k, g: layers.sharded_grouped_conv(x, k, g, 1),
+          lambda x, k, g: backend.sharded_grouped_conv(x, k, g, 1),
           x,
           kernel,
           groups,
@@ -101,8 +101,8 @@ def main() -> None:
         row.append(
           f'{channels}: '
           + milliseconds(
-            lambda x, k, g, c=channels: layers.bundled_grouped_conv(
-              x, k, g, 1, bundle_channels=c
+            lambda x, k, g, c=channels: backend.bundled_grouped_conv(
+              x, k, g, 1, channels=c
             ),
             x,
             kernel,

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from maskconnect_jax import backend
 from maskconnect_jax.networks import layers, models
 from maskconnect_jax.run import optimizer, steps
 
@@ -100,7 +101,7 @@ def test_a_step_on_eight_devices_is_one_on_one(
   assert jax.device_count() >= 8
   if native:  # the grouped convolution of GPUs and TPUs, in shard_map
     monkeypatch.setattr(
-      layers, 'bundled_grouped_conv', layers.sharded_grouped_conv
+      backend, 'bundled_grouped_conv', backend.sharded_grouped_conv
     )
   model = make(level, architecture, rule)
   (before, one, metrics, sums), alone = step_on(1, model)

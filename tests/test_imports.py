@@ -36,8 +36,10 @@ FOLDERS: dict[str, set[str]] = {
   },
   'networks': {'limits', 'method'},
   'data': {'config', 'files', 'limits', 'names', 'signals'},
+  'networks': {'backend', 'limits', 'method'},
+  'data': {'config', 'command', 'files', 'limits', 'names', 'signals'},
   'figures': {'files'},
-  'method': {'files', 'limits'},
+  'method': {'backend', 'files', 'limits'},
 }  # fmt: skip
 # Single files that may do less than their folder, or more.
 ARROWS: dict[str, set[str]] = {
@@ -45,6 +47,8 @@ ARROWS: dict[str, set[str]] = {
     'method.stack', 'method.wiring', 'networks.models', 'run.inference',
   },
   '__main__': {'command', 'main'},
+  'arguments': {'config', 'fields'},
+  'backend': set(),
   'command': {'signals'},
   'config': {'fields', 'files', 'limits', 'method.spec'},
   'errors': set(),
@@ -54,7 +58,7 @@ ARROWS: dict[str, set[str]] = {
   'limits': set(),
   'names': set(),
   'signals': set(),
-  'method.adapters': set(),
+  'method.adapters': {'backend'},
   'method.connectivity': set(),
   'method.spec': set(),
   'run.checkpoint': {'files', 'run.storage', 'run.stored'},
@@ -70,8 +74,8 @@ ON_JAX = {'clu', 'flax', 'jax', 'jaxlib', 'optax'}  # orbax: see NEEDS_ORBAX
 WITHOUT_JAX = {'data', 'command', 'config', 'fields', 'files', 'flags',
                'limits', 'names', 'signals', 'figures'}  # fmt: skip
 # Module -> all that it may import beside the standard library.
-ONLY = {'method.connectivity': {'jax', 'numpy'}, 'command': set(),
-        'signals': set(), 'errors': set()}  # fmt: skip
+ONLY = {'method.connectivity': {'jax', 'numpy'}, 'backend': {'jax'},
+        'command': set(), 'signals': set(), 'errors': set()}  # fmt: skip
 ALL_MODULES = {
   '.'.join(path.relative_to(ROOT).with_suffix('').parts) for path in FILES_FOUND
 }
@@ -159,6 +163,15 @@ def test_arrows_between_folders_go_one_way() -> None:
   assert order.index('data') < order.index('run') < order.index('study')
 
 
+def test_one_file_knows_the_platforms() -> None:
+  found = [
+    module_of(path)
+    for path in FILES_FOUND
+    if 'platform_dependent' in path.read_text('utf-8')
+  ]
+  assert found == ['backend']
+
+
 def test_no_two_files_import_each_other() -> None:
   rows = {}
   for path in FILES_FOUND:
@@ -210,6 +223,8 @@ def test_the_data_is_read_without_jax() -> None:
     ('figures.page', 'import jax'),
     ('method.connectivity', 'import optax'),
     ('method.connectivity', 'from maskconnect_jax import limits'),
+    ('backend', 'from flax import nnx'),
+    ('backend', 'from maskconnect_jax import limits'),
     ('utils', ''),
     ('networks.layers.extra', ''),
   ],

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from maskconnect_jax import backend
 
 
 def zero_pad_channels(x: jax.Array, features: int) -> jax.Array:
@@ -17,28 +18,6 @@ def zero_pad_channels(x: jax.Array, features: int) -> jax.Array:
   if missing == 0:
     return x
   return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
-
-
-def append_zero_channels(x: jax.Array, features: int) -> jax.Array:
-  """Returns what `zero_pad_channels` does, of a finite x that is added to.
-
-  On a CPU by a product with the identity: it leaves alone the loops before and
-  after it, which XLA would fuse around a padding, with a question for each
-  element and no vector instructions (docs/performance.md).
-  """
-  if x.shape[-1] == features:
-    return x
-  return _append_zero_channels(x, features)
-
-
-@functools.partial(jax.jit, static_argnums=1)  # once for all blocks, to trace
-def _append_zero_channels(x: jax.Array, features: int) -> jax.Array:
-  identity = jnp.eye(x.shape[-1], features, dtype=x.dtype)
-  return jax.lax.platform_dependent(
-    x,
-    cpu=lambda x: jnp.matmul(x, identity, precision=jax.lax.Precision.HIGHEST),
-    default=lambda x: zero_pad_channels(x, features),
-  )
 
 
 def average_pool_to(x: jax.Array, height: int, width: int) -> jax.Array:
@@ -50,15 +29,7 @@ def average_pool_to(x: jax.Array, height: int, width: int) -> jax.Array:
   window = (math.ceil(x.shape[1] / height), math.ceil(x.shape[2] / width))
   if window == (1, 1):
     return x
-  return _average_pool(x, window)
-
-
-@functools.partial(jax.jit, static_argnums=1)  # once for all sources, to trace
-def _average_pool(x: jax.Array, window: tuple[int, int]) -> jax.Array:
-  # Flax's mean over what is there is float32 whatever x is.
-  return nnx.avg_pool(
-    x, window, strides=window, padding='SAME', count_include_pad=False
-  ).astype(x.dtype)
+  return backend.mean_of_windows(x, window)
 
 
 class PoolAdapter(nnx.Module):

@@ -4,65 +4,43 @@
   dloss/dy_i = sum_j w[j, i] * g_j,   g_j = dloss/dx_j             backward
   dloss/dw[j, i] = <g_j, y_i>, for drawn and undrawn i alike
 
-Autodiff would compute the last entry by entry, each reading a g and a y. Here
-all of a block are made when the backward pass comes to it, on a GPU in a pass
-over its g for every few y_i. They are accumulated in float32 also when the
-activations are bfloat16, whose 8 bits would lose nearly all of it.
+Autodiff would compute the last line entry by entry, and read a g and a y for
+each. Here the entries of a block are computed when the backward pass comes to
+the block. They are accumulated in float32 also where the activations are
+bfloat16, whose 8 bits would lose nearly all of it.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-# So many sources go into a call of a function that is traced and lowered once
-# for calls that are alike; whole sums are not, as each has one source more.
-SOURCES_AT_ONCE = 9
-# Where all blocks of a stage sum the same ones, any number is alike; but XLA
-# fuses a GPU's products into one pass only up to 96 operands and results.
-SHARED_SOURCES_AT_ONCE = 32
+from maskconnect_jax import backend
 
 
 def masked_sum(
   weights: jax.Array,
   sources: Sequence[jax.Array],
-  shared: bool = False,
 ) -> jax.Array:
   """Returns the sum of the sources, each times its weight.
 
   Args:
-    weights: float32 [n, batch], those of each image. The mask's are the same in
-      all images of a step: the caller broadcasts them, and autodiff then sums
-      their gradients over the images, for all blocks at once.
+    weights: float32 [n, batch], a weight of each source in each image; see
+      `backend.rows_for_images`.
     sources: n arrays of one shape and dtype, [batch, ...].
-    shared: whether other sums are over the very same sources, which a CPU can
-      then lay side by side once for all. Values depend on it by rounding alone.
 
   Returns:
-    An array of a source's shape, in float32 or better, for other sums to be
-    added to before it is rounded to the sources' dtype.
+    An array of a source's shape, in float32 or better. The caller adds other
+    sums to it before it rounds.
   """
-  at_once = SHARED_SOURCES_AT_ONCE if shared else SOURCES_AT_ONCE
-  parts = [
-    tuple(sources[i : i + at_once]) for i in range(0, len(sources), at_once)
-  ]
-  rows = jax.lax.split(weights, [len(part) for part in parts])
-  sums = [
-    _traced_once(row, part, shared)
-    for row, part in zip(rows, parts, strict=True)
-  ]
-  return sum(sums[1:], start=sums[0])
+  return backend.sum_in_parts(_traced_once, weights, sources)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _sum(
-  weights: jax.Array, sources: tuple[jax.Array, ...], shared: bool
-) -> jax.Array:
-  del shared
+@jax.custom_vjp
+def _sum(weights: jax.Array, sources: tuple[jax.Array, ...]) -> jax.Array:
   exact = _exact(sources[0].dtype)
   terms = [
     weight * source.astype(exact)
@@ -74,110 +52,32 @@ def _sum(
 
 
 def _sum_forward(
-  weights: jax.Array, sources: tuple[jax.Array, ...], shared: bool
+  weights: jax.Array, sources: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, tuple[jax.Array, tuple[jax.Array, ...]]]:
-  return _sum(weights, sources, shared), (weights, sources)
+  return _sum(weights, sources), (weights, sources)
 
 
 def _sum_backward(
-  shared: bool,
   residuals: tuple[jax.Array, tuple[jax.Array, ...]],
   gradient: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   weights, sources = residuals
-  # It is rounded already, as the sum was; but a TPU's compiler, which may keep
-  # more precision than asked for, would write down what it was before, float32.
-  gradient = gradient.astype(sources[0].dtype).astype(gradient.dtype)
+  gradient = backend.rounded_again(gradient, sources[0].dtype)
   for_sources = tuple(
     (weight * gradient).astype(source.dtype)
     for weight, source in zip(_beside(weights, gradient), sources, strict=True)
   )
-  products = jax.lax.platform_dependent(
-    gradient,
-    sources,
-    cpu=products_side_by_side if shared else products_one_by_one,
-    tpu=products_one_by_one,
-    default=products_at_once,
-  )
+  products = backend.inner_products(gradient, sources)
   return products.astype(weights.dtype), for_sources
 
 
 _sum.defvjp(_sum_forward, _sum_backward)
-_traced_once = jax.jit(_sum, static_argnums=(2,))
+_traced_once = backend.traced_once()(_sum)
 
 
 def _beside(weights: jax.Array, x: jax.Array) -> jax.Array:
   """Returns weights [n, batch] such that each multiplies x, [batch, ...]."""
   return weights.reshape(*weights.shape, *[1] * (x.ndim - 1))
-
-
-def products_one_by_one(
-  gradient: jax.Array, sources: Sequence[jax.Array]
-) -> jax.Array:
-  """Returns <g, y_i> of n sources in each image, [n, batch], as g's dtype.
-
-  On a CPU each is a call of a library, before which XLA must write down g once
-  instead of computing it again for every reader; a TPU's compiler expects this
-  to take less than all at once. docs/performance.md has the figures.
-
-  Args:
-    gradient: g, [batch, ...], float32 or better.
-    sources: the y_i, of the same shape, perhaps of a narrower dtype.
-  """
-  axes = tuple(range(1, gradient.ndim))
-  of_images = [
-    jax.lax.dot_general(
-      gradient,
-      source.astype(gradient.dtype),
-      ((axes, axes), ((0,), (0,))),
-      precision=jax.lax.Precision.HIGHEST,
-    )
-    for source in sources
-  ]
-  return jnp.stack(of_images)
-
-
-def products_side_by_side(
-  gradient: jax.Array, sources: Sequence[jax.Array]
-) -> jax.Array:
-  """Returns the same in one call of a library, for CPUs.
-
-  XLA lays the same sources side by side once, for however many gradients.
-
-  Args:
-    gradient: see `products_one_by_one`.
-    sources: see there.
-  """
-  stack = jnp.stack([y.astype(gradient.dtype) for y in sources], axis=1)
-  axes = tuple(range(1, gradient.ndim))
-  of_images = jax.lax.dot_general(
-    stack,
-    gradient,
-    ((tuple(axis + 1 for axis in axes), axes), ((0,), (0,))),
-    precision=jax.lax.Precision.HIGHEST,
-  )
-  return of_images.T
-
-
-def products_at_once(
-  gradient: jax.Array, sources: Sequence[jax.Array]
-) -> jax.Array:
-  """Returns the same, but reads g once for all sources, for GPUs.
-
-  Args:
-    gradient: see `products_one_by_one`.
-    sources: see there.
-  """
-  terms = [gradient * source.astype(gradient.dtype) for source in sources]
-  zeros = [jnp.zeros((), gradient.dtype)] * len(terms)
-  axes = tuple(range(1, gradient.ndim))
-  return jnp.stack(jax.lax.reduce(terms, zeros, _add_each, axes))
-
-
-def _add_each(
-  these: Sequence[jax.Array], those: Sequence[jax.Array]
-) -> list[jax.Array]:
-  return [a + b for a, b in zip(these, those, strict=True)]
 
 
 def _exact(dtype: DTypeLike) -> jnp.dtype:
@@ -188,8 +88,8 @@ def _exact(dtype: DTypeLike) -> jnp.dtype:
 def static_sum(sources: Sequence[jax.Array], scale: float) -> jax.Array:
   """Returns the scaled sum of the sources of a frozen block.
 
-  One source with scale 1 is returned as it is, so that Fixed-Prev is the
-  ordinary network bit for bit.
+  One source with scale 1 is returned as it is: Fixed-Prev is the ordinary
+  network to the bit.
 
   Args:
     sources: at least one array, all of one shape and dtype.
@@ -198,9 +98,5 @@ def static_sum(sources: Sequence[jax.Array], scale: float) -> jax.Array:
   if len(sources) == 1:
     return sources[0] if scale == 1 else sources[0] * scale
   exact = _exact(sources[0].dtype)
-  *others, last = [source.astype(exact) for source in sources]
-  # Not the whole sum is scaled: XLA's CPU compiler would compute a sum that
-  # feeds nothing but a scaling again and again (docs/performance.md). Nor is
-  # each term: under Fixed-All a sum is the one before and one more.
-  total = sum(others[1:], start=others[0]) * scale + last * scale
+  total = backend.scaled_sum([s.astype(exact) for s in sources], scale)
   return total.astype(sources[0].dtype)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from maskconnect_jax import limits
+from maskconnect_jax import backend, limits
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import adapters, connectivity, spec
 from maskconnect_jax.method.aggregate import masked_sum, static_sum
@@ -134,15 +132,11 @@ class MaskedStack(Wiring):
       return self._run_frozen(x, self.topology, options)
     if mask is None:
       mask = connectivity.top_k(self.real_mask[...], self.valid, self.fan_in)
-    weights = self._weights(mask)
-    # For each image, so that the gradient is summed over them once, not by each
-    # block; and not by indices, of which each gradient would be a scatter.
-    weights = jnp.broadcast_to(weights[..., None], (*weights.shape, len(x)))
-    rows = jax.lax.split(weights, (1,) * len(self.blocks))
+    rows = backend.rows_for_images(self._weights(mask), len(x))
     sources = _Sources(x, self.adapter)
     run = self._runner(options)
     for block, row, valid in zip(self.blocks, rows, self.valid, strict=True):
-      total = sources.masked_sum(valid, row[0])
+      total = sources.masked_sum(valid, row)
       sources.outputs.append(run(block, total))
     return sources.outputs[-1]
 
@@ -226,7 +220,7 @@ def _check_valid(valid: Any, num_blocks: int) -> None:
     raise InputError('valid leaves a block without a source')
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@backend.traced_once(0, 1)
 def _run(
   graph: Any,
   plain: tuple[tuple[str, Any], ...],
@@ -234,11 +228,7 @@ def _run(
   x: jax.Array,
   arrays: dict[str, Any],
 ) -> tuple[jax.Array, Any]:
-  """Returns a block's output, and what it has changed of its state.
-
-  Of blocks that are alike only the first one is traced and lowered, which is
-  most of the time to the first step of a deep network.
-  """
+  """Returns a block's output and the part of its state that it changed."""
   block = nnx.merge(graph, state)
   before = {
     path: leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(block))
@@ -287,26 +277,17 @@ class _Sources:
       weights: float32 [L, batch], theirs.
     """
     newest = self.outputs[-1]
-    taken: list[Any] = [
-      self._take(i) if ok else None for i, ok in enumerate(valid)
+    taken = {i: self._take(i) for i, ok in enumerate(valid) if ok}
+    widths = sorted({y.shape[-1] for y in taken.values()})
+    groups = [
+      [i for i, y in taken.items() if y.shape[-1] == width] for width in widths
     ]
-    runs = [
-      (width, list(run))
-      for width, run in itertools.groupby(
-        taken, lambda y: 0 if y is None else y.shape[-1]
-      )
-    ]
-    parts = jax.lax.split(weights, [len(run) for _, run in runs])
     sums = []
-    for width in sorted({width for width, _ in runs if width}):
-      same = [i for i, (other, _) in enumerate(runs) if other == width]
-      total = masked_sum(
-        jnp.concatenate([parts[i] for i in same]),
-        tuple(y for i in same for y in runs[i][1]),
-        # All blocks of a stage read the same sources of earlier stages.
-        width < newest.shape[-1],
-      )
-      sums.append(adapters.append_zero_channels(total, newest.shape[-1]))
+    for row, group in zip(
+      backend.rows_of(weights, groups), groups, strict=True
+    ):
+      total = masked_sum(row, [taken[i] for i in group])
+      sums.append(backend.append_zero_channels(total, newest.shape[-1]))
     return sum(sums[1:], start=sums[0]).astype(newest.dtype)
 
   def _take(self, i: int) -> jax.Array:
@@ -322,7 +303,5 @@ class _Sources:
           f'the adapter has brought source {i} to the shape {y.shape}, but'
           f' {shape} is needed, or fewer channels'
         )
-      # Lest XLA keep a float32 copy, of twice the bytes, beside a bfloat16
-      # one: it may leave out what rounds the mean and widens it again.
-      self._adapted[i, shape] = jax.lax.optimization_barrier(y)
+      self._adapted[i, shape] = backend.written_in_own_dtype(y)
     return self._adapted[i, shape]

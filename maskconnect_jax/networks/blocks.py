@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from maskconnect_jax import backend
 from maskconnect_jax.method import adapters
 from maskconnect_jax.networks import layers
 
@@ -41,12 +42,12 @@ class BasicBlock(nnx.Module):
     """Maps [N, H, W, in_features] to [N, ceil(H/s), ceil(W/s), features]."""
     residual = self.conv1(x)
     residual = self.norm1(residual, use_running_average=not train)
-    residual = self.conv2(layers.relu(residual))
+    residual = self.conv2(backend.relu(residual))
     residual = self.norm2(residual, use_running_average=not train)
     shortcut = adapters.zero_pad_channels(
       x[:, :: self.stride, :: self.stride], self.features
     )
-    return layers.relu(residual + shortcut)
+    return backend.relu(residual + shortcut)
 
 
 class Bottleneck(nnx.Module):
@@ -106,10 +107,10 @@ class Bottleneck(nnx.Module):
     """Maps [N, H, W, in_features] to [N, ceil(H/s), ceil(W/s), features]."""
     running = not train
     residual = self.norm1(self.conv1(x), use_running_average=running)
-    residual = self.conv2(layers.relu(residual))
+    residual = self.conv2(backend.relu(residual))
     residual = self.norm2(residual, use_running_average=running)
-    residual = self.conv3(layers.relu(residual))
+    residual = self.conv3(backend.relu(residual))
     residual = self.norm3(residual, use_running_average=running)
     if self.projected:
       x = self.shortcut_norm(self.shortcut_conv(x), use_running_average=running)
-    return layers.relu(residual + x)
+    return backend.relu(residual + x)

@@ -56,7 +56,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from maskconnect_jax import limits
+from maskconnect_jax import backend, limits
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import adapters, connectivity, spec
 from maskconnect_jax.method.wiring import Wiring
@@ -235,9 +235,9 @@ class BranchBlock(nnx.Module):
     """Returns y_c = F_c(x_c) + identity * A(x_c) of every branch."""
     running = not train
     narrow = x.read(self.reduce[...], self.dtype)
-    narrow = layers.relu(self.norm1(narrow, use_running_average=running))
+    narrow = backend.relu(self.norm1(narrow, use_running_average=running))
     narrow = self.conv2(narrow)
-    narrow = layers.relu(self.norm2(narrow, use_running_average=running))
+    narrow = backend.relu(self.norm2(narrow, use_running_average=running))
 
     branches, _, features = self.expand.shape
     mean, var = self._statistics(narrow, train)

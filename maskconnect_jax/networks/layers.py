@@ -1,12 +1,13 @@
-"""What the networks are made of: convolution, BatchNorm, shape adapters."""
+"""The layers of the networks: convolutions and BatchNorm."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
+
+from maskconnect_jax import backend
 
 # He et al., "Delving Deep into Rectifiers", 2015, eq. 14: variance 2 / fan-out.
 he_normal_by_fan_out = nnx.initializers.variance_scaling(
@@ -22,26 +23,6 @@ EPSILON = 1e-5
 def widened(x: jax.Array) -> jax.Array:
   """Returns x in float32, or in its own dtype if that is wider."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-@jax.custom_jvp
-def relu(x: jax.Array) -> jax.Array:
-  """Returns max(x, 0); its derivative at 0 is 0.
-
-  As x + max(-x, 0), equal to the bit for any x but -inf: XLA's CPU compiler
-  computes an operation on one array again for each reader, and what goes into
-  it, block after block; of two arrays, it keeps the result. Elsewhere the
-  programs read and write the same (docs/performance.md).
-  """
-  return x + jnp.maximum(-x, 0)
-
-
-@relu.defjvp
-def _relu_jvp(
-  primals: tuple[jax.Array], tangents: tuple[jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-  (x,), (dx,) = primals, tangents
-  return relu(x), jnp.where(x > 0, dx, 0)
 
 
 def conv(
@@ -80,8 +61,9 @@ class BatchNorm(nnx.Module):
 
   Ioffe and Szegedy, "Batch Normalization", 2015. So written, its gradient takes
   two sums over the batch, of dy and of x dy. That of Flax's (x - mean) a + bias
-  takes three, and Flax rounds all but x to bfloat16 if x is: compiled for a GPU
-  or a TPU, networks read and write less with this one (docs/performance.md).
+  takes three, and Flax rounds all except x to bfloat16 if x is bfloat16. Here
+  networks read and write less on a GPU and a TPU (docs/notebook.md, "Compiled
+  for an H100 and a TPU v5e, on neither").
 
   Under jit with a sharded batch XLA takes the statistics over the whole batch,
   on all devices.
@@ -146,12 +128,10 @@ class BatchNorm(nnx.Module):
 class GroupedConv(nnx.Module):
   """A 3x3 convolution in groups of channels, without bias.
 
-  Its formulation follows the backend; all give the same values. On CPU, XLA's
-  backward pass of a grouped convolution is 100 times slower than a dense one's
-  (docs/performance.md): there, groups are joined into bundles of about 64
-  channels, each a dense convolution with a block-diagonal kernel. Elsewhere it
-  is XLA's own; under a sharded batch the partitioner would gather the batch on
-  every device, so it runs inside shard_map, where every device keeps its own.
+  Its input is padded with a zero on each side.
+
+  Attributes:
+    kernel: float32 [3, 3, features / groups, features].
   """
 
   def __init__(
@@ -175,82 +155,4 @@ class GroupedConv(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [N, H, W, features] to [N, ceil(H/s), ceil(W/s), features]."""
     x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-    groups, stride = self.groups, self.stride
-    return jax.lax.platform_dependent(
-      x,
-      kernel,
-      cpu=lambda x, kernel: bundled_grouped_conv(x, kernel, groups, stride),
-      default=lambda x, kernel: sharded_grouped_conv(x, kernel, groups, stride),
-    )
-
-
-def _conv3x3(
-  x: jax.Array, kernel: jax.Array, groups: int, stride: int
-) -> jax.Array:
-  return jax.lax.conv_general_dilated(
-    x,
-    kernel,
-    (stride, stride),
-    ((1, 1), (1, 1)),
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-    feature_group_count=groups,
-  )
-
-
-def bundled_grouped_conv(
-  x: jax.Array,
-  kernel: jax.Array,
-  groups: int,
-  stride: int,
-  bundle_channels: int = 64,
-) -> jax.Array:
-  """A grouped convolution as dense ones over bundles of groups.
-
-  Args:
-    x: [N, H, W, C].
-    kernel: [3, 3, C / groups, C].
-    groups: number of groups.
-    stride: in both directions.
-    bundle_channels: about so many in each; docs/performance.md.
-  """
-  width = kernel.shape[2]
-  bundle = max(1, min(groups, bundle_channels // width))
-  while groups % bundle:
-    bundle -= 1
-  eye = jnp.eye(bundle, dtype=kernel.dtype)
-  parts = []
-  for part, own in zip(
-    jnp.split(x, groups // bundle, -1),
-    jnp.split(kernel, groups // bundle, -1),
-    strict=True,
-  ):
-    blocks = own.reshape(3, 3, width, bundle, width)
-    dense = jnp.einsum('hwigo,gj->hwjigo', blocks, eye)
-    dense = dense.reshape(3, 3, bundle * width, bundle * width)
-    parts.append(_conv3x3(part, dense, 1, stride))
-  return jnp.concatenate(parts, -1)
-
-
-def sharded_grouped_conv(
-  x: jax.Array, kernel: jax.Array, groups: int, stride: int
-) -> jax.Array:
-  """XLA's grouped convolution, each device on its own part of the batch.
-
-  Args:
-    x: [N, H, W, C], its batch sharded over the mesh axis 'data', if
-      `jax.set_mesh` has set a mesh.
-    kernel: [3, 3, C / groups, C], the same everywhere.
-    groups: number of groups.
-    stride: in both directions.
-  """
-
-  def local(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _conv3x3(x, kernel, groups, stride)
-
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.size == 1:
-    return local(x, kernel)
-  batch, whole = PartitionSpec('data'), PartitionSpec()
-  return jax.shard_map(local, in_specs=(batch, whole), out_specs=batch)(
-    x, kernel
-  )
+    return backend.grouped_conv(x, kernel, self.groups, self.stride)

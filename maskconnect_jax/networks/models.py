@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from maskconnect_jax import limits
+from maskconnect_jax import backend, limits
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import adapters, connectivity, spec
 from maskconnect_jax.method.stack import MaskedStack
@@ -165,7 +165,7 @@ class Stem(nnx.Module):
   def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
     """Maps [N, H, W, C] to [N, H, W, features], or to a quarter of H and W."""
     x = self.norm(self.conv(images), use_running_average=not train)
-    x = layers.relu(x)
+    x = backend.relu(x)
     if self.large:
       x = nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     return x

@@ -138,7 +138,7 @@ def _products(jaxpr: Any) -> int:
       left = equation.invars[0].aval
       total += out.size * math.prod(left.shape[i] for i in contracted)
     elif equation.primitive.name == 'cond':
-      # Of `platform_dependent`: the last is the plain form, of any platform.
+      # A branch for each platform (backend.py): the last is for all others.
       total += _products(params['branches'][-1].jaxpr)
     else:
       for value in params.values():

@@ -1,19 +1,11 @@
 """The masked sums and their gradients against NumPy in float64 and autodiff."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskconnect_jax.method.aggregate import (
-  masked_sum,
-  products_at_once,
-  products_one_by_one,
-  products_side_by_side,
-  static_sum,
-)
+from maskconnect_jax.method.aggregate import masked_sum, static_sum
 
 SHAPE = (4, 5, 2)  # of an image
 
@@ -77,49 +69,15 @@ def test_gradients_are_those_of_autodiff(count, batch):
 
 
 @pytest.mark.usefixtures('x64')
-@pytest.mark.parametrize('shape', [(3,), (3, *SHAPE)])
 @pytest.mark.parametrize(
-  'products', [products_one_by_one, products_side_by_side, products_at_once]
+  ('platform', 'products', 'reductions'),
+  [('cpu', 3, 0), ('tpu', 3, 0), ('cuda', 0, 1), ('rocm', 0, 1)],
 )
-def test_products_are_numpys(products, shape):
-  rng = np.random.default_rng(0)
-  gradient, sources = rng.normal(size=shape), rng.normal(size=(5, *shape))
-  actual = products(jnp.asarray(gradient), tuple(jnp.asarray(sources)))
-  expected = np.einsum(
-    'nbi,bi->nb', sources.reshape(5, 3, -1), gradient.reshape(3, -1)
-  )
-  np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-  'products', [products_one_by_one, products_side_by_side, products_at_once]
-)
-def test_products_of_bfloat16_sources_are_float32(products):
-  # bfloat16 counts to 256; and (1 + 2^-7)^2 - (1 + 2^-6) is 0 in it, not 2^-14.
-  ones = jnp.ones((1, 10_001), jnp.bfloat16)
-  ((count,),) = products(ones.astype(jnp.float32), (ones,))
-  pair = jnp.array([[1 + 2**-7, -(1 + 2**-6)]], jnp.bfloat16)
-  ((left,),) = products(jnp.array([[1 + 2**-7, 1]], jnp.float32), (pair,))
-  assert (float(count), float(left)) == (10_001, 2**-14)
-
-
-@pytest.mark.parametrize(
-  ('platform', 'shared', 'products', 'reductions'),
-  [
-    ('cpu', False, 3, 0),
-    ('cpu', True, 1, 0),
-    ('tpu', False, 3, 0),
-    ('tpu', True, 3, 0),
-    ('cuda', False, 0, 1),
-    ('cuda', True, 0, 1),
-    ('rocm', True, 0, 1),
-  ],
-)
-def test_products_follow_the_platform(platform, shared, products, reductions):
+def test_products_follow_the_platform(platform, products, reductions):
   sources = (jnp.ones((2, 3)),) * 3
 
   def total(weights):
-    return masked_sum(weights, sources, shared=shared).sum()
+    return masked_sum(weights, sources).sum()
 
   traced = jax.jit(jax.grad(total)).trace(jnp.ones((3, 2)))
   program = traced.lower(lowering_platforms=(platform,)).as_text()
@@ -135,17 +93,12 @@ def test_sums_that_are_alike_are_lowered_once():
 
 
 @pytest.mark.usefixtures('x64')
-@pytest.mark.parametrize('shared', [False, True])
 @pytest.mark.parametrize('count', [1, 3, 35])
-def test_one_sum_and_its_gradients_are_numpys(count, shared):
+def test_one_sum_and_its_gradients_are_numpys(count):
   rng = np.random.default_rng(count)
   weights, shape = rng.normal(size=(count, 3)), (3, *SHAPE)
   sources, gradient = rng.normal(size=(count, *shape)), rng.normal(size=shape)
-  value, backward = jax.vjp(
-    functools.partial(masked_sum, shared=shared),
-    jnp.asarray(weights),
-    tuple(sources),
-  )
+  value, backward = jax.vjp(masked_sum, jnp.asarray(weights), tuple(sources))
   for_weights, for_sources = backward(jnp.asarray(gradient))
   for actual, expected in (
     (value, np.einsum('nb,nbhwc->bhwc', weights, sources)),

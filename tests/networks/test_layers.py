@@ -14,24 +14,6 @@ from maskconnect_jax.networks import layers
 RNG = np.random.default_rng(0)
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_relu_is_the_maximum_to_the_bit(dtype):
-  x = np.array(
-    [-3e38, -1.5, -1e-30, -0.0, 0.0, 1e-30, 0.1, 3e38, np.inf, np.nan],
-    jnp.dtype(dtype),
-  )
-  y = layers.relu(jnp.asarray(x))
-  assert y.dtype == x.dtype
-  y, x = (np.asarray(array, np.float64) for array in (y, x))
-  np.testing.assert_array_equal(y, np.maximum(x, 0))
-
-
-def test_relu_passes_on_the_gradient_of_what_is_above_zero():
-  x = jnp.array([-2.0, -0.0, 0.0, 1e-30, 5.0])
-  _, pull = jax.vjp(jax.jit(layers.relu), x)
-  np.testing.assert_array_equal(pull(jnp.arange(1.0, 6.0))[0], [0, 0, 0, 4, 5])
-
-
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('kernel_size', [1, 3])
 @pytest.mark.parametrize('size', [(8, 8), (7, 5)])
@@ -168,3 +150,11 @@ def test_error_of_the_variance_is_what_the_docstring_says(count, ratio):
   bound = 2**-20 * (1 + wide.mean((0, 1, 2)) ** 2 / variance).max()
   assert error < bound
   assert ratio < 100 or error > bound / 100  # it is no better than it says
+
+
+def test_a_grouped_convolution_keeps_to_its_group():
+  layer = layers.GroupedConv(32, groups=8, dtype=jnp.float32, rngs=nnx.Rngs(0))
+  x = jnp.zeros((1, 4, 4, 32)).at[..., 4:8].set(1.0)
+  touched = np.asarray(jnp.abs(layer(x)).sum((0, 1, 2)) > 0)
+  assert touched[4:8].all()
+  assert touched.sum() == 4

@@ -1,0 +1,153 @@
+"""The formulations against NumPy, and which platform gets which."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskconnect_jax import backend
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_headings_that_comments_name_exist():
+  named = set()
+  for path in (ROOT / 'maskconnect_jax').rglob('*.py'):
+    for text in path.read_text('utf-8').split('docs/notebook.md')[1:]:
+      mention = re.split('\n\n|"""', text)[0]
+      named |= {
+        ' '.join(heading.split())
+        for heading in re.findall('"(.+?)"', mention, re.S)
+      }
+  lines = (ROOT / 'docs/notebook.md').read_text('utf-8').splitlines()
+  headings = {line.lstrip('# ') for line in lines if line.startswith('#')}
+  assert len(named) >= 3
+  assert named <= headings
+
+
+def test_a_function_is_traced_once_for_calls_that_are_alike():
+  traced = []
+
+  @backend.traced_once(1)
+  def scaled(x, scale):
+    traced.append(scale)
+    return x * scale
+
+  jax.make_jaxpr(lambda x: scaled(scaled(scaled(x, 2), 3), 2))(jnp.ones(3))
+  assert traced == [2, 3]
+
+
+def test_rows_of_groups_are_those_of_indexing():
+  weights = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
+  groups = [[1, 2, 5], [3, 6]]
+  rows, pull = jax.vjp(lambda w: backend.rows_of(w, groups), weights)
+  for row, group in zip(rows, groups, strict=True):
+    np.testing.assert_array_equal(row, weights[group])
+  (gradient,) = pull(rows)
+  weights[[0, 4]] = 0  # of no group
+  np.testing.assert_array_equal(gradient, weights)
+
+
+def test_rows_for_images_are_the_rows_and_sum_their_gradients():
+  weights = np.arange(6, dtype=np.float32).reshape(2, 3)
+  rows, pull = jax.vjp(lambda w: backend.rows_for_images(w, 4), weights)
+  for row, values in zip(rows, weights, strict=True):
+    np.testing.assert_array_equal(row, np.tile(values[:, None], 4))
+  (gradient,) = pull(rows)
+  np.testing.assert_array_equal(gradient, 4 * weights)
+
+
+@pytest.mark.parametrize('shape', [(3,), (3, 4, 5, 2)])
+@pytest.mark.parametrize(
+  'products', [backend.products_one_by_one, backend.products_at_once]
+)
+def test_products_are_numpys(products, shape):
+  rng = np.random.default_rng(0)
+  gradient, sources = rng.normal(size=shape), rng.normal(size=(5, *shape))
+  expected = np.einsum(
+    'nbi,bi->nb', sources.reshape(5, 3, -1), gradient.reshape(3, -1)
+  )
+  with jax.enable_x64(True):
+    actual = products(jnp.asarray(gradient), tuple(jnp.asarray(sources)))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+  'products', [backend.products_one_by_one, backend.products_at_once]
+)
+def test_products_of_bfloat16_sources_are_float32(products):
+  # bfloat16 counts to 256; and (1 + 2^-7)^2 - (1 + 2^-6) is 0 in it, not 2^-14.
+  ones = jnp.ones((1, 10_001), jnp.bfloat16)
+  ((count,),) = products(ones.astype(jnp.float32), (ones,))
+  pair = jnp.array([[1 + 2**-7, -(1 + 2**-6)]], jnp.bfloat16)
+  ((left,),) = products(jnp.array([[1 + 2**-7, 1]], jnp.float32), (pair,))
+  assert (float(count), float(left)) == (10_001, 2**-14)
+
+
+@pytest.mark.parametrize(
+  ('platform', 'products'), [('cpu', 1), ('cuda', 0), ('tpu', 0)]
+)
+def test_only_a_cpu_appends_zero_channels_by_a_product(platform, products):
+  function = jax.jit(lambda x: backend.append_zero_channels(x, 8))
+  program = function.trace(jnp.zeros((2, 3, 4, 5)))
+  text = program.lower(lowering_platforms=(platform,)).as_text()
+  assert text.count('dot_general') == products
+  assert text.count('stablehlo.pad') == 1 - products
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_relu_is_the_maximum_to_the_bit(dtype):
+  x = np.array(
+    [-3e38, -1.5, -1e-30, -0.0, 0.0, 1e-30, 0.1, 3e38, np.inf, np.nan],
+    jnp.dtype(dtype),
+  )
+  y = backend.relu(jnp.asarray(x))
+  assert y.dtype == x.dtype
+  y, x = (np.asarray(array, np.float64) for array in (y, x))
+  np.testing.assert_array_equal(y, np.maximum(x, 0))
+
+
+def test_relu_passes_on_the_gradient_of_what_is_above_zero():
+  x = jnp.array([-2.0, -0.0, 0.0, 1e-30, 5.0])
+  _, pull = jax.vjp(jax.jit(backend.relu), x)
+  np.testing.assert_array_equal(pull(jnp.arange(1.0, 6.0))[0], [0, 0, 0, 4, 5])
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize(('groups', 'width'), [(8, 4), (32, 4), (3, 40)])
+def test_formulations_of_the_grouped_convolution_agree(groups, width, stride):
+  rng = np.random.default_rng(0)
+  features = groups * width
+  x = rng.normal(size=(2, 5, 5, features))
+  kernel = rng.normal(size=(3, 3, width, features))
+  padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+  size = -(-5 // stride)
+  expected = np.zeros((2, size, size, features))
+  for row in range(size):
+    for column in range(size):
+      top, left = row * stride, column * stride
+      patch = padded[:, top : top + 3, left : left + 3].reshape(
+        2, 3, 3, groups, width
+      )
+      expected[:, row, column] = np.einsum(
+        'nhwgi,hwigo->ngo', patch, kernel.reshape(3, 3, width, groups, width)
+      ).reshape(2, features)
+  with jax.enable_x64():
+    for formulation in (
+      backend.bundled_grouped_conv,
+      backend.sharded_grouped_conv,
+    ):
+      actual = formulation(jnp.asarray(x), jnp.asarray(kernel), groups, stride)
+      np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(('platform', 'groups'), [('cpu', 1), ('cuda', 8)])
+def test_a_grouped_convolution_suits_the_platform(platform, groups):
+  function = jax.jit(lambda x, kernel: backend.grouped_conv(x, kernel, 8, 1))
+  traced = function.trace(jnp.zeros((1, 4, 4, 32)), jnp.zeros((3, 3, 4, 32)))
+  program = traced.lower(lowering_platforms=(platform,)).as_text()
+  assert f'feature_group_count = {groups} ' in program
+  assert program.count('stablehlo.convolution') == 1
