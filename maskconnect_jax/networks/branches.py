@@ -5,21 +5,20 @@ Between blocks i-1 and i lies one C x C mask b. Branch c of block i computes
   x_c = sum_k b[c, k] * y_k         over the branches k of block i-1
   y_c = F_c(x_c) + s * A(x_c)       s = 1/K; F_c is a whole bottleneck
 
-The branches of the first block all take the stem's output. The head reads the
-sum of the last block's branches, over C s. Ahmed, Torresani, "Connectivity
-Learning in Multi-Branch Networks", 2017, arXiv 1709.09582.
+The branches of the first block all take the stem's output, and share it: there
+s = 1/C. The head reads the sum of the last block's branches. Ahmed, Torresani,
+"Connectivity Learning in Multi-Branch Networks", 2017, arXiv 1709.09582.
 
-Scales. With s = 1/K every x_c holds the stem's output once: K streams are added
-that hold a K-th of it each. The sum that the head reads adds C streams, so it
-holds the stem's output C s = C/K times. The curvature of the loss in the head's
-kernel grows with the square of that: on CIFAR-10 with C = 8, 32 channels and a
-mask that is learned it is 0.8 for K = 8, 3.8 for K = 4, 20 for K = 2 and 79 for
-K = 1. SGD with Nesterov's momentum of 0.9 and a rate of 0.1 is stable below
-2 (1 + 0.9) / ((1 + 2 * 0.9) 0.1) = 13.6. Where the wiring is fixed it settles
-still. Where a chain of branches, K = 1, is drawn anew at each step, the head's
-input differs as much as it is large, and the loss is not finite after 90 steps.
-Divided by C s the sum holds the stem's output once, like every x_c, for any K
-and C, and the curvature is 0.7. K = C is what it was: C s = 1.
+Scales. The sum of a block's C branches holds the stem's output once, for any K
+and C: it does so in the first block, and s = 1/K keeps it. With s = 1/K in the
+first block, too, the sum held it C/K times. The curvature of the loss in the
+head's kernel grows with the square of that: at the start, on CIFAR-10 with
+C = 8 and 32 channels, it was 0.8 for K = 8, 3.8 for K = 4, 20 for K = 2 and 79
+for K = 1; now it is 0.7 for each. SGD with Nesterov's momentum of 0.9 and a
+rate of 0.1 is stable below 2 (1 + 0.9) / ((1 + 2 * 0.9) 0.1) = 13.6. A fixed
+wiring still settled from there. With K = 1 and masks that are drawn, each step
+takes other chains of branches, on which the head was not yet corrected, and the
+loss was not finite after about 90 to 140 steps.
 
 Within a branch, BatchNorm's output is multiplied by sqrt(1/C): see
 `BranchBlock`. C such terms, added up, are as large as the one of the ordinary
@@ -311,6 +310,7 @@ class BranchStack(Wiring):
     fan_in: int,
     rule: str = 'learned',
     identity: str = '1/K',
+    shared_stem: bool = True,
     gradient: str = 'normalized',
     initial: float = 0.5,
     initial_spread: float = 0.0,
@@ -324,6 +324,7 @@ class BranchStack(Wiring):
       rule: 'learned', 'fixed_prev' (the branch of the same number alone),
         'fixed_random' or 'fixed_all'.
       identity: s, '1/K' or '1/C'.
+      shared_stem: whether s is 1/C in the first block, whatever it is later.
       gradient: what the entries of r get; see `connectivity.draw_through`.
       initial: where the entries of r start.
       initial_spread: half the width of the uniform noise added there.
@@ -343,6 +344,7 @@ class BranchStack(Wiring):
       )
     self.blocks = nnx.List(blocks)
     self._identity = identity
+    self._shared_stem = shared_stem
     # K ones a row whatever the rule says, so that s follows.
     fan_in = {'fixed_prev': 1, 'fixed_all': branches}.get(
       rule, min(fan_in, branches)
@@ -394,7 +396,10 @@ class BranchStack(Wiring):
     for index, block in enumerate(self.blocks):
       if index:
         streams = streams.mixed(masks[index - 1])
-      streams = block(streams, self.identity, train=train)
+      shared = self._shared_stem and not index
+      # Of the last block's branches none is ever pruned.
+      own = 1 / self.blocks[-1].branches if shared else self.identity
+      streams = block(streams, own, train=train)
     return streams.pooled(self.blocks[-1].expand.shape[-1])
 
   def _live_masks(self) -> list[list[list[int]]]:

@@ -29,8 +29,8 @@ from maskconnect_jax.networks.branches import BranchBlock, BranchStack
 # Of what the same options and weights compute, and of what a seed draws. Models
 # and workdirs of a version before keep it.
 #   '1': kernels, random topology and first real mask are drawn one after the
-#     other from a single stream; the branch form's head reads the plain sum.
-#   '2': see `streams.of_network` and `BranchResNeXt.pool`.
+#     other from a single stream; in the branch form's first block s is 1/K.
+#   '2': see `streams.of_network` and `branches`.
 VERSION = '2'
 
 
@@ -351,16 +351,14 @@ class BranchResNeXt(Network):
         )
       )
       features = 4 * stage_width
-    return BranchStack(blocks, rngs=rngs, **wiring), features
+    stack = BranchStack(
+      blocks, shared_stem=self.version != '1', rngs=rngs, **wiring
+    )
+    return stack, features
 
   def pool(self, x: jax.Array) -> jax.Array:
-    """Returns the sum of the last branches over C s; it is pooled already.
-
-    See `branches`: so the head reads the stem's output once, as blocks do.
-    """
-    if self.version == '1':
-      return x
-    return x / (self.stack.blocks[-1].branches * self.stack.identity)
+    """The stack has pooled already: see `Streams.pooled`."""
+    return x
 
 
 def _activations(dtype: DTypeLike) -> jnp.dtype:
