@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
 import subprocess
@@ -83,12 +84,13 @@ def test_a_command_in_an_empty_folder(wheel, tmp_path):
 
 @pytest.mark.slow  # installs all that the package needs, from the network
 def test_an_empty_environment(wheel, tmp_path):
+  faulthandler.cancel_dump_traceback_later()  # pip may take more than 300 s
   run(sys.executable, '-m', 'venv', tmp_path / 'venv', cwd=tmp_path)
   version = 'py{}{}'.format(*sys.version_info)
   pins = ROOT / 'constraints' / f'{version}.txt'
   bin_folder = tmp_path / 'venv' / 'bin'
   run(
-    bin_folder / 'python', '-m', 'pip', 'install', '--quiet',
+    bin_folder / 'python', '-m', 'pip', 'install', '--quiet', '--no-compile',
     *(['-c', pins] if pins.exists() else []), wheel, cwd=tmp_path,
   )  # fmt: skip
   empty = tmp_path / 'empty'
