@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,18 +19,16 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from flax import nnx
 
 from maskconnect_jax import config as config_lib
 from maskconnect_jax.errors import InputError
-from maskconnect_jax.method import wiring
-from maskconnect_jax.run import batches as batches_lib
 from maskconnect_jax.run import (
   checkpoint,
   distributed,
   evaluation,
   experiment,
   finish,
+  freeze,
   locks,
   metrics,
   steps,
@@ -93,7 +90,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
       )
       return Result({}, run.state, None, interrupted)
     if plan.freeze == plan.total:
-      freeze(run)
+      freeze.freeze(run)
     summary, model = finish.finish(run)
     return Result(summary, run.state, model)
 
@@ -156,7 +153,7 @@ def start(job: experiment.Experiment, workdir: Path) -> Run:
     bar=metrics.ProgressBar(plan.total, step, enabled=primary),
   )
   if plan.freeze and step > plan.freeze:
-    run.recipe = frozen_recipe(job.recipe, state)
+    run.recipe = freeze.frozen_recipe(job.recipe, state)
   run.bar.say(plan.in_words(config.batch_size))
   if note := experiment.note_on_fan_in(job):
     run.bar.say(note)
@@ -198,7 +195,7 @@ def loop(run: Run) -> int:
       if done > first:
         if plan.freezes(step):
           try:
-            freeze(run)
+            freeze.freeze(run)
           except evaluation.Stopped:
             interrupted = run.preemption.requested(step)
             if step > first and not plan.saves(step):
@@ -312,79 +309,6 @@ def compile_step(
   bar.say('compiling the training step')
   jitted = jax.jit(steps.train_step, static_argnums=0, donate_argnums=1)
   return jitted.lower(recipe, state, *batch).compile()
-
-
-def frozen_recipe(
-  recipe: steps.Recipe, state: steps.TrainState
-) -> steps.Recipe:
-  """Returns the recipe with the wiring fixed to the top-K of the real mask."""
-  model = nnx.merge(recipe.network, *state.variables())
-  network, *_ = steps.split(wiring.freeze(model))
-  return dataclasses.replace(recipe, network=network)
-
-
-def freeze(run: Run) -> None:
-  """Freezes the topology and recomputes BatchNorm; measures before and after.
-
-  A function of the state alone: a run resumed just before it repeats it. The
-  two accuracies go into the progress, and so into every later checkpoint.
-
-  Args:
-    run: at the end of the connectivity phase; its recipe, state and progress
-      become those of fine-tuning.
-
-  Raises:
-    Stopped: a signal came; the run is as it was.
-  """
-  watched, split = experiment.held_out(run.job)
-  state = run.state
-  drawn = run.evaluate(
-    run.recipe.network, state.variables(), split, draw_at=int(state.step)
-  )
-  recipe = frozen_recipe(run.recipe, state)
-  if count := run.job.config.connectivity.batchnorm_batches:
-    state = measured_anew(recipe, state, run.batches, count)
-  frozen = run.evaluate(recipe.network, state.variables(), split)
-  run.recipe, run.state = recipe, state
-  run.progress.accuracies |= {
-    f'{watched}_accuracy_drawn': drawn.accuracy,
-    f'{watched}_accuracy_at_freeze': frozen.accuracy,
-  }
-
-
-def measured_anew(
-  recipe: steps.Recipe,
-  state: steps.TrainState,
-  batches: batches_lib.Batches,
-  count: int,
-) -> steps.TrainState:
-  """Returns the state with BatchNorm's statistics over the next batches.
-
-  A run that averages its weights has statistics of the averaged weights too,
-  and they are measured likewise.
-
-  Args:
-    recipe: with the frozen network.
-    state: at the freeze.
-    batches: of training images.
-    count: how many batches to measure on.
-  """
-  measure = jax.jit(steps.batch_statistics, static_argnums=0)
-  both = {False: (state.weights, state.masks, state.statistics)}
-  if state.average:
-    both[True] = state.variables()
-  totals = {
-    kind: jax.tree.map(jnp.zeros_like, state.statistics) for kind in both
-  }
-  start = int(state.step)
-  upcoming = itertools.islice(batches.starting_at(start), count)
-  for step, (images, _) in enumerate(upcoming, start):
-    for kind, variables in both.items():
-      one = measure(recipe, variables, images, step)
-      totals[kind] = jax.tree.map(jnp.add, totals[kind], one)
-  means = jax.tree.map(lambda total: total / count, totals)
-  average = state.average and state.average | {'statistics': means[True]}
-  return dataclasses.replace(state, statistics=means[False], average=average)
 
 
 def mean_of_steps(pending: list[dict[str, Any]], done: int) -> dict[str, float]:
