@@ -114,7 +114,8 @@ def start(job: experiment.Experiment, workdir: Path) -> Run:
   if primary:
     workdirs.remove_leftovers(workdir)
     if not (workdir / 'config.json').exists():
-      workdirs.write_config(config, workdir)  # says whose the folder is
+      # First of all files: by it the folder is known as a run's.
+      workdirs.write_config(config, workdir)
 
   state = distributed.to_global(
     steps.init_state(job.model, job.recipe), distributed.replicated(job.mesh)
@@ -224,12 +225,12 @@ def loop(run: Run) -> int:
 
 
 def take_step(run: Run, upcoming: Iterator[Any], train_step: Any) -> Any:
-  """Takes one step, and returns what it was compiled to.
+  """Takes one step, and returns the compiled program for the next one.
 
   Args:
-    run: moved on by the step.
-    upcoming: yields its batch.
-    train_step: of the step before; None compiles for the phase that begins.
+    run: its state moves on, and the step becomes a pending one.
+    upcoming: yields the batch of the step.
+    train_step: the compiled program; None compiles one for the run's phase.
   """
   clock = run.progress.clock
   if not run.timed:
@@ -251,14 +252,14 @@ def record(
   """Writes the line of the log that is due after `done` steps.
 
   Args:
-    run: its pending steps are those that the line tells of.
+    run: no step is pending afterwards.
     done: steps taken.
-    means: loss and accuracy of those steps.
-    rate: images per second in those steps; 0 if none was timed.
+    means: loss and accuracy of the pending steps.
+    rate: images per second in the pending steps; 0 if none was timed.
 
   Returns:
-    The accuracy on the images that the run is watched on; None if it was not
-    due.
+    The accuracy on the images that the run is watched on; None where no
+    evaluation is due.
 
   Raises:
     Stopped: a signal came in the evaluation; nothing is written.
@@ -286,12 +287,16 @@ def record(
 
 
 def save(run: Run, done: int, accuracy: float | None) -> None:
-  """Saves a checkpoint after `done` steps; NotFinite if it is not to be kept.
+  """Saves a checkpoint after `done` steps.
 
   Args:
     run: with the state to save.
     done: steps taken.
     accuracy: see `Checkpoints.save`.
+
+  Raises:
+    NotFinite: the last update broke the state; nothing is saved.
+    InputError: the checkpoint cannot be written, as on a full disk.
   """
   check_finite(run.state, done)
   run.progress.damaged |= run.batches.damaged
@@ -315,8 +320,8 @@ def mean_of_steps(pending: list[dict[str, Any]], done: int) -> dict[str, float]:
   """Returns the mean loss and accuracy of the last steps.
 
   Args:
-    pending: {'loss', 'accuracy'}, float32 [], of each of them.
-    done: steps taken, the last of them included.
+    pending: {'loss', 'accuracy'}, float32 [], of each of these steps.
+    done: the number of the last one, counted from 1.
 
   Raises:
     NotFinite: a loss is not finite; names the first such step.
@@ -344,7 +349,7 @@ def check_finite(state: steps.TrainState, done: int) -> None:
 def naming_the_last_checkpoint(
   checkpoints: checkpoint.Checkpoints,
 ) -> Iterator[None]:
-  """Makes NotFinite an InputError that says what to go on from."""
+  """Makes NotFinite an InputError that names the last good checkpoint."""
   try:
     yield
   except NotFinite as error:
