@@ -298,7 +298,7 @@ def test_a_signal_in_an_evaluation_and_at_the_freeze(
   workdir = tmp_path / 'run'
   for number, module, name, step in (
     (signal.SIGINT, train.evaluation.batches, 'evaluation_batches', 6),
-    (signal.SIGTERM, train, 'freeze', 10),
+    (signal.SIGTERM, train.freeze, 'freeze', 10),
   ):
     real = getattr(module, name)
 

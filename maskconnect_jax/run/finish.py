@@ -21,7 +21,7 @@ from maskconnect_jax.run.progress import Run
 
 
 def at_freeze(run: Run) -> str:
-  """Returns the line that tells of the freeze, which has just been."""
+  """Returns the line that a run prints right after the freeze."""
   watched, _ = experiment.held_out(run.job)
   drawn, frozen = (
     run.progress.accuracies[f'{watched}_accuracy_{name}']

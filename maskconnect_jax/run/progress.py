@@ -42,7 +42,7 @@ class Progress:
   pending: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
   def to_json(self) -> dict[str, Any]:
-    """Returns it as JSON keeps it; a float32 comes back the same."""
+    """Returns the progress as JSON keeps it; a float32 comes back the same."""
     record: dict[str, Any] = {
       'images': self.clock.images,
       'train_seconds': self.clock.seconds,
@@ -58,11 +58,11 @@ class Progress:
 
   @classmethod
   def from_json(cls, record: Any) -> Progress:
-    """Returns what `to_json` made JSON of.
+    """Returns the progress that `to_json` of this or an earlier version gave.
 
     Raises:
-      ValueError: something is missing or of another kind. No number is below
-        0: they are of images, seconds, records and accuracies.
+      ValueError: a field is missing, or is of another kind. A number below 0
+        is: all are of images, seconds, records and accuracies.
     """
     if not isinstance(record, dict):
       raise ValueError('its progress is no object')
@@ -98,7 +98,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_step(values: Any) -> bool:
-  """Whether it is of one step; a loss that is not finite is named later."""
+  """Whether these are one step's values; the run itself names a NaN."""
   return (
     isinstance(values, dict)
     and values.keys() == {'loss', 'accuracy'}
@@ -108,7 +108,7 @@ def _is_step(values: Any) -> bool:
 
 @dataclasses.dataclass
 class Run:
-  """A run under way: `train.start` makes it, and `train.loop` moves it on.
+  """A run under way: `train.start` makes it, `train.loop` moves it on.
 
   Attributes:
     workdir: where everything is written.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,18 +19,16 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from flax import nnx
 
 from maskconnect_jax import config as config_lib
 from maskconnect_jax.errors import InputError
-from maskconnect_jax.method import wiring
-from maskconnect_jax.run import batches as batches_lib
 from maskconnect_jax.run import (
   checkpoint,
   distributed,
   evaluation,
   experiment,
   finish,
+  freeze,
   locks,
   metrics,
   steps,
@@ -93,7 +90,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
       )
       return Result({}, run.state, None, interrupted)
     if plan.freeze == plan.total:
-      freeze(run)
+      freeze.freeze(run)
     summary, model = finish.finish(run)
     return Result(summary, run.state, model)
 
@@ -117,7 +114,8 @@ def start(job: experiment.Experiment, workdir: Path) -> Run:
   if primary:
     workdirs.remove_leftovers(workdir)
     if not (workdir / 'config.json').exists():
-      workdirs.write_config(config, workdir)  # says whose the folder is
+      # First of all files: by it the folder is known as a run's.
+      workdirs.write_config(config, workdir)
 
   state = distributed.to_global(
     steps.init_state(job.model, job.recipe), distributed.replicated(job.mesh)
@@ -156,7 +154,7 @@ def start(job: experiment.Experiment, workdir: Path) -> Run:
     bar=metrics.ProgressBar(plan.total, step, enabled=primary),
   )
   if plan.freeze and step > plan.freeze:
-    run.recipe = frozen_recipe(job.recipe, state)
+    run.recipe = freeze.frozen_recipe(job.recipe, state)
   run.bar.say(plan.in_words(config.batch_size))
   if note := experiment.note_on_fan_in(job):
     run.bar.say(note)
@@ -198,7 +196,7 @@ def loop(run: Run) -> int:
       if done > first:
         if plan.freezes(step):
           try:
-            freeze(run)
+            freeze.freeze(run)
           except evaluation.Stopped:
             interrupted = run.preemption.requested(step)
             if step > first and not plan.saves(step):
@@ -227,12 +225,12 @@ def loop(run: Run) -> int:
 
 
 def take_step(run: Run, upcoming: Iterator[Any], train_step: Any) -> Any:
-  """Takes one step, and returns what it was compiled to.
+  """Takes one step, and returns the compiled program for the next one.
 
   Args:
-    run: moved on by the step.
-    upcoming: yields its batch.
-    train_step: of the step before; None compiles for the phase that begins.
+    run: its state moves on, and the step becomes a pending one.
+    upcoming: yields the batch of the step.
+    train_step: the compiled program; None compiles one for the run's phase.
   """
   clock = run.progress.clock
   if not run.timed:
@@ -254,14 +252,14 @@ def record(
   """Writes the line of the log that is due after `done` steps.
 
   Args:
-    run: its pending steps are those that the line tells of.
+    run: no step is pending afterwards.
     done: steps taken.
-    means: loss and accuracy of those steps.
-    rate: images per second in those steps; 0 if none was timed.
+    means: loss and accuracy of the pending steps.
+    rate: images per second in the pending steps; 0 if none was timed.
 
   Returns:
-    The accuracy on the images that the run is watched on; None if it was not
-    due.
+    The accuracy on the images that the run is watched on; None where no
+    evaluation is due.
 
   Raises:
     Stopped: a signal came in the evaluation; nothing is written.
@@ -289,12 +287,16 @@ def record(
 
 
 def save(run: Run, done: int, accuracy: float | None) -> None:
-  """Saves a checkpoint after `done` steps; NotFinite if it is not to be kept.
+  """Saves a checkpoint after `done` steps.
 
   Args:
     run: with the state to save.
     done: steps taken.
     accuracy: see `Checkpoints.save`.
+
+  Raises:
+    NotFinite: the last update broke the state; nothing is saved.
+    InputError: the checkpoint cannot be written, as on a full disk.
   """
   check_finite(run.state, done)
   run.progress.damaged |= run.batches.damaged
@@ -314,85 +316,12 @@ def compile_step(
   return jitted.lower(recipe, state, *batch).compile()
 
 
-def frozen_recipe(
-  recipe: steps.Recipe, state: steps.TrainState
-) -> steps.Recipe:
-  """Returns the recipe with the wiring fixed to the top-K of the real mask."""
-  model = nnx.merge(recipe.network, *state.variables())
-  network, *_ = steps.split(wiring.freeze(model))
-  return dataclasses.replace(recipe, network=network)
-
-
-def freeze(run: Run) -> None:
-  """Freezes the topology and recomputes BatchNorm; measures before and after.
-
-  A function of the state alone: a run resumed just before it repeats it. The
-  two accuracies go into the progress, and so into every later checkpoint.
-
-  Args:
-    run: at the end of the connectivity phase; its recipe, state and progress
-      become those of fine-tuning.
-
-  Raises:
-    Stopped: a signal came; the run is as it was.
-  """
-  watched, split = experiment.held_out(run.job)
-  state = run.state
-  drawn = run.evaluate(
-    run.recipe.network, state.variables(), split, draw_at=int(state.step)
-  )
-  recipe = frozen_recipe(run.recipe, state)
-  if count := run.job.config.connectivity.batchnorm_batches:
-    state = measured_anew(recipe, state, run.batches, count)
-  frozen = run.evaluate(recipe.network, state.variables(), split)
-  run.recipe, run.state = recipe, state
-  run.progress.accuracies |= {
-    f'{watched}_accuracy_drawn': drawn.accuracy,
-    f'{watched}_accuracy_at_freeze': frozen.accuracy,
-  }
-
-
-def measured_anew(
-  recipe: steps.Recipe,
-  state: steps.TrainState,
-  batches: batches_lib.Batches,
-  count: int,
-) -> steps.TrainState:
-  """Returns the state with BatchNorm's statistics over the next batches.
-
-  A run that averages its weights has statistics of the averaged weights too,
-  and they are measured likewise.
-
-  Args:
-    recipe: with the frozen network.
-    state: at the freeze.
-    batches: of training images.
-    count: how many batches to measure on.
-  """
-  measure = jax.jit(steps.batch_statistics, static_argnums=0)
-  both = {False: (state.weights, state.masks, state.statistics)}
-  if state.average:
-    both[True] = state.variables()
-  totals = {
-    kind: jax.tree.map(jnp.zeros_like, state.statistics) for kind in both
-  }
-  start = int(state.step)
-  upcoming = itertools.islice(batches.starting_at(start), count)
-  for step, (images, _) in enumerate(upcoming, start):
-    for kind, variables in both.items():
-      one = measure(recipe, variables, images, step)
-      totals[kind] = jax.tree.map(jnp.add, totals[kind], one)
-  means = jax.tree.map(lambda total: total / count, totals)
-  average = state.average and state.average | {'statistics': means[True]}
-  return dataclasses.replace(state, statistics=means[False], average=average)
-
-
 def mean_of_steps(pending: list[dict[str, Any]], done: int) -> dict[str, float]:
   """Returns the mean loss and accuracy of the last steps.
 
   Args:
-    pending: {'loss', 'accuracy'}, float32 [], of each of them.
-    done: steps taken, the last of them included.
+    pending: {'loss', 'accuracy'}, float32 [], of each of these steps.
+    done: the number of the last one, counted from 1.
 
   Raises:
     NotFinite: a loss is not finite; names the first such step.
@@ -420,7 +349,7 @@ def check_finite(state: steps.TrainState, done: int) -> None:
 def naming_the_last_checkpoint(
   checkpoints: checkpoint.Checkpoints,
 ) -> Iterator[None]:
-  """Makes NotFinite an InputError that says what to go on from."""
+  """Makes NotFinite an InputError that names the last good checkpoint."""
   try:
     yield
   except NotFinite as error:

@@ -9,7 +9,8 @@ before the run begins.
 
 inputs.json keeps what config.json only names: the images, by their number,
 classes and a digest, and a given topology. So they may lie elsewhere when the
-run goes on, but may not be others.
+run goes on, but may not be others. plan.json keeps the run's durations in steps
+for those who read the workdir; no run goes on from it.
 """
 
 from __future__ import annotations

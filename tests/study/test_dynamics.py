@@ -16,7 +16,7 @@ from maskconnect_jax.errors import InputError
 from maskconnect_jax.figures import dynamics as dynamics_plots
 from maskconnect_jax.method import topology
 from maskconnect_jax.networks import models
-from maskconnect_jax.run import metrics
+from maskconnect_jax.run import metrics, plan
 from maskconnect_jax.study import dynamics, trajectories
 
 BLOCKS, BRANCHES, PER_EPOCH, FREEZE = 6, 8, 10, 20
@@ -261,6 +261,19 @@ def test_a_run_that_goes_on(write, table):
   ]
   assert numbers(cells[8]) == live(sources, 'block')
   assert text.endswith(f'and in no row: {none}.\n')
+
+
+def test_the_plan_of_the_run_decides_and_not_its_log(write):
+  workdir = write('run', random_masks(0))
+  own = plan.make(config_lib.stored(workdir), 50 * 128)
+  plan.write(own, workdir)
+  (workdir / 'metrics.jsonl').write_text('')
+  run = trajectories.read(workdir)
+  np.testing.assert_allclose(run.progress, [0, *np.array(STEPS) / 100])
+  assert not run.over
+  (workdir / 'plan.json').write_text('{}')
+  with pytest.raises(InputError, match='says how long an epoch is'):
+    trajectories.read(workdir)
 
 
 def test_the_start_is_the_networks_own(write):

@@ -1,0 +1,92 @@
+"""The freeze: the top-K of the real mask becomes the topology, once for all.
+
+While the wiring is learned, BatchNorm sees the sums of drawn masks. So its
+statistics are measured anew on the frozen network.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maskconnect_jax.method import wiring
+from maskconnect_jax.run import batches as batches_lib
+from maskconnect_jax.run import experiment, steps
+from maskconnect_jax.run.progress import Run
+
+
+def freeze(run: Run) -> None:
+  """Freezes the topology and recomputes BatchNorm; measures before and after.
+
+  A function of the state alone: a run resumed just before it repeats it. The
+  two accuracies go into the progress, and so into every later checkpoint.
+
+  Args:
+    run: at the end of the connectivity phase; its recipe, state and progress
+      become those of fine-tuning.
+
+  Raises:
+    Stopped: a signal came; the run is as it was.
+  """
+  watched, split = experiment.held_out(run.job)
+  state = run.state
+  drawn = run.evaluate(
+    run.recipe.network, state.variables(), split, draw_at=int(state.step)
+  )
+  recipe = frozen_recipe(run.recipe, state)
+  if count := run.job.config.connectivity.batchnorm_batches:
+    state = measured_anew(recipe, state, run.batches, count)
+  frozen = run.evaluate(recipe.network, state.variables(), split)
+  run.recipe, run.state = recipe, state
+  run.progress.accuracies |= {
+    f'{watched}_accuracy_drawn': drawn.accuracy,
+    f'{watched}_accuracy_at_freeze': frozen.accuracy,
+  }
+
+
+def frozen_recipe(
+  recipe: steps.Recipe, state: steps.TrainState
+) -> steps.Recipe:
+  """Returns the recipe with the wiring fixed to the top-K of the real mask."""
+  model = nnx.merge(recipe.network, *state.variables())
+  network, *_ = steps.split(wiring.freeze(model))
+  return dataclasses.replace(recipe, network=network)
+
+
+def measured_anew(
+  recipe: steps.Recipe,
+  state: steps.TrainState,
+  batches: batches_lib.Batches,
+  count: int,
+) -> steps.TrainState:
+  """Returns the state with BatchNorm's statistics over the next batches.
+
+  A run that averages its weights has statistics of the averaged weights too,
+  and they are measured likewise.
+
+  Args:
+    recipe: with the frozen network.
+    state: at the freeze.
+    batches: of training images.
+    count: how many batches to measure on.
+  """
+  measure = jax.jit(steps.batch_statistics, static_argnums=0)
+  both = {False: (state.weights, state.masks, state.statistics)}
+  if state.average:
+    both[True] = state.variables()
+  totals = {
+    kind: jax.tree.map(jnp.zeros_like, state.statistics) for kind in both
+  }
+  start = int(state.step)
+  upcoming = itertools.islice(batches.starting_at(start), count)
+  for step, (images, _) in enumerate(upcoming, start):
+    for kind, variables in both.items():
+      one = measure(recipe, variables, images, step)
+      totals[kind] = jax.tree.map(jnp.add, totals[kind], one)
+  means = jax.tree.map(lambda total: total / count, totals)
+  average = state.average and state.average | {'statistics': means[True]}
+  return dataclasses.replace(state, statistics=means[False], average=average)
