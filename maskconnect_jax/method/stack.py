@@ -81,8 +81,8 @@ class MaskedStack(Wiring):
       fan_in: K, sources per block; a block with fewer takes all of them.
       rule: 'learned', 'fixed_prev', 'fixed_random' or 'fixed_all'.
       valid: [L, L], the sources each block may take; default all earlier ones.
-      adapter: A(x, shape, source, before), default `adapters.PoolAdapter()`;
-        `before` is what it has made of the source for shapes before this one.
+      adapter: A(x, shape, source), which brings source number `source` to
+        the shape or to fewer channels of it; default `adapters.PoolAdapter()`.
       scale: c, 'mean' (1/k_j) or 'sum' (1).
       gradient: what the entries of r get; see `connectivity.draw_through`.
       gradient_every: its products are taken over every so many images of a
@@ -139,7 +139,7 @@ class MaskedStack(Wiring):
     if mask is None:
       mask = connectivity.top_k(self.real_mask[...], self.valid, self.fan_in)
     rows = backend.rows_for_images(self._weights(mask), len(x))
-    sources = _Sources(x, self.adapter)
+    sources = _Outputs(x, self.adapter)
     run = self._runner(options)
     for block, row, valid in zip(self.blocks, rows, self.valid, strict=True):
       total = sources.masked_sum(valid, row, self.gradient_every)
@@ -185,7 +185,7 @@ class MaskedStack(Wiring):
   def _run_frozen(
     self, x: jax.Array, topology: Topology, options: dict[str, Any]
   ) -> jax.Array:
-    sources = _Sources(x, self.adapter)
+    sources = _Outputs(x, self.adapter)
     run = self._runner(options)
     for block, picked, live in zip(
       self.blocks, topology.sources, topology.live, strict=True
@@ -256,17 +256,18 @@ def _call(
   return block(x, **dict(plain), **arrays)
 
 
-class _Sources:
-  """The outputs so far, adapted to a shape once however often they are read.
+class _Outputs:
+  """The sources so far, each adapted to a shape once however often it is read.
 
-  The zero channels that widen a source are appended to sums of sources of one
-  width, so that none is read, kept, or multiplied for the mask's gradient.
+  The zero channels that widen sources are appended to the sum of all sources
+  of one width. So no zero is read, kept, or multiplied for the mask's gradient.
   """
 
   def __init__(self, x: jax.Array, adapter: Any) -> None:
     self.outputs: list[Any] = [x]
     self._adapter = adapter
-    self._adapted: dict[tuple[int, tuple[int, ...]], jax.Array] = {}
+    # Of each source, its forms by shape, in the order they were made.
+    self._forms: dict[int, dict[tuple[int, ...], jax.Array]] = {}
 
   def static_sum(self, picked: Sequence[int], scale: float) -> jax.Array:
     """Returns the scaled sum of the picked sources, like the newest output."""
@@ -282,7 +283,7 @@ class _Sources:
 
     Args:
       valid: which of the sources 0..L-1 it may take.
-      weights: float32 [L, batch], theirs.
+      weights: float32 [L, batch], a weight of each source in each image.
       every: see `aggregate.masked_sum`.
     """
     newest = self.outputs[-1]
@@ -301,16 +302,19 @@ class _Sources:
 
   def _take(self, i: int) -> jax.Array:
     """Returns source i in the newest output's shape, or narrower."""
-    shape = self.outputs[-1].shape
-    if self.outputs[i].shape == shape:
-      return self.outputs[i]
-    if (i, shape) not in self._adapted:
-      before = [y for (other, _), y in self._adapted.items() if other == i]
-      y = self._adapter(self.outputs[i], shape, i, before)
+    x, shape = self.outputs[i], self.outputs[-1].shape
+    if x.shape == shape:
+      return x
+    forms = self._forms.setdefault(i, {})
+    if shape not in forms:
+      # Any other adapter may mix channels, and gets the source itself.
+      if isinstance(self._adapter, adapters.PoolAdapter):
+        x = adapters.pooled_furthest([x, *forms.values()], shape)
+      y = self._adapter(x, shape, i)
       if y.shape[:-1] != shape[:-1] or y.shape[-1] > shape[-1]:
         raise ValueError(
           f'the adapter has brought source {i} to the shape {y.shape}, but'
           f' {shape} is needed, or fewer channels'
         )
-      self._adapted[i, shape] = backend.written_in_own_dtype(y)
-    return self._adapted[i, shape]
+      forms[shape] = backend.written_in_own_dtype(y)
+    return forms[shape]
