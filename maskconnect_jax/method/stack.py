@@ -140,40 +140,11 @@ class MaskedStack(Wiring):
       mask = connectivity.top_k(self.real_mask[...], self.valid, self.fan_in)
     rows = backend.rows_for_images(self._weights(mask), len(x))
     sources = _Outputs(x, self.adapter)
-    run = self._runner(options)
+    run = _runner(options, self.remat)
     for block, row, valid in zip(self.blocks, rows, self.valid, strict=True):
       total = sources.masked_sum(valid, row, self.gradient_every)
       sources.outputs.append(run(block, total))
     return sources.outputs[-1]
-
-  def _runner(
-    self, options: dict[str, Any]
-  ) -> Callable[[nnx.Module, jax.Array], jax.Array]:
-    """Returns what runs a block on its input."""
-    plain = {
-      name: option
-      for name, option in options.items()
-      if isinstance(option, bool | int | float | str | None)
-    }
-    arrays = {name: options[name] for name in options.keys() - plain.keys()}
-    run: Callable[..., Any] = _run
-    call: Callable[..., Any] = _call
-    if self.remat == 'block':
-      run = jax.checkpoint(run, static_argnums=(0, 1))
-      call = nnx.remat(call, static_argnums=(1,))
-
-    def run_block(block: Any, x: jax.Array) -> Any:
-      graph, state = nnx.split(block)
-      try:
-        hash(graph)
-      except TypeError:  # a block of one's own that holds a list, say
-        return call(block, tuple(plain.items()), x, arrays)
-      y, changed = run(graph, tuple(plain.items()), state, x, arrays)
-      if changed:
-        nnx.update(block, changed)
-      return y
-
-    return run_block
 
   def _weights(self, mask: jax.Array) -> jax.Array:
     """Returns the mask times the scale of each row's terms, [L, L]."""
@@ -186,7 +157,7 @@ class MaskedStack(Wiring):
     self, x: jax.Array, topology: Topology, options: dict[str, Any]
   ) -> jax.Array:
     sources = _Outputs(x, self.adapter)
-    run = self._runner(options)
+    run = _runner(options, self.remat)
     for block, picked, live in zip(
       self.blocks, topology.sources, topology.live, strict=True
     ):
@@ -224,6 +195,44 @@ def _check_valid(valid: Any, num_blocks: int) -> None:
     raise InputError('valid lets a block take a source that comes after it')
   if not table.any(1).all():
     raise InputError('valid leaves a block without a source')
+
+
+def _runner(
+  options: dict[str, Any], remat: str
+) -> Callable[[nnx.Module, jax.Array], jax.Array]:
+  """Returns the function that runs a block on its input.
+
+  It splits a block into its graph, which is static, and its arrays. Of blocks
+  with equal graphs only the first is traced.
+
+  Args:
+    options: of every block's call.
+    remat: see `MaskedStack`.
+  """
+  plain = {
+    name: option
+    for name, option in options.items()
+    if isinstance(option, bool | int | float | str | None)
+  }
+  arrays = {name: options[name] for name in options.keys() - plain.keys()}
+  run: Callable[..., Any] = _run
+  call: Callable[..., Any] = _call
+  if remat == 'block':
+    run = jax.checkpoint(run, static_argnums=(0, 1))
+    call = nnx.remat(call, static_argnums=(1,))
+
+  def run_block(block: Any, x: jax.Array) -> Any:
+    graph, state = nnx.split(block)
+    try:
+      hash(graph)
+    except TypeError:  # as of a user's block that holds a list
+      return call(block, tuple(plain.items()), x, arrays)
+    y, changed = run(graph, tuple(plain.items()), state, x, arrays)
+    if changed:
+      nnx.update(block, changed)
+    return y
+
+  return run_block
 
 
 @backend.traced_once(0, 1)
