@@ -6,7 +6,7 @@ than what is wanted: libjpeg then computes only that many DCT coefficients. The
 crop's edges are rounded to what becomes a pixel there.
 
 JPEGs are decoded by OpenCV, which gives Pillow's pixels sooner and resizes in a
-third of the time (docs/performance.md); what is no ordinary JPEG goes through
+third of the time (docs/notebook.md); what is no ordinary JPEG goes through
 `images.decode`, as does what OpenCV refuses, which thus gets its error message
 there. Images leave as uint8: flips and normalisation are the device's work.
 """

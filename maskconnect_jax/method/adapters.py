@@ -1,4 +1,4 @@
-"""A: what brings a source to the shape of a block's input."""
+"""A, the adapters: they bring a source to the shape of a block's input."""
 
 from __future__ import annotations
 
@@ -36,27 +36,35 @@ class PoolAdapter(nnx.Module):
   """A without parameters: average pool; the stack appends zero channels."""
 
   def __call__(
-    self,
-    x: jax.Array,
-    shape: tuple[int, ...],
-    source: int,
-    before: Sequence[jax.Array] = (),
+    self, x: jax.Array, shape: tuple[int, ...], source: int
   ) -> jax.Array:
-    """Returns source `source`, x [N, H, W, C], as [N, h, w, C].
-
-    Of what it was brought to before, the smallest is pooled on whose pixels'
-    means make the same means: fewer to read, and in the backward pass to write.
-    """
+    """Returns source `source`, x [N, H, W, C], as [N, h, w, C]."""
     del source
-    for smaller in before:
-      if _tiled(x, smaller.shape) and _tiled(smaller, shape):
-        x = smaller
     return average_pool_to(x, *shape[1:3])
 
 
-def _tiled(x: jax.Array, shape: tuple[int, ...]) -> bool:
-  """Returns whether windows of one size cover x, as many as `shape` says."""
-  return x.shape[1] % shape[1] == 0 and x.shape[2] % shape[2] == 0
+def pooled_furthest(
+  forms: Sequence[jax.Array], shape: tuple[int, ...]
+) -> jax.Array:
+  """Returns the form of a source that is to be pooled on.
+
+  Where windows of one size cover a form, the mean of their means is the mean
+  of the form's pixels. The last such form has the fewest pixels to read.
+
+  Args:
+    forms: the source, [N, H, W, C], and the forms it was pooled to so far.
+    shape: [N, h, w, c], the shape that is wanted.
+  """
+  found, *others = forms
+  for form in others:
+    if _tiles(form.shape, found.shape) and _tiles(shape, form.shape):
+      found = form
+  return found
+
+
+def _tiles(small: tuple[int, ...], large: tuple[int, ...]) -> bool:
+  """Returns whether windows of one size cover `large`, one for each pixel."""
+  return large[1] % small[1] == 0 and large[2] % small[2] == 0
 
 
 class ProjectionAdapter(nnx.Module):
@@ -84,14 +92,9 @@ class ProjectionAdapter(nnx.Module):
     )
 
   def __call__(
-    self,
-    x: jax.Array,
-    shape: tuple[int, ...],
-    source: int,
-    before: Sequence[jax.Array] = (),
+    self, x: jax.Array, shape: tuple[int, ...], source: int
   ) -> jax.Array:
     """Returns source `source`, x [N, H, W, C], in the shape [N, h, w, c]."""
-    del before  # their channels are mixed already
     if x.shape == shape:
       return x
     return self.projections[f'source{source}_to{shape[-1]}'](

@@ -80,8 +80,8 @@ class MaskedStack(Wiring):
       fan_in: K, sources per block; a block with fewer takes all of them.
       rule: 'learned', 'fixed_prev', 'fixed_random' or 'fixed_all'.
       valid: [L, L], the sources each block may take; default all earlier ones.
-      adapter: A(x, shape, source, before), default `adapters.PoolAdapter()`;
-        `before` is what it has made of the source for shapes before this one.
+      adapter: A(x, shape, source), which brings source number `source` to
+        the shape or to fewer channels of it; default `adapters.PoolAdapter()`.
       scale: c, 'mean' (1/k_j) or 'sum' (1).
       gradient: what the entries of r get; see `connectivity.draw_through`.
       initial: where the entries of r start.
@@ -133,41 +133,12 @@ class MaskedStack(Wiring):
     if mask is None:
       mask = connectivity.top_k(self.real_mask[...], self.valid, self.fan_in)
     rows = backend.rows_for_images(self._weights(mask), len(x))
-    sources = _Sources(x, self.adapter)
-    run = self._runner(options)
+    sources = _Outputs(x, self.adapter)
+    run = _runner(options, self.remat)
     for block, row, valid in zip(self.blocks, rows, self.valid, strict=True):
       total = sources.masked_sum(valid, row)
       sources.outputs.append(run(block, total))
     return sources.outputs[-1]
-
-  def _runner(
-    self, options: dict[str, Any]
-  ) -> Callable[[nnx.Module, jax.Array], jax.Array]:
-    """Returns what runs a block on its input."""
-    plain = {
-      name: option
-      for name, option in options.items()
-      if isinstance(option, bool | int | float | str | None)
-    }
-    arrays = {name: options[name] for name in options.keys() - plain.keys()}
-    run: Callable[..., Any] = _run
-    call: Callable[..., Any] = _call
-    if self.remat == 'block':
-      run = jax.checkpoint(run, static_argnums=(0, 1))
-      call = nnx.remat(call, static_argnums=(1,))
-
-    def run_block(block: Any, x: jax.Array) -> Any:
-      graph, state = nnx.split(block)
-      try:
-        hash(graph)
-      except TypeError:  # a block of one's own that holds a list, say
-        return call(block, tuple(plain.items()), x, arrays)
-      y, changed = run(graph, tuple(plain.items()), state, x, arrays)
-      if changed:
-        nnx.update(block, changed)
-      return y
-
-    return run_block
 
   def _weights(self, mask: jax.Array) -> jax.Array:
     """Returns the mask times the scale of each row's terms, [L, L]."""
@@ -179,8 +150,8 @@ class MaskedStack(Wiring):
   def _run_frozen(
     self, x: jax.Array, topology: Topology, options: dict[str, Any]
   ) -> jax.Array:
-    sources = _Sources(x, self.adapter)
-    run = self._runner(options)
+    sources = _Outputs(x, self.adapter)
+    run = _runner(options, self.remat)
     for block, picked, live in zip(
       self.blocks, topology.sources, topology.live, strict=True
     ):
@@ -220,6 +191,44 @@ def _check_valid(valid: Any, num_blocks: int) -> None:
     raise InputError('valid leaves a block without a source')
 
 
+def _runner(
+  options: dict[str, Any], remat: str
+) -> Callable[[nnx.Module, jax.Array], jax.Array]:
+  """Returns the function that runs a block on its input.
+
+  It splits a block into its graph, which is static, and its arrays. Of blocks
+  with equal graphs only the first is traced.
+
+  Args:
+    options: of every block's call.
+    remat: see `MaskedStack`.
+  """
+  plain = {
+    name: option
+    for name, option in options.items()
+    if isinstance(option, bool | int | float | str | None)
+  }
+  arrays = {name: options[name] for name in options.keys() - plain.keys()}
+  run: Callable[..., Any] = _run
+  call: Callable[..., Any] = _call
+  if remat == 'block':
+    run = jax.checkpoint(run, static_argnums=(0, 1))
+    call = nnx.remat(call, static_argnums=(1,))
+
+  def run_block(block: Any, x: jax.Array) -> Any:
+    graph, state = nnx.split(block)
+    try:
+      hash(graph)
+    except TypeError:  # as of a user's block that holds a list
+      return call(block, tuple(plain.items()), x, arrays)
+    y, changed = run(graph, tuple(plain.items()), state, x, arrays)
+    if changed:
+      nnx.update(block, changed)
+    return y
+
+  return run_block
+
+
 @backend.traced_once(0, 1)
 def _run(
   graph: Any,
@@ -250,17 +259,18 @@ def _call(
   return block(x, **dict(plain), **arrays)
 
 
-class _Sources:
-  """The outputs so far, adapted to a shape once however often they are read.
+class _Outputs:
+  """The sources so far, each adapted to a shape once however often it is read.
 
-  The zero channels that widen a source are appended to sums of sources of one
-  width, so that none is read, kept, or multiplied for the mask's gradient.
+  The zero channels that widen sources are appended to the sum of all sources
+  of one width. So no zero is read, kept, or multiplied for the mask's gradient.
   """
 
   def __init__(self, x: jax.Array, adapter: Any) -> None:
     self.outputs: list[Any] = [x]
     self._adapter = adapter
-    self._adapted: dict[tuple[int, tuple[int, ...]], jax.Array] = {}
+    # Of each source, its forms by shape, in the order they were made.
+    self._forms: dict[int, dict[tuple[int, ...], jax.Array]] = {}
 
   def static_sum(self, picked: Sequence[int], scale: float) -> jax.Array:
     """Returns the scaled sum of the picked sources, like the newest output."""
@@ -274,7 +284,7 @@ class _Sources:
 
     Args:
       valid: which of the sources 0..L-1 it may take.
-      weights: float32 [L, batch], theirs.
+      weights: float32 [L, batch], a weight of each source in each image.
     """
     newest = self.outputs[-1]
     taken = {i: self._take(i) for i, ok in enumerate(valid) if ok}
@@ -292,16 +302,19 @@ class _Sources:
 
   def _take(self, i: int) -> jax.Array:
     """Returns source i in the newest output's shape, or narrower."""
-    shape = self.outputs[-1].shape
-    if self.outputs[i].shape == shape:
-      return self.outputs[i]
-    if (i, shape) not in self._adapted:
-      before = [y for (other, _), y in self._adapted.items() if other == i]
-      y = self._adapter(self.outputs[i], shape, i, before)
+    x, shape = self.outputs[i], self.outputs[-1].shape
+    if x.shape == shape:
+      return x
+    forms = self._forms.setdefault(i, {})
+    if shape not in forms:
+      # Any other adapter may mix channels, and gets the source itself.
+      if isinstance(self._adapter, adapters.PoolAdapter):
+        x = adapters.pooled_furthest([x, *forms.values()], shape)
+      y = self._adapter(x, shape, i)
       if y.shape[:-1] != shape[:-1] or y.shape[-1] > shape[-1]:
         raise ValueError(
           f'the adapter has brought source {i} to the shape {y.shape}, but'
           f' {shape} is needed, or fewer channels'
         )
-      self._adapted[i, shape] = backend.written_in_own_dtype(y)
-    return self._adapted[i, shape]
+      forms[shape] = backend.written_in_own_dtype(y)
+    return forms[shape]

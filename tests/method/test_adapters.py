@@ -90,19 +90,18 @@ def test_pool_adapter_pools_and_leaves_the_channels():
   ('height', 'between', 'to', 'chained'),
   [(16, 8, 4, True), (12, 4, 2, True), (12, 6, 4, False), (7, 4, 2, False)],
 )
-def test_pool_adapter_pools_on_where_means_of_means_are_the_means(
+def test_a_form_is_pooled_on_where_means_of_means_are_the_means(
   height, between, to, chained
 ):
   adapt = adapters.PoolAdapter()
-  x = RNG.normal(size=(2, height, 8, 3))
-  half = adapt(jnp.asarray(x, jnp.float32), (2, between, 4, 3), 1)
-  for shift in (0, 100):  # shows which of the two was read
-    actual = adapt(
-      jnp.asarray(x, jnp.float32), (2, to, 2, 6), 1, [half + shift]
-    )
-    np.testing.assert_allclose(
-      actual, pooled(x, to, 2) + shift * chained, rtol=1e-4, atol=1e-5
-    )
+  x = jnp.asarray(RNG.normal(size=(2, height, 8, 3)), jnp.float32)
+  half = adapt(x, (2, between, 4, 3), 1)
+  shape = (2, to, 2, 6)
+  found = adapters.pooled_furthest([x, half], shape)
+  assert found is (half if chained else x)
+  np.testing.assert_allclose(
+    adapt(found, shape, 1), pooled(np.asarray(x), to, 2), rtol=1e-4, atol=1e-5
+  )
 
 
 # Sources 0..4 have these channels. Blocks 1..5 get inputs as wide as 0..4.

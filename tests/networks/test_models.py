@@ -13,7 +13,7 @@ from flax import nnx
 
 from maskconnect_jax import config
 from maskconnect_jax.errors import InputError
-from maskconnect_jax.method import connectivity, wiring
+from maskconnect_jax.method import adapters, connectivity, wiring
 from maskconnect_jax.method.stack import MaskedStack
 from maskconnect_jax.method.topology import Topology, from_mask
 from maskconnect_jax.networks import layers, models
@@ -663,22 +663,37 @@ def test_an_adapter_may_leave_channels_to_be_zero_but_no_other_shape(rule):
       run(wrong)
 
 
-def test_an_adapter_is_given_what_it_has_made_of_a_source_before():
+class Shrink(nnx.Module):
+  """A block of half as many rows and columns and twice as many channels."""
+
+  def __call__(self, x):
+    return jnp.tile(jnp.tanh(x[:, ::2, ::2]), 2)
+
+
+class Noting(adapters.PoolAdapter):
+  """Notes the source, its rows and the rows that are wanted."""
+
+  def __init__(self, given):
+    self.note = nnx.static(given.append)
+
+  def __call__(self, x, shape, source):
+    self.note((source, x.shape[1], shape[1]))
+    return super().__call__(x, shape, source)
+
+
+@pytest.mark.parametrize('pools', [True, False])
+def test_only_a_pooled_source_is_pooled_on(pools):
   given = []
-
-  def adapter(x, shape, source, before):
-    given.append((source, x.shape[1], shape[1], [y.shape[1] for y in before]))
-    return x[:, : shape[1]]
-
+  adapter = Noting(given)
   model = MaskedStack(
-    [Halve(), Halve(), Halve()],
+    [Shrink(), Shrink(), Shrink()],
     fan_in=3,
     rule='fixed_all',
-    adapter=adapter,
+    adapter=adapter if pools else lambda *arguments: adapter(*arguments),
     rngs=nnx.Rngs(0),
   )
-  model(jnp.ones((2, 8, 3)))
-  assert given == [(0, 8, 4, []), (0, 8, 2, [4]), (1, 4, 2, [])]
+  model(jnp.ones((2, 8, 8, 3)))
+  assert given == [(0, 8, 4), (0, 4 if pools else 8, 2), (1, 4, 2)]
 
 
 @pytest.mark.parametrize('rule', ['learned', 'fixed_all'])
