@@ -20,7 +20,7 @@ from maskconnect_jax.errors import InputError
 # Which sources each row may take: bool, of the shape of the mask.
 Valid = Sequence[Any]
 
-SCHEMA = 'maskconnect_jax.method.topology/1'
+SCHEMA = 'maskconnect_jax.topology/1'
 
 
 # The schema of the JSON form. What else stands there follows from these.
@@ -46,12 +46,12 @@ class _BranchRows(msgspec.Struct):
 
 
 class _BlockForm(msgspec.Struct, tag_field='form', tag='block'):
-  schema: Literal['maskconnect_jax.method.topology/1']
+  schema: Literal['maskconnect_jax.topology/1']
   blocks: Annotated[list[_BlockRow], _Blocks]
 
 
 class _BranchForm(msgspec.Struct, tag_field='form', tag='branch'):
-  schema: Literal['maskconnect_jax.method.topology/1']
+  schema: Literal['maskconnect_jax.topology/1']
   blocks: Annotated[list[_BranchRows], _Blocks]
 
 

@@ -428,7 +428,7 @@ def test_a_topology_comes_back_from_json():
 
 def test_the_json_form_is_the_documented_one():
   assert Topology(((0,), (0,), (0, 2))).to_dict() == {
-    'schema': 'maskconnect_jax.method.topology/1',
+    'schema': 'maskconnect_jax.topology/1',
     'form': 'block',
     'num_blocks': 3,
     'blocks': [
@@ -439,7 +439,7 @@ def test_the_json_form_is_the_documented_one():
   }
 
 
-@pytest.mark.parametrize('schema', ['maskconnect_jax.method.topology/2', None])
+@pytest.mark.parametrize('schema', ['maskconnect_jax.topology/2', None])
 def test_another_schema_is_refused(schema):
   record = Topology(((0,), (1,))).to_dict() | {'schema': schema}
   with pytest.raises(ValueError, match='schema'):

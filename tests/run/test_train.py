@@ -153,7 +153,7 @@ def test_topology_is_the_top_k_of_the_last_real_mask(finished):
   live = reached(sources)
   assert len(live) < len(sources), 'nothing to prune: choose another seed'
   assert read_json(finished.workdir, 'topology.json') == {
-    'schema': 'maskconnect_jax.method.topology/1',
+    'schema': 'maskconnect_jax.topology/1',
     'form': 'block',
     'num_blocks': 3,
     'blocks': [
