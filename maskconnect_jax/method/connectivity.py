@@ -11,16 +11,15 @@ only, so `valid[t, i]` is False wherever i > t.
 The real mask begins as r = initial(key, valid, center, spread). One step of the
 connectivity phase is, in the names used below:
 
-  b   = draw(key, r, valid, K, T)                K of p ∝ r^(1/T) for each row
-  p   = proxy(r, b, valid, 'normalized')         r / sum(r)
-  b   = straight_through(p, b)                   b; its gradient goes to p
+  b   = draw(key, r, valid, K, T)               K of p ∝ r^(1/T) for each row
+  p   = proxy(r, b, valid, 'normalized')        r / sum(r)
+  b   = straight_through(p, b)                  b; its gradient goes to p
   x_j = c * sum_i b[j, i] * A(y_i),   y_j = F_j(x_j)
-  r   = project(r - rate * dloss/dr, valid)      into the box [0, 1]
+  r   = project(r - rate * dloss/dr, valid)     into the box [0, 1]
 
-`wiring.Wiring.draw` runs the first three lines, `stack.MaskedStack` the fourth,
-the optimizer the last. T falls from 1 during the phase. At its end
-`top_k(r, valid, K)` is the mask that is fine-tuned: it becomes a static
-`topology`, and the blocks that its output does not depend on are pruned.
+`Wiring.draw` runs the first three lines, `MaskedStack` the fourth and the
+optimizer the last. T falls from 1 during the phase. At its end
+`top_k(r, valid, K)` is the mask that is fine-tuned, as a static `topology`.
 
 All functions take leading axes: a branch-level r is [L-1, C, C], a matrix for
 each two consecutive blocks, and all of its entries are valid.
@@ -85,7 +84,7 @@ def fan_in_of(valid: Any, fan_in: int) -> np.ndarray:
 def initial(
   key: jax.Array, valid: Any, *, center: float, spread: float
 ) -> jax.Array:
-  """Returns r before training: float32 center +- spread, in the box."""
+  """Returns r before training, float32: center +- spread, projected."""
   valid = jnp.asarray(valid)
   noise = jax.random.uniform(key, valid.shape, minval=-spread, maxval=spread)
   return project(center + noise, valid)
@@ -163,7 +162,7 @@ def proxy(
   """
   valid = jnp.asarray(valid)
   total = jnp.sum(real_mask, -1, where=valid, keepdims=True)
-  # Only the way back is asked for: of these four, XLA computes no value.
+  # Only their gradients are used: a compiled step computes none of the values.
   return {
     'all': real_mask,
     'drawn': real_mask * mask,
@@ -185,20 +184,9 @@ def straight_through(proxy: jax.Array, mask: jax.Array) -> jax.Array:
   return mask
 
 
-def _straight_through_forward(
-  proxy: jax.Array, mask: jax.Array
-) -> tuple[jax.Array, None]:
-  return straight_through(proxy, mask), None
-
-
-def _straight_through_backward(
-  residuals: None, gradient: jax.Array
-) -> tuple[jax.Array, None]:
-  del residuals
-  return gradient, None
-
-
-straight_through.defvjp(_straight_through_forward, _straight_through_backward)
+straight_through.defvjp(
+  lambda proxy, mask: (mask, None), lambda _, gradient: (gradient, None)
+)
 
 
 def project(real_mask: jax.Array, valid: Any) -> jax.Array:

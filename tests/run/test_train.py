@@ -316,7 +316,7 @@ def test_a_fixed_rule_has_no_masks(tiny_config, tmp_path, capsys):
   assert 'test_accuracy_drawn' not in summary
   assert summary['validation_accuracy_drawn'] is None
   (last,) = {summary['validation_accuracy'], records[-1]['validation_accuracy']}
-  assert f'{last:.2%}' in train.report.table(summary, tmp_path)
+  assert f'{last:.2%}' in train.finish.table(summary, tmp_path)
   assert summary['num_train_examples'] == 1437 - 64
   topology = read_json(tmp_path, 'topology.json')
   assert [b['sources'] for b in topology['blocks']] == [[0], [0, 1], [0, 1, 2]]
