@@ -143,7 +143,7 @@ def as_many_blocks(job: experiment.Experiment, pruned: Any) -> Any:
   live = [0] * len(architecture.blocks_per_stage)
   for stage, alive in zip(pruned.stages, pruned.topology.live, strict=True):
     live[stage] += alive
-  return models.ResNet(
+  return models.create_model(
     dataclasses.replace(architecture, blocks_per_stage=tuple(live)),
     **{key: job.architecture[key] for key in ('num_classes', 'width', 'dtype')},
     fan_in=1,

@@ -175,7 +175,13 @@ def draw(step: common.TrainingStep) -> jax.Array:
   """Returns b of the step to come, [L, L]."""
   recipe, stack = step.job.recipe, step.job.model.stack
   key = recipe.key(streams.MASK, step.state.step)
-  return connectivity.draw(key, real_mask(step), stack.valid, stack.fan_in)
+  return connectivity.draw(
+    key,
+    real_mask(step),
+    stack.valid,
+    stack.fan_in,
+    recipe.temperature(step.state.step),
+  )
 
 
 @jax.jit(static_argnums=0)
@@ -189,7 +195,9 @@ def mask_gradient(
 
   def loss_of(masks: Any) -> jax.Array:
     model = nnx.merge(recipe.network, state.weights, masks, state.statistics)
-    mask = model.draw(recipe.key(streams.MASK, state.step))
+    mask = model.draw(
+      recipe.key(streams.MASK, state.step), recipe.temperature(state.step)
+    )
     inputs = steps.augmented(recipe, images, state.step)
     logits = model(inputs, mask, train=True)
     return jnp.mean(

@@ -61,7 +61,7 @@ FIELDS: dict[str, Field] = {
   'model.remat': Choice(spec.REMATS),
   'model.version': Choice(spec.VERSIONS),
   'model.matmul_precision': Choice(spec.PRECISIONS),
-  'connectivity.rule': Choice((*spec.RULES, 'fixed_given')),
+  'connectivity.rule': Choice(spec.RULES),
   'connectivity.topology': File(),
   'connectivity.shuffled': Switch(),
   'connectivity.level': Choice(spec.LEVELS),
@@ -172,20 +172,21 @@ def default() -> ml_collections.ConfigDict:
   # The rows of "Decided here" (README) are these fields. phase, gradient and
   # temperature, and the masks' rate, are what docs/results.md picked.
   config.connectivity = ml_collections.ConfigDict()
-  config.connectivity.rule = 'learned'
+  wiring = spec.WiringSpec()  # has the defaults and meanings of its fields
+  config.connectivity.rule = wiring.rule
   config.connectivity.topology = ''  # topology.json, of rule 'fixed_given'
   config.connectivity.shuffled = False  # with its rows in a random order
-  config.connectivity.level = 'block'  # or 'branch', for the ResNeXts
-  config.connectivity.fan_in = 4  # K: sources per block, or per branch
+  config.connectivity.level = wiring.level  # or 'branch', for the ResNeXts
+  config.connectivity.fan_in = wiring.fan_in  # K: sources per block or branch
   config.connectivity.phase = '25%'  # masks move for this long, then freeze
   config.connectivity.stem_source = True  # may later blocks take the stem?
-  config.connectivity.gradient = 'normalized'  # see `connectivity.draw_through`
-  config.connectivity.initial = 0.5  # every real mask entry starts here, ...
-  config.connectivity.initial_spread = 0.0  # ... plus uniform(-spread, spread)
-  config.connectivity.temperature = 0.1  # of the last draws; falls from 1
-  config.connectivity.scale = 'mean'  # of the K terms
+  config.connectivity.gradient = wiring.gradient  # see `connectivity.proxy`
+  config.connectivity.initial = wiring.initial  # r starts here, ...
+  config.connectivity.initial_spread = wiring.initial_spread  # ... +- this
+  config.connectivity.temperature = wiring.temperature  # falls from 1 to it
+  config.connectivity.scale = wiring.scale  # of the K terms
   config.connectivity.adapter = 'pool'  # between sources of unlike shape
-  config.connectivity.branch_identity = '1/K'  # s, with level 'branch'
+  config.connectivity.branch_identity = wiring.identity  # s, of branches
   config.connectivity.batchnorm_batches = 50  # averaged at the freeze; 0: off
 
   config.masks = ml_collections.ConfigDict()  # how the real masks are trained
@@ -228,6 +229,26 @@ def default() -> ml_collections.ConfigDict:
   config.data.mean = ()  # per channel on the 0..255 scale; (): measured
   config.data.std = ()
   return config
+
+
+def wiring_spec(config: ml_collections.ConfigDict) -> spec.WiringSpec:
+  """Returns how a config wires a network.
+
+  Raises:
+    InputError: see `WiringSpec`.
+  """
+  own = config.connectivity
+  return spec.WiringSpec(
+    level=own.level,
+    fan_in=own.fan_in,
+    rule=own.rule,
+    gradient=own.gradient,
+    temperature=own.temperature,
+    initial=own.initial,
+    initial_spread=own.initial_spread,
+    scale=own.scale,
+    identity=own.branch_identity,
+  )
 
 
 def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from maskconnect_jax import backend
+from maskconnect_jax.method.spec import WiringSpec
 from maskconnect_jax.networks import layers, models
 from maskconnect_jax.run import optimizer, steps
 
@@ -24,9 +25,9 @@ RESNEXT = models.Architecture(
 
 
 def make(level, architecture, rule):
-  network = {'block': models.ResNet, 'branch': models.BranchResNeXt}[level]
-  model = network(
-    architecture, num_classes=CLASSES, fan_in=2, in_channels=1, rule=rule
+  spec = WiringSpec(level=level, fan_in=2, rule=rule)
+  model = models.create_model(
+    architecture, num_classes=CLASSES, in_channels=1, spec=spec
   )
   if level == 'branch':  # with a scale of 0 the branches would not train yet
     for block in model.stack.blocks:

@@ -28,7 +28,7 @@ FOLDERS: dict[str, set[str]] = {
   },
   'study': {
     'config', 'command', 'fields', 'files', 'signals', 'run', 'figures',
-    'method.connectivity', 'method.topology', 'networks.models',
+    'method.connectivity', 'method.spec', 'method.topology', 'networks.models',
   },
   'run': {
     'config', 'files', 'limits', 'names', 'signals', 'fields', 'data',
@@ -57,7 +57,7 @@ ARROWS: dict[str, set[str]] = {
   'signals': set(),
   'method.adapters': {'backend'},
   'method.connectivity': set(),
-  'method.spec': set(),
+  'method.spec': {'limits'},
   'run.checkpoint': {'files', 'run.storage', 'run.stored'},
   # What serves a model has neither the loop nor the data sets.
   'run.inference': {

@@ -79,7 +79,7 @@ def test_loss_and_gradients_are_equal_in_float64(rule: str) -> None:
     @jax.value_and_grad
     def loss_of(variables: tuple[Any, Any]) -> jax.Array:
       own = nnx.merge(network, *variables, statistics, copy=True)
-      mask = own.draw(key) if given else None
+      mask = own.draw(key, 1.0) if given else None
       logits = own(images, mask, train=True)
       return optax.softmax_cross_entropy_with_integer_labels(
         logits, labels

@@ -8,14 +8,18 @@ source i the output y_i of block i. Row t of every array here belongs to block
 j = t + 1, column i to source i. A block takes its input from earlier sources
 only, so `valid[t, i]` is False wherever i > t.
 
-One training step of the connectivity phase reads, in the names used below:
+The real mask begins as r = initial(key, valid, center, spread). One step of the
+connectivity phase is, in the names used below:
 
-  b   = straight_through(r, draw(key, r, valid, K))       K sources per block
-  x_j = c * sum_i b[j, i] * A(y_i),   y_j = F_j(x_j)      aggregate.py
-  r   = project(r - rate * dloss/db, valid)               optimizer.py
+  b   = draw(key, r, valid, K, T)               K of p ∝ r^(1/T) for each row
+  p   = proxy(r, b, valid, 'normalized')        r / sum(r)
+  b   = straight_through(p, b)                  b; its gradient goes to p
+  x_j = c * sum_i b[j, i] * A(y_i),   y_j = F_j(x_j)
+  r   = project(r - rate * dloss/dr, valid)     into the box [0, 1]
 
-and at its end `freeze(r, valid, K)` is the mask that is fine-tuned, turned into
-a static `topology`, and whose unreachable blocks are pruned.
+`Wiring.draw` runs the first three lines, `MaskedStack` the fourth and the
+optimizer the last. T falls from 1 during the phase. At its end
+`top_k(r, valid, K)` is the mask that is fine-tuned, as a static `topology`.
 
 All functions take leading axes: a branch-level r is [L-1, C, C], a matrix for
 each two consecutive blocks, and all of its entries are valid.
@@ -28,6 +32,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 # Below it an entry draws as if it stood here, so that k_j distinct sources
 # can be drawn from every row, also from one that is all zero.
@@ -64,15 +69,22 @@ def valid_sources(
   )
 
 
-def fan_in_of(valid: Any, fan_in: int) -> jax.Array:
-  """Returns k_j = min(K, valid sources of block j), int32 [..., L]."""
-  return jnp.minimum(fan_in, jnp.sum(jnp.asarray(valid), -1, dtype=jnp.int32))
+def valid_branches(
+  num_blocks: int, branches: int
+) -> tuple[tuple[tuple[bool, ...], ...], ...]:
+  """Returns the same for branches, [L-1, C, C]: any of the block before."""
+  return (((True,) * branches,) * branches,) * (num_blocks - 1)
+
+
+def fan_in_of(valid: Any, fan_in: int) -> np.ndarray:
+  """Returns k_j = min(K, valid sources of block j), int [..., L]."""
+  return np.minimum(fan_in, np.sum(valid, -1, dtype=np.int64))
 
 
 def initial(
-  key: jax.Array, valid: Any, *, center: float = 0.5, spread: float = 0.0
+  key: jax.Array, valid: Any, *, center: float, spread: float
 ) -> jax.Array:
-  """Returns r before training, float32, in [0, 1] and 0 where not valid."""
+  """Returns r before training, float32: center +- spread, projected."""
   valid = jnp.asarray(valid)
   noise = jax.random.uniform(key, valid.shape, minval=-spread, maxval=spread)
   return project(center + noise, valid)
@@ -96,26 +108,27 @@ def draw(
     real_mask: r, float [..., rows, sources].
     valid: bool, of r's shape.
     fan_in: K.
-    temperature: T; below 1 it sharpens the draw.
+    temperature: T; 1 draws by r itself, less sharpens the draw.
 
   Returns:
     b, of r's shape and dtype, with exactly k_j ones in row j.
   """
   noise = jax.random.gumbel(key, real_mask.shape, real_mask.dtype)
   scores = jnp.log(jnp.maximum(real_mask, PROBABILITY_FLOOR)) / temperature
-  return _largest(scores + noise, valid, fan_in)
+  return top_k(scores + noise, valid, fan_in)
 
 
-def top_k(real_mask: jax.Array, valid: Any, fan_in: int) -> jax.Array:
-  """Keeps the k_j largest entries of each row; of equals, the latest source.
+def top_k(scores: jax.Array, valid: Any, fan_in: int) -> jax.Array:
+  """Returns ones at the k_j largest valid scores of each row, else zeros.
 
-  Clipping makes ties at 0 and 1 common, hence the rule for them.
+  Of equal scores the latest source is kept: clipping makes ties at 0 and 1 of
+  a real mask common.
+
+  Args:
+    scores: float [..., rows, sources]; a real mask, say.
+    valid: bool, of the same shape.
+    fan_in: K.
   """
-  return _largest(real_mask, valid, fan_in)
-
-
-def _largest(scores: jax.Array, valid: Any, fan_in: int) -> jax.Array:
-  """Returns ones at the k_j largest valid scores of each row, else zeros."""
   valid = jnp.asarray(valid)
   num_sources = scores.shape[-1]
   # lax.top_k prefers the lower index among equals: turned round, the latest.
@@ -128,59 +141,29 @@ def _largest(scores: jax.Array, valid: Any, fan_in: int) -> jax.Array:
   return jnp.where(valid, ones, 0)
 
 
-@jax.custom_vjp
-def straight_through(real_mask: jax.Array, mask: jax.Array) -> jax.Array:
-  """Returns `mask`; backward, dloss/db goes to r unchanged, drawn or not.
-
-  Bengio, Léonard, Courville, "Estimating or Propagating Gradients Through
-  Stochastic Neurons", 2013. An undrawn source can thus earn its way in.
-  """
-  del real_mask
-  return mask
-
-
-def _straight_through_forward(
-  real_mask: jax.Array, mask: jax.Array
-) -> tuple[jax.Array, None]:
-  return straight_through(real_mask, mask), None
-
-
-def _straight_through_backward(
-  residuals: None, gradient: jax.Array
-) -> tuple[jax.Array, None]:
-  del residuals
-  return gradient, None
-
-
-straight_through.defvjp(_straight_through_forward, _straight_through_backward)
-
-
-def draw_through(
-  key: jax.Array,
-  real_mask: jax.Array,
-  valid: Any,
-  fan_in: int,
-  gradient: str = 'all',
-  temperature: jax.Array | float = 1.0,
+def proxy(
+  real_mask: jax.Array, mask: jax.Array, valid: Any, gradient: str
 ) -> jax.Array:
-  """Returns a drawn mask whose gradient reaches r straight through.
+  """Returns the function of r that `straight_through` hands the gradient to.
+
+  With g = dloss/db, an entry of r then gets
+
+    'all':         g
+    'drawn':       g where drawn, else 0
+    'centered':    g minus its mean over the valid entries of the row
+    'normalized':  (g - sum(p g)) / sum(r), through p = r / sum(r), so that the
+                   row cannot drift as a whole
 
   Args:
-    key: see `draw`.
-    real_mask: see `draw`.
-    valid: see `draw`.
-    fan_in: see `draw`.
-    gradient: what g = dloss/db becomes on its way to the entries of a row:
-      'all': g; 'drawn': g where drawn, else 0; 'centered': g minus its mean
-      over the valid entries; 'normalized': through p = r / sum(r), that is
-      (g - sum(p g)) / sum(r), so that the row cannot drift as a whole.
-    temperature: see `draw`.
+    real_mask: r, float [..., rows, sources], 0 where not valid.
+    mask: b, drawn, of r's shape.
+    valid: bool, of r's shape.
+    gradient: one of the above.
   """
-  mask = draw(key, real_mask, valid, fan_in, temperature)
   valid = jnp.asarray(valid)
   total = jnp.sum(real_mask, -1, where=valid, keepdims=True)
-  # straight_through asks its first argument for nothing but the way back.
-  proxy = {
+  # Only their gradients are used: a compiled step computes none of the values.
+  return {
     'all': real_mask,
     'drawn': real_mask * mask,
     'centered': jnp.where(
@@ -188,17 +171,27 @@ def draw_through(
     ),
     'normalized': real_mask / jnp.maximum(total, PROBABILITY_FLOOR),
   }[gradient]
-  return straight_through(proxy, mask)
+
+
+@jax.custom_vjp
+def straight_through(proxy: jax.Array, mask: jax.Array) -> jax.Array:
+  """Returns `mask`; backward, dloss/db goes to `proxy` unchanged.
+
+  Bengio, Léonard, Courville, "Estimating or Propagating Gradients Through
+  Stochastic Neurons", 2013. An undrawn source can thus earn its way in.
+  """
+  del proxy
+  return mask
+
+
+straight_through.defvjp(
+  lambda proxy, mask: (mask, None), lambda _, gradient: (gradient, None)
+)
 
 
 def project(real_mask: jax.Array, valid: Any) -> jax.Array:
-  """Returns r clipped to [0, 1], and 0 where a source is not valid."""
+  """Returns r clipped to the box: [0, 1], and 0 where a source is not valid."""
   return jnp.where(jnp.asarray(valid), jnp.clip(real_mask, 0, 1), 0)
-
-
-def freeze(real_mask: jax.Array, valid: Any, fan_in: int) -> jax.Array:
-  """Returns the mask at the end of the connectivity phase: the top K of r."""
-  return top_k(real_mask, valid, fan_in)
 
 
 # Rules to compare with, as masks of the same kind.

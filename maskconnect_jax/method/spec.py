@@ -1,17 +1,113 @@
-"""What can be chosen of a network's wiring, by name.
+"""What is chosen of a wiring: one object, the one place of each default.
 
-The config's fields take the same names; see `config.default`.
+A config becomes a `WiringSpec`, `create_model` and the stacks take one, and
+model.json stores one. The tuples below name what there is to choose from.
 """
 
-RULES = ('learned', 'fixed_prev', 'fixed_random', 'fixed_all')
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from maskconnect_jax import limits
+from maskconnect_jax.errors import InputError
+
+RULES = ('learned', 'fixed_prev', 'fixed_random', 'fixed_all', 'fixed_given')
 LEVELS = ('block', 'branch')
 GRADIENTS = ('all', 'drawn', 'centered', 'normalized')
 SCALES = ('mean', 'sum')  # of the K terms
-ADAPTERS = ('pool', 'projection', 'same_stage')
 IDENTITIES = ('1/K', '1/C')  # s, at the branch level
-REMATS = ('none', 'block')
 
-# Of the network itself.
+# Of the network around the wiring.
+ADAPTERS = ('pool', 'projection', 'same_stage')
+REMATS = ('none', 'block')
 VERSIONS = ('1', '2')
 DTYPES = ('float32', 'bfloat16')
 PRECISIONS = ('default', 'high', 'highest')
+
+_CHOICES = {
+  'level': LEVELS,
+  'rule': RULES,
+  'gradient': GRADIENTS,
+  'scale': SCALES,
+  'identity': IDENTITIES,
+}
+_BOUNDS = {
+  'temperature': (1e-6, 1),  # scores are divided by it
+  'initial': (0, 1),
+  'initial_spread': (0, math.inf),
+}
+# Fields that only one level has.
+_LEVEL_OF = {'scale': 'block', 'identity': 'branch'}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WiringSpec:
+  """How a stack of blocks is wired.
+
+  Attributes:
+    level: 'block', where each block picks earlier blocks, or 'branch', where
+      each branch of a ResNeXt picks branches of the block before.
+    fan_in: K, sources per block or branch; a block with fewer takes them all.
+    rule: 'learned'; 'fixed_prev', the block before, or the branch of the same
+      number; 'fixed_random', K drawn once; 'fixed_all', every valid source; or
+      'fixed_given', those of the topology that is given beside the spec.
+    gradient: how dloss/db reaches the real mask; see `connectivity.proxy`.
+    temperature: T of the last draws, in [1e-6, 1]; see `temperature_at`.
+    initial: where the entries of the real mask start, in [0, 1].
+    initial_spread: half the width of the uniform noise added there.
+    scale: c, at level 'block': 'mean' (1/k_j) or 'sum' (1).
+    identity: s, at level 'branch': '1/K' or '1/C'.
+
+  Raises:
+    InputError: a value is not one of the above, or is of the other level.
+  """
+
+  level: str = 'block'
+  fan_in: int = 4
+  rule: str = 'learned'
+  gradient: str = 'normalized'
+  temperature: float = 0.1
+  initial: float = 0.5
+  initial_spread: float = 0.0
+  scale: str = 'mean'
+  identity: str = '1/K'
+
+  def __post_init__(self) -> None:
+    for name, known in _CHOICES.items():
+      limits.choice(name, getattr(self, name), known)
+    number = limits.whole('fan_in', self.fan_in, 1, limits.MAX_FAN_IN)
+    object.__setattr__(self, 'fan_in', number)  # of Python, for JSON
+    for name, bounds in _BOUNDS.items():
+      value = limits.number(name, getattr(self, name), *bounds)
+      object.__setattr__(self, name, value)
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if field.name not in fields_of(self.level) and value != field.default:
+        raise InputError(
+          f'{field.name}={limits.shown(value)} is for level='
+          f'{_LEVEL_OF[field.name]!r} alone; leave it at {field.default!r}'
+        )
+
+  def temperature_at(self, progress: Any) -> Any:
+    """Returns T, which falls geometrically from 1 to `temperature`.
+
+    Args:
+      progress: the share of the connectivity phase that is over, in [0, 1]; a
+        number, or an array of any library.
+    """
+    return self.temperature**progress
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns the fields that this level has, plain enough for JSON."""
+    return {name: getattr(self, name) for name in fields_of(self.level)}
+
+
+def fields_of(level: str) -> tuple[str, ...]:
+  """Returns the names of the fields that a level has."""
+  return tuple(
+    field.name
+    for field in dataclasses.fields(WiringSpec)
+    if _LEVEL_OF.get(field.name, level) == level
+  )

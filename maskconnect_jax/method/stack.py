@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,9 +13,10 @@ from flax import nnx
 
 from maskconnect_jax import backend, limits
 from maskconnect_jax.errors import InputError
-from maskconnect_jax.method import adapters, connectivity, spec
+from maskconnect_jax.method import adapters, connectivity
 from maskconnect_jax.method.aggregate import masked_sum, static_sum
-from maskconnect_jax.method.topology import Topology
+from maskconnect_jax.method.spec import REMATS, WiringSpec
+from maskconnect_jax.method.topology import BranchTopology, Topology
 from maskconnect_jax.method.wiring import Wiring
 
 
@@ -55,67 +57,59 @@ class MaskedStack(Wiring):
   Attributes:
     blocks: the L blocks, each called as `block(x, **options)`.
     adapter: A.
-    valid, fan_in, topology, real_mask: see `Wiring`; [L, L].
+    spec, valid, topology, real_mask: see `Wiring`; [L, L].
   """
 
   def __init__(
     self,
     blocks: Sequence[nnx.Module],
+    spec: WiringSpec | None = None,
     *,
-    fan_in: int,
-    rule: str = 'learned',
     valid: tuple[tuple[bool, ...], ...] | None = None,
     adapter: Callable[..., jax.Array] | None = None,
-    scale: str = 'mean',
-    gradient: str = 'normalized',
-    initial: float = 0.5,
-    initial_spread: float = 0.0,
+    topology: Topology | BranchTopology | None = None,
     remat: str = 'none',
     rngs: nnx.Rngs,
+    **wiring: Any,
   ) -> None:
     """Builds the stack.
 
     Args:
       blocks: modules that map one array to one array.
-      fan_in: K, sources per block; a block with fewer takes all of them.
-      rule: 'learned', 'fixed_prev', 'fixed_random' or 'fixed_all'.
+      spec: how they are wired, at level 'block'; default `WiringSpec()`.
       valid: [L, L], the sources each block may take; default all earlier ones.
       adapter: A(x, shape, source), which brings source number `source` to
         the shape or to fewer channels of it; default `adapters.PoolAdapter()`.
-      scale: c, 'mean' (1/k_j) or 'sum' (1).
-      gradient: what the entries of r get; see `connectivity.draw_through`.
-      initial: where the entries of r start.
-      initial_spread: half the width of the uniform noise added there.
+      topology: the sources that the blocks take; no real mask is made then.
       remat: 'none'; or 'block', whose inside the backward pass computes again
         instead of keeping it: a third more arithmetic, less memory.
       rngs: its 'connectivity' stream draws r and the random topology.
+      **wiring: fields of the spec, such as fan_in=2, in place of its own.
 
     Raises:
-      InputError: no block, a fan_in below 1, an unknown rule, or a `valid`
-        that lets a block take what does not come before it.
+      InputError: no block, a value that `WiringSpec` refuses, a `valid` that
+        lets a block take a source that does not come before it, or a topology
+        that `valid` does not allow.
     """
     limits.whole('the number of blocks', len(blocks), 1, limits.MAX_BLOCKS)
+    limits.choice('remat', remat, REMATS)
+    spec = dataclasses.replace(spec or WiringSpec(), **wiring)
+    limits.choice("a MaskedStack's level", spec.level, ('block',))
     if valid is not None:
       _check_valid(valid, len(blocks))
     self.blocks = nnx.List(blocks)
     self.adapter = adapters.PoolAdapter() if adapter is None else adapter
-    limits.choice('scale', scale, spec.SCALES)
-    self.scale = scale
-    limits.choice('remat', remat, spec.REMATS)
     self.remat = remat
     super().__init__(
+      spec,
       valid=valid or connectivity.valid_sources(len(blocks)),
-      fan_in=fan_in,
-      rule=rule,
-      gradient=gradient,
-      initial=initial,
-      initial_spread=initial_spread,
+      topology=topology,
       rngs=rngs,
     )
 
   def scale_of(self, num_terms: int) -> float:
     """Returns c for a sum of so many terms."""
-    return 1 / num_terms if self.scale == 'mean' else 1.0
+    return 1 / num_terms if self.spec.scale == 'mean' else 1.0
 
   def __call__(
     self, x: jax.Array, mask: jax.Array | None = None, **options: Any
@@ -143,8 +137,9 @@ class MaskedStack(Wiring):
   def _weights(self, mask: jax.Array) -> jax.Array:
     """Returns the mask times the scale of each row's terms, [L, L]."""
     valid = np.array(self.valid)
-    terms = np.minimum(self.fan_in, valid.sum(1))
-    scale = np.array([self.scale_of(int(k)) for k in terms], np.float32)
+    scale = np.array(
+      [self.scale_of(int(k)) for k in self.row_fan_in], np.float32
+    )
     return jnp.where(valid, mask * scale[:, None], 0)
 
   def _run_frozen(

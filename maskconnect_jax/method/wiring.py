@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
-from maskconnect_jax import limits
-from maskconnect_jax.method import connectivity, spec
+from maskconnect_jax.errors import InputError
+from maskconnect_jax.method import connectivity
 from maskconnect_jax.method import topology as topology_lib
+from maskconnect_jax.method.spec import WiringSpec
 from maskconnect_jax.method.topology import BranchTopology, Topology
 
 
@@ -25,63 +27,87 @@ class Wiring(nnx.Module):
   """What the stacks of both levels share: the real mask and the topology.
 
   Attributes:
+    spec: how the stack is wired.
     valid: which sources each row may take, bool, of the shape of r.
-    fan_in: K.
     topology: the frozen mask, or None while the connectivity is learned.
     real_mask: r, float32; only there when it is learned.
   """
 
   def __init__(
     self,
+    spec: WiringSpec,
     *,
     valid: Any,
-    fan_in: int,
-    rule: str,
-    gradient: str,
-    initial: float,
-    initial_spread: float,
+    topology: Topology | BranchTopology | None,
     rngs: nnx.Rngs,
   ) -> None:
-    """Makes r, or the topology of a fixed rule."""
-    fan_in = limits.whole('fan_in', fan_in, 1, limits.MAX_FAN_IN)
-    limits.choice('rule', rule, spec.RULES)
-    limits.choice('gradient', gradient, spec.GRADIENTS)
-    limits.number('initial', initial, 0, 1)
-    limits.number('initial_spread', initial_spread, 0)
+    """Takes the topology that is given, or makes r or that of a fixed rule.
+
+    Raises:
+      InputError: see `Topology.check`; or rule 'fixed_given' has no topology.
+    """
+    self.spec = nnx.static(spec)
     self.valid = nnx.static(valid)
-    self.fan_in = fan_in
-    self.gradient = gradient
     self.topology: Any = None
-    if rule == 'learned':
+    if topology is not None:
+      self.freeze(topology)
+    elif spec.rule == 'learned':
       self.real_mask = RealMask(
         connectivity.initial(
-          rngs.connectivity(), valid, center=initial, spread=initial_spread
+          rngs.connectivity(),
+          valid,
+          center=spec.initial,
+          spread=spec.initial_spread,
         )
       )
+    elif spec.rule == 'fixed_given':
+      raise InputError("rule='fixed_given' needs a topology")
     else:
       # Python must see the mask, also where only shapes are asked for.
       with jax.ensure_compile_time_eval():
-        if rule == 'fixed_random':
-          mask = connectivity.fixed_random(rngs.connectivity(), valid, fan_in)
-        elif rule == 'fixed_all':
+        if spec.rule == 'fixed_random':
+          mask = connectivity.fixed_random(
+            rngs.connectivity(), valid, spec.fan_in
+          )
+        elif spec.rule == 'fixed_all':
           mask = connectivity.fixed_all(valid)
         else:
           mask = connectivity.fixed_prev(valid)
         self.freeze(topology_lib.from_mask(mask))
 
+  @property
+  def fan_in(self) -> int:
+    """K, as the spec says."""
+    return self.spec.fan_in
+
+  @property
+  def row_fan_in(self) -> np.ndarray:
+    """k_j, the sources of each row while it is learned; int [..., rows]."""
+    return connectivity.fan_in_of(self.valid, self.fan_in)
+
   def draw(
-    self, key: jax.Array, temperature: jax.Array | float = 1.0
+    self, key: jax.Array, temperature: jax.Array | float | None = None
   ) -> jax.Array | None:
-    """Returns a step's mask b, straight-through to r; None if frozen."""
+    """Returns a step's mask b, straight-through to r; None if frozen.
+
+    Args:
+      key: a PRNG key, another for each step.
+      temperature: T of the draw, float32 []; None is the spec's, that of the
+        last draws. `spec.temperature_at` makes it fall from 1.
+
+    Returns:
+      b, of r's shape and dtype, with k_j ones in row j.
+    """
     if self.topology is not None:
       return None
-    return connectivity.draw_through(
-      key,
-      self.real_mask[...],
-      self.valid,
-      self.fan_in,
-      self.gradient,
-      temperature,
+    if temperature is None:
+      temperature = self.spec.temperature
+    real_mask = self.real_mask[...]
+    mask = connectivity.draw(
+      key, real_mask, self.valid, self.fan_in, temperature
+    )
+    return connectivity.straight_through(
+      connectivity.proxy(real_mask, mask, self.valid, self.spec.gradient), mask
     )
 
   def freeze(self, topology: Topology | BranchTopology | None = None) -> None:
@@ -92,7 +118,7 @@ class Wiring(nnx.Module):
     """
     if topology is None:
       topology = topology_lib.from_mask(
-        connectivity.freeze(self.real_mask[...], self.valid, self.fan_in)
+        connectivity.top_k(self.real_mask[...], self.valid, self.fan_in)
       )
     topology.check(self.valid)
     self.topology = nnx.static(topology)

@@ -57,7 +57,9 @@ from jax.typing import DTypeLike
 
 from maskconnect_jax import backend, limits
 from maskconnect_jax.errors import InputError
-from maskconnect_jax.method import adapters, connectivity, spec
+from maskconnect_jax.method import adapters, connectivity
+from maskconnect_jax.method.spec import WiringSpec
+from maskconnect_jax.method.topology import BranchTopology, Topology
 from maskconnect_jax.method.wiring import Wiring
 from maskconnect_jax.networks import layers
 from maskconnect_jax.networks.layers import EPSILON, MOMENTUM
@@ -300,71 +302,57 @@ class BranchStack(Wiring):
 
   Attributes:
     blocks: the L blocks.
-    valid, fan_in, topology, real_mask: see `Wiring`; [L-1, C, C].
+    spec, valid, topology, real_mask: see `Wiring`; [L-1, C, C].
   """
 
   def __init__(
     self,
     blocks: list[BranchBlock],
+    spec: WiringSpec,
     *,
-    fan_in: int,
-    rule: str = 'learned',
-    identity: str = '1/K',
+    topology: Topology | BranchTopology | None = None,
     shared_stem: bool = True,
-    gradient: str = 'normalized',
-    initial: float = 0.5,
-    initial_spread: float = 0.0,
     rngs: nnx.Rngs,
   ) -> None:
     """Builds the stack.
 
     Args:
       blocks: all with the same number C of branches.
-      fan_in: K, branches that a branch takes; at most C are there to take.
-      rule: 'learned', 'fixed_prev' (the branch of the same number alone),
-        'fixed_random' or 'fixed_all'.
-      identity: s, '1/K' or '1/C'.
+      spec: how they are wired, at level 'branch'. Rule 'fixed_prev' takes the
+        branch of the same number alone.
+      topology: the branches that each branch takes; no real mask is made then.
       shared_stem: whether s is 1/C in the first block, whatever it is later.
-      gradient: what the entries of r get; see `connectivity.draw_through`.
-      initial: where the entries of r start.
-      initial_spread: half the width of the uniform noise added there.
       rngs: its 'connectivity' stream draws r and the random topology.
 
     Raises:
-      InputError: fewer than two blocks, blocks of unlike numbers of branches, a
-        fan_in below 1, or an unknown rule or identity.
+      InputError: fewer than two blocks, blocks of unlike numbers of branches,
+        or a topology of another number of either.
     """
-    limits.choice('identity', identity, spec.IDENTITIES)
+    limits.choice("a BranchStack's level", spec.level, ('branch',))
     limits.whole('the number of blocks', len(blocks), 2, limits.MAX_BLOCKS)
-    fan_in = limits.whole('fan_in', fan_in, 1, limits.MAX_FAN_IN)
     branches = blocks[0].branches
     if unlike := {block.branches for block in blocks} - {branches}:
       raise InputError(
         f'all blocks need as many branches, not {branches} and {min(unlike)}'
       )
     self.blocks = nnx.List(blocks)
-    self._identity = identity
     self._shared_stem = shared_stem
-    # K ones a row whatever the rule says, so that s follows.
-    fan_in = {'fixed_prev': 1, 'fixed_all': branches}.get(
-      rule, min(fan_in, branches)
-    )
     super().__init__(
-      valid=(((True,) * branches,) * branches,) * (len(blocks) - 1),
-      fan_in=fan_in,
-      rule=rule,
-      gradient=gradient,
-      initial=initial,
-      initial_spread=initial_spread,
+      spec,
+      valid=connectivity.valid_branches(len(blocks), branches),
+      topology=topology,
       rngs=rngs,
     )
 
   @property
   def identity(self) -> float:
-    """s, by the topology where there is one: its K may not be `fan_in`."""
-    if self._identity == '1/C':
-      return 1 / self.blocks[-1].branches  # of which none is ever pruned
-    return 1 / (self.topology.fan_in if self.topology else self.fan_in)
+    """s, by the topology where there is one: its K may not be the spec's."""
+    branches = self.blocks[-1].branches  # of these none is ever pruned
+    if self.spec.identity == '1/C':
+      return 1 / branches
+    return 1 / (
+      self.topology.fan_in if self.topology else min(self.fan_in, branches)
+    )
 
   def __call__(
     self, x: jax.Array, mask: jax.Array | None = None, *, train: bool = False

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import difflib
 import fnmatch
-import inspect
 import re
 from typing import Any
 
@@ -20,8 +19,11 @@ from jax.typing import DTypeLike
 
 from maskconnect_jax import backend, limits
 from maskconnect_jax.errors import InputError
-from maskconnect_jax.method import adapters, connectivity, spec
+from maskconnect_jax.method import adapters, connectivity
+from maskconnect_jax.method import spec as spec_lib
+from maskconnect_jax.method.spec import WiringSpec
 from maskconnect_jax.method.stack import MaskedStack
+from maskconnect_jax.method.topology import BranchTopology, Topology
 from maskconnect_jax.networks import layers, streams
 from maskconnect_jax.networks.blocks import BasicBlock, Bottleneck
 from maskconnect_jax.networks.branches import BranchBlock, BranchStack
@@ -71,6 +73,30 @@ class Architecture:
       return blocks, blocks
     return blocks - 1, self.cardinality, self.cardinality
 
+  def valid_sources(
+    self, level: str, *, stem_source: bool = True, adapter: str = 'pool'
+  ) -> tuple[Any, ...]:
+    """Returns which sources may be taken, bool, of the shape of the mask.
+
+    Args:
+      level: 'block' or 'branch'.
+      stem_source: see `create_model`.
+      adapter: see `create_model`.
+    """
+    if level == 'branch':
+      return connectivity.valid_branches(len(self.stages), self.cardinality)
+    channels = self.channels(self.width)
+    return connectivity.valid_sources(
+      len(self.stages),
+      stem_source=stem_source,
+      stages=channels if adapter == 'same_stage' else None,
+    )
+
+  def channels(self, width: int) -> list[int]:
+    """Returns the channels of sources 0..L, of a first stage so wide."""
+    expansion = 4 if self.bottleneck else 1
+    return [width, *(expansion * width * 2**stage for stage in self.stages)]
+
   def strides(self) -> list[tuple[int, int]]:
     """Returns (stage, stride) of each block."""
     before = (0, *self.stages)
@@ -111,32 +137,52 @@ class Architecture:
         f' most {limits.MAX_WEIGHTS:,} are possible'
       )
 
-  def block(
-    self,
-    in_features: int,
-    stage_width: int,
-    stride: int,
-    *,
-    dtype: DTypeLike,
-    rngs: nnx.Rngs,
-  ) -> tuple[nnx.Module, int]:
-    """Returns a block and its output's channels."""
-    if not self.bottleneck:
-      basic = BasicBlock(
-        in_features, stage_width, stride=stride, dtype=dtype, rngs=rngs
+  def blocks(
+    self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+  ) -> list[nnx.Module]:
+    """Returns the L blocks, after a stem of `width` channels."""
+    made: list[nnx.Module] = []
+    channels = self.channels(width)
+    for index, (stage, stride) in enumerate(self.strides()):
+      if self.bottleneck:
+        block: nnx.Module = Bottleneck(
+          channels[index],
+          self.inner_width(width * 2**stage),
+          channels[index + 1],
+          groups=self.cardinality,
+          stride=stride,
+          zero_init=self.large_images,
+          dtype=dtype,
+          rngs=rngs,
+        )
+      else:
+        block = BasicBlock(
+          channels[index],
+          channels[index + 1],
+          stride=stride,
+          dtype=dtype,
+          rngs=rngs,
+        )
+      made.append(block)
+    return made
+
+  def branch_blocks(
+    self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+  ) -> list[BranchBlock]:
+    """Returns the L blocks of C branches, of a ResNeXt."""
+    channels = self.channels(width)
+    return [
+      BranchBlock(
+        channels[index],
+        self.inner_width(width * 2**stage) // self.cardinality,
+        channels[index + 1],
+        branches=self.cardinality,
+        stride=stride,
+        dtype=dtype,
+        rngs=rngs,
       )
-      return basic, stage_width
-    block = Bottleneck(
-      in_features,
-      self.inner_width(stage_width),
-      4 * stage_width,
-      groups=self.cardinality,
-      stride=stride,
-      zero_init=self.large_images,
-      dtype=dtype,
-      rngs=rngs,
-    )
-    return block, 4 * stage_width
+      for index, (stage, stride) in enumerate(self.strides())
+    ]
 
 
 class Stem(nnx.Module):
@@ -172,13 +218,13 @@ class Stem(nnx.Module):
 
 
 class Network(nnx.Module):
-  """Stem, stack, linear head: what the networks of both levels share.
+  """Stem, stack, linear head: the networks of both levels.
 
   Parameters, masks, statistics and logits are float32 whatever the dtype of
   the activations.
 
   Attributes:
-    stack: the wiring, a `MaskedStack` or a `BranchStack`.
+    stack: the wired blocks, a `MaskedStack` or a `BranchStack`.
     stages: of each block, from 0, for drawings.
     version: see `VERSION`.
     matmul_precision: see `create_model`.
@@ -187,30 +233,35 @@ class Network(nnx.Module):
   def __init__(
     self,
     architecture: Architecture,
+    spec: WiringSpec,
     *,
+    topology: Topology | BranchTopology | None,
     num_classes: int,
-    in_channels: int = 3,
-    width: int | None = None,
-    dtype: DTypeLike = jnp.float32,
-    seed: int = 0,
-    version: str = VERSION,
-    matmul_precision: str = 'default',
-    **wiring: Any,
+    in_channels: int,
+    width: int | None,
+    dtype: DTypeLike,
+    seed: int,
+    version: str,
+    matmul_precision: str,
+    stem_source: bool,
+    adapter: str,
+    remat: str,
   ) -> None:
     """Builds the network; the arguments are those of `create_model`."""
     limits.whole('num_classes', num_classes, 1, limits.MAX_CLASSES)
     limits.whole('in_channels', in_channels, 1, limits.MAX_CHANNELS)
-    if width is None:
-      width = architecture.width
-    limits.whole('width', width, 1, limits.MAX_WIDTH)
-    architecture.check_size(width)
+    width = architecture.width if width is None else width
+    architecture.check_size(limits.whole('width', width, 1, limits.MAX_WIDTH))
     dtype = _activations(dtype)
-    limits.choice('version', version, spec.VERSIONS)
-    limits.choice('matmul_precision', matmul_precision, spec.PRECISIONS)
-    self.version = version
-    self.matmul_precision = matmul_precision
+    self.version = limits.choice('version', version, spec_lib.VERSIONS)
+    self.matmul_precision = limits.choice(
+      'matmul_precision', matmul_precision, spec_lib.PRECISIONS
+    )
+    limits.choice('adapter', adapter, spec_lib.ADAPTERS)
+    limits.flag('stem_source', stem_source)
     seed = limits.whole('seed', seed, -(2**63), 2**63 - 1)
     rngs = nnx.Rngs(seed) if version == '1' else streams.of_network(seed)
+    self.stages = architecture.stages
     self.stem = Stem(
       in_channels,
       width,
@@ -218,23 +269,38 @@ class Network(nnx.Module):
       dtype=dtype,
       rngs=rngs,
     )
-    self.stages = architecture.stages
-    self.stack, features = self._make_stack(
-      architecture, width, dtype=dtype, rngs=rngs, **wiring
-    )
-    self.head = nnx.Linear(features, num_classes, rngs=rngs)
-
-  def _make_stack(
-    self,
-    architecture: Architecture,
-    width: int,
-    *,
-    dtype: DTypeLike,
-    rngs: nnx.Rngs,
-    **wiring: Any,
-  ) -> tuple[Any, int]:
-    """Returns the stack and the channels of its output."""
-    raise NotImplementedError
+    channels = architecture.channels(width)
+    self.stack: Any
+    if spec.level == 'branch':
+      self.stack = BranchStack(
+        architecture.branch_blocks(width, dtype=dtype, rngs=rngs),
+        spec,
+        topology=topology,
+        shared_stem=version != '1',
+        rngs=rngs,
+      )
+    else:
+      self.stack = MaskedStack(
+        architecture.blocks(width, dtype=dtype, rngs=rngs),
+        spec,
+        valid=architecture.valid_sources(
+          spec.level, stem_source=stem_source, adapter=adapter
+        ),
+        adapter=(
+          adapters.ProjectionAdapter(
+            channels,
+            lambda narrow, wide: layers.conv(
+              narrow, wide, 1, dtype=dtype, rngs=rngs
+            ),
+          )
+          if adapter == 'projection'
+          else None
+        ),
+        topology=topology,
+        remat=remat,
+        rngs=rngs,
+      )
+    self.head = nnx.Linear(channels[-1], num_classes, rngs=rngs)
 
   @property
   def topology(self) -> Any:
@@ -242,7 +308,7 @@ class Network(nnx.Module):
     return self.stack.topology
 
   def draw(
-    self, key: jax.Array, temperature: jax.Array | float = 1.0
+    self, key: jax.Array, temperature: jax.Array | float | None = None
   ) -> jax.Array | None:
     """Returns the mask of one training step; see `Wiring.draw`."""
     return self.stack.draw(key, temperature)
@@ -272,92 +338,13 @@ class Network(nnx.Module):
       return self.head(self.pool(self.stack(x, mask, train=train)))
 
   def pool(self, x: jax.Array) -> jax.Array:
-    """Returns the mean over space, float32 [N, features]."""
-    return jnp.mean(layers.widened(x), (1, 2))
+    """Returns the stack's output as the head reads it, float32 [N, features].
 
-
-class ResNet(Network):
-  """A residual network; each block picks the earlier blocks it reads."""
-
-  def _make_stack(
-    self,
-    architecture: Architecture,
-    width: int,
-    *,
-    dtype: DTypeLike,
-    rngs: nnx.Rngs,
-    stem_source: bool = True,
-    adapter: str = 'pool',
-    **wiring: Any,
-  ) -> tuple[MaskedStack, int]:
-    limits.choice('adapter', adapter, spec.ADAPTERS)
-    limits.flag('stem_source', stem_source)
-    blocks: list[nnx.Module] = []
-    features = [width]  # of sources 0..L
-    for stage, stride in architecture.strides():
-      block, wide = architecture.block(
-        features[-1], width * 2**stage, stride, dtype=dtype, rngs=rngs
-      )
-      blocks.append(block)
-      features.append(wide)
-    stack = MaskedStack(
-      blocks,
-      valid=connectivity.valid_sources(
-        len(blocks),
-        stem_source=stem_source,
-        stages=features if adapter == 'same_stage' else None,
-      ),
-      adapter=(
-        adapters.ProjectionAdapter(
-          features,
-          lambda narrow, wide: layers.conv(
-            narrow, wide, 1, dtype=dtype, rngs=rngs
-          ),
-        )
-        if adapter == 'projection'
-        else None
-      ),
-      rngs=rngs,
-      **wiring,
-    )
-    return stack, features[-1]
-
-
-class BranchResNeXt(Network):
-  """A ResNeXt; each branch picks the branches of the block before it reads."""
-
-  def _make_stack(
-    self,
-    architecture: Architecture,
-    width: int,
-    *,
-    dtype: DTypeLike,
-    rngs: nnx.Rngs,
-    **wiring: Any,
-  ) -> tuple[BranchStack, int]:
-    blocks = []
-    features = width
-    for stage, stride in architecture.strides():
-      stage_width = width * 2**stage
-      blocks.append(
-        BranchBlock(
-          features,
-          architecture.inner_width(stage_width) // architecture.cardinality,
-          4 * stage_width,
-          branches=architecture.cardinality,
-          stride=stride,
-          dtype=dtype,
-          rngs=rngs,
-        )
-      )
-      features = 4 * stage_width
-    stack = BranchStack(
-      blocks, shared_stem=self.version != '1', rngs=rngs, **wiring
-    )
-    return stack, features
-
-  def pool(self, x: jax.Array) -> jax.Array:
-    """The stack has pooled already: see `Streams.pooled`."""
+    At level 'block' the mean over space. A `BranchStack` has pooled already;
+    see `branches`.
+    """
+    if self.stack.spec.level == 'block':
+      return jnp.mean(layers.widened(x), (1, 2))
     return x
 
 
@@ -426,7 +413,7 @@ def list_models(pattern: str = '*') -> list[str]:
 
 
 def architecture_of(name: Any) -> Architecture:
-  """Returns what a name stands for.
+  """Returns what a name stands for; an architecture stands for itself.
 
   Beside the registry: 'resnetD', D = 6n+2, CIFAR-form with basic blocks, and
   'resnetD_bottleneck', D = 9n+2, with bottlenecks. 'resnet50' and 'resnet101'
@@ -436,6 +423,8 @@ def architecture_of(name: Any) -> Architecture:
     InputError: no network has this name or depth, or it has more than
       `limits.MAX_BLOCKS` blocks.
   """
+  if isinstance(name, Architecture):
+    return name
   shown = limits.shown(name)
   if not isinstance(name, str):
     raise InputError(f'model {shown} is no name; list_models() names all')
@@ -469,82 +458,115 @@ def architecture_of(name: Any) -> Architecture:
   )
 
 
-def _options_of(network: type[Network], stack: type[Any]) -> frozenset[str]:
-  """Returns the names that `create_model` passes on, beside its own."""
-  parts = network.__init__, network._make_stack, stack.__init__
-  names = {
-    parameter.name
-    for part in parts
-    for parameter in inspect.signature(part).parameters.values()
-    if parameter.kind is parameter.KEYWORD_ONLY
-  }
-  return frozenset(names - {'fan_in', 'num_classes', 'rngs', 'valid'})
-
-
-_OPTIONS = {
-  'block': _options_of(ResNet, MaskedStack),
-  'branch': _options_of(BranchResNeXt, BranchStack),
-}
+# Options of `create_model` beside the fields of `WiringSpec`, for a message.
+_OPTIONS = (
+  'adapter', 'dtype', 'in_channels', 'matmul_precision', 'remat', 'seed',
+  'stem_source', 'version', 'width',
+)  # fmt: skip
 
 
 def create_model(
-  name: str,
+  name: str | Architecture,
   *,
   num_classes: int,
-  fan_in: int = 4,
-  level: str = 'block',
-  **options: Any,
-) -> ResNet | BranchResNeXt:
-  """Builds a network by name.
+  spec: WiringSpec | None = None,
+  topology: Topology | BranchTopology | None = None,
+  in_channels: int = 3,
+  width: int | None = None,
+  dtype: DTypeLike = 'float32',
+  seed: int = 0,
+  version: str = VERSION,
+  matmul_precision: str = 'default',
+  stem_source: bool = True,
+  adapter: str = 'pool',
+  remat: str = 'none',
+  **wiring: Any,
+) -> Network:
+  """Builds a network, such as create_model('resnet38', num_classes=10).
 
   Args:
-    name: one of `list_models()`, or a CIFAR-form ResNet of another depth; see
-      `architecture_of`.
-    num_classes: width of the last layer.
-    fan_in: K, sources per block, or per branch.
-    level: 'block', where each block picks earlier blocks, or 'branch', where
-      each branch of a ResNeXt picks branches of the block before.
-    **options: rule ('learned', 'fixed_prev', 'fixed_random', 'fixed_all'),
-      in_channels (3), width (of the first stage; the network's own), dtype
-      ('float32' or 'bfloat16', of the activations), gradient (see
-      `draw_through`), initial, initial_spread, seed, version ('2', or '1' for
-      what was trained before; see `VERSION`), matmul_precision (of the products
-      of float32 in convolutions and matrices: 'default' is the device's, which
-      on GPUs from Ampere on may be TF32 and on TPUs is bfloat16, unless
-      JAX_DEFAULT_MATMUL_PRECISION says otherwise; 'high' is TF32, or three
-      passes of bfloat16; 'highest' is float32; a CPU has float32 alone, and
-      masks and statistics are always of float32); with level 'block' also
-      stem_source, adapter ('pool', 'projection', 'same_stage'), scale
-      ('mean', 'sum') and remat ('none', 'block'), see `MaskedStack`; with
-      level 'branch' identity ('1/K', '1/C').
+    name: see `architecture_of`; or an architecture of one's own.
+    num_classes: channels of the logits.
+    spec: how the blocks are wired; default `WiringSpec()`.
+    topology: the sources that are taken, whatever the spec's rule.
+    in_channels: of the images.
+    width: channels of the first stage; default the architecture's own.
+    dtype: of the activations, 'float32' or 'bfloat16'.
+    seed: of the weights, the real mask and a random topology.
+    version: '2', or '1' for models that were trained before; see `VERSION`.
+    matmul_precision: of the products of float32 in convolutions and matrices:
+      'default' is the device's, which on GPUs from Ampere on may be TF32 and on
+      TPUs is bfloat16, unless JAX_DEFAULT_MATMUL_PRECISION says otherwise;
+      'high' is TF32, or three passes of bfloat16; 'highest' is float32. A CPU
+      has float32 alone, and masks and statistics are always of float32.
+    stem_source: whether blocks after the first may take the stem's output.
+    adapter: what brings a source to a block's shape: 'pool' or 'projection',
+      see `adapters`; or 'same_stage', where sources of other shapes are barred.
+    remat: see `MaskedStack`. This and the two above are for level 'block'.
+    **wiring: fields of the spec, such as fan_in=10, in place of its own.
 
   Returns:
     A Flax NNX module: images float [N, H, W, in_channels] to logits
     float32 [N, num_classes].
 
   Raises:
-    InputError: an unknown name, rule or option, an impossible depth, a number
-      out of its bounds, see `limits`, or level 'branch' of a network that has
-      no branches.
+    InputError: an unknown name or option, an impossible value or topology, or
+      level 'branch' of a network without branches.
   """
-  limits.choice('level', level, spec.LEVELS)
+  spec = _spec_of(spec or WiringSpec(), wiring)
   architecture = architecture_of(name)
-  known = _OPTIONS[level]
-  for option in options:
-    if option not in known:
+  if spec.level == 'branch':
+    _check_branches(name, architecture, stem_source, adapter, remat)
+  return Network(
+    architecture,
+    spec,
+    topology=topology,
+    num_classes=num_classes,
+    in_channels=in_channels,
+    width=width,
+    dtype=dtype,
+    seed=seed,
+    version=version,
+    matmul_precision=matmul_precision,
+    stem_source=stem_source,
+    adapter=adapter,
+    remat=remat,
+  )
+
+
+def _spec_of(spec: WiringSpec, wiring: dict[str, Any]) -> WiringSpec:
+  """Returns the spec with these fields in place of its own.
+
+  Raises:
+    InputError: one is no field of the spec's level, or has a wrong value.
+  """
+  level = wiring.get('level', spec.level)
+  fields = spec_lib.fields_of(limits.choice('level', level, spec_lib.LEVELS))
+  for option in wiring:
+    if option not in fields:
       raise InputError(
         f'{limits.shown(option)} is no option of level {level!r}; it has'
-        f' {", ".join(sorted(known))}'
+        f' {", ".join(sorted((*fields, *_OPTIONS)))}'
       )
-  if level == 'block':
-    return ResNet(
-      architecture, num_classes=num_classes, fan_in=fan_in, **options
-    )
+  return dataclasses.replace(spec, **wiring)
+
+
+def _check_branches(
+  name: Any,
+  architecture: Architecture,
+  stem_source: bool,
+  adapter: str,
+  remat: str,
+) -> None:
+  """Raises InputError for a network that cannot be wired by branches."""
   if architecture.cardinality == 1:
     raise InputError(
-      f"model {name!r} has no branches; level 'branch' needs one of"
+      f"model {limits.shown(name)} has no branches; level 'branch' needs one of"
       f' {", ".join(list_models("resnext*"))}'
     )
-  return BranchResNeXt(
-    architecture, num_classes=num_classes, fan_in=fan_in, **options
-  )
+  if (stem_source, adapter, remat) != (True, 'pool', 'none'):
+    raise InputError(
+      f'stem_source={limits.shown(stem_source)}, adapter='
+      f'{limits.shown(adapter)} and remat={limits.shown(remat)} are for level'
+      " 'block' alone; leave them at True, 'pool' and 'none'"
+    )

@@ -16,7 +16,6 @@ import tqdm
 from clu import parameter_overview
 from flax import nnx
 
-from maskconnect_jax.method import connectivity
 from maskconnect_jax.networks import models
 from maskconnect_jax.run import distributed, experiment, steps
 
@@ -60,9 +59,7 @@ def describe(config: ml_collections.ConfigDict) -> str:
   own, wiring = config.connectivity, model.stack
   num_valid = int(np.sum(wiring.valid))
   links = (
-    model.topology.num_links
-    if model.topology
-    else int(connectivity.fan_in_of(wiring.valid, own.fan_in).sum())
+    model.topology.num_links if model.topology else int(wiring.row_fan_in.sum())
   )
   note = experiment.note_on_fan_in(job)
   weights = nnx.to_pure_dict(nnx.state(model, nnx.Param))

@@ -13,7 +13,7 @@ import optax
 from maskconnect_jax import config as config_lib
 from maskconnect_jax.data import datasets
 from maskconnect_jax.errors import InputError
-from maskconnect_jax.method import topology, wiring
+from maskconnect_jax.method import topology
 from maskconnect_jax.networks import models
 from maskconnect_jax.run import batches, distributed, optimizer, steps
 from maskconnect_jax.run import plan as plan_lib
@@ -59,7 +59,8 @@ class Experiment:
     config: see `maskconnect_jax/config.py`.
     dataset: in host memory, or streamed.
     plan: the durations in steps.
-    architecture: the arguments of `create_model`, plain enough for JSON.
+    architecture: the arguments of `create_model`, without spec and topology;
+      plain enough for JSON.
     model: the network before training.
     mesh: all devices.
     rates: the learning rates of the weights and of the masks, by step.
@@ -90,9 +91,10 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   architecture = architecture_of(
     config, len(dataset.classes), dataset.image_shape[-1]
   )
-  model: models.Network = models.create_model(**architecture)
-  if config.connectivity.rule == 'fixed_given':
-    model = with_given_topology(config, model)
+  spec = config_lib.wiring_spec(config)
+  model = models.create_model(
+    **architecture, spec=spec, topology=given_topology(config)
+  )
   mean, std = tuple(config.data.mean), tuple(config.data.std)
   if not (mean and std):
     measured = [tuple(map(float, v)) for v in dataset.mean_and_std()]
@@ -104,7 +106,6 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     )
   mesh = distributed.make_mesh()
   rates = make_schedules(config, plan)
-  last = config.connectivity.temperature
   recipe = steps.Recipe(
     network=steps.split(model)[0],
     optimizer=optimizer.partitioned(
@@ -122,7 +123,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
       ),
     ),
     seed=config.seed,
-    temperature=lambda step: plan_lib.temperature(last, plan.share(step)),
+    temperature=lambda step: spec.temperature_at(plan.share(step)),
     pad=config.data.pad if config.data.crop == 'pad' else 0,
     flip=config.data.flip,
     mean=mean,
@@ -140,32 +141,26 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
 def architecture_of(
   config: ml_collections.ConfigDict, num_classes: int, in_channels: int
 ) -> dict[str, Any]:
-  """Returns the arguments of `create_model` that a config stands for."""
-  own = config.connectivity
+  """Returns the arguments of `create_model` that a config stands for.
+
+  Beside them stand its spec and the topology that it gives.
+  """
+  own, model = config.connectivity, config.model
   architecture = {
-    'name': config.model.name,
+    'name': model.name,
     'num_classes': num_classes,
     'in_channels': in_channels,
-    'width': config.model.width or None,
-    'dtype': config.model.dtype,
-    'fan_in': own.fan_in,
-    'rule': 'fixed_prev' if own.rule == 'fixed_given' else own.rule,
-    'gradient': own.gradient,
-    'initial': own.initial,
-    'initial_spread': own.initial_spread,
+    'width': model.width or None,
+    'dtype': model.dtype,
     'seed': config.seed,
-    'level': own.level,
-    'version': config.model.version,
-    'matmul_precision': config.model.matmul_precision,
+    'version': model.version,
+    'matmul_precision': model.matmul_precision,
   }
-  if own.level == 'branch':
-    architecture['identity'] = own.branch_identity
-  else:
+  if own.level == 'block':
     architecture |= {
       'stem_source': own.stem_source,
       'adapter': own.adapter,
-      'scale': own.scale,
-      'remat': config.model.remat,
+      'remat': model.remat,
     }
   return architecture
 
@@ -180,32 +175,35 @@ def held_out(job: Experiment) -> tuple[str, datasets.Split | datasets.Stream]:
   return 'test', job.dataset.test
 
 
-def with_given_topology(
-  config: ml_collections.ConfigDict, model: models.Network
-) -> models.Network:
-  """Returns the model, wired as `config.connectivity.topology` says.
+def given_topology(
+  config: ml_collections.ConfigDict,
+) -> topology.Topology | topology.BranchTopology | None:
+  """Returns the topology of `config.connectivity.topology`; None without one.
 
   Raises:
-    InputError: there is none, it is damaged, or is another network's.
+    InputError: it is not there, damaged, or another network's.
   """
-  path = config_lib.given_path(
-    config.connectivity.topology, 'config.connectivity.topology'
-  )
+  own = config.connectivity
+  if own.rule != 'fixed_given':
+    return None
+  path = config_lib.given_path(own.topology, 'config.connectivity.topology')
   given = topology.read(
     path,
     remedy='config.connectivity.topology takes the topology.json of a finished'
     ' run',
   )
-  valid = model.stack.valid
+  valid = models.architecture_of(config.model.name).valid_sources(
+    own.level, stem_source=own.stem_source, adapter=own.adapter
+  )
   try:
     given.check(valid)
   except InputError as error:
     raise InputError(
       f'{path} is not of {config.model.name}: {error}'
     ) from error
-  if config.connectivity.shuffled:
+  if own.shuffled:
     given = given.shuffled(np.random.default_rng(config.seed), valid)
-  return wiring.freeze(model, given)
+  return given
 
 
 def training_batches(job: Experiment) -> batches.Batches:

@@ -51,7 +51,8 @@ def save(
   Args:
     folder: such as workdir/model.
     model: from `wiring.prune`.
-    architecture: the arguments of `create_model`.
+    architecture: the arguments of `create_model`, without spec and topology,
+      which the model has.
     classes: name of each output.
     image_shape: (height, width, channels) that images are brought to.
     resize: of the shorter side, before the centre is cropped; 0: none.
@@ -69,7 +70,9 @@ def save(
     return
   record = {
     'schema': model_record.SCHEMA,
-    'architecture': {'version': model.version} | architecture,
+    'architecture': (
+      {'version': model.version} | architecture | model.stack.spec.to_dict()
+    ),
     'topology': model.topology.to_dict(),
     'digest': checkpoint.digest(arrays),
     'classes': list(classes),
@@ -114,15 +117,12 @@ def load(folder: str | Path) -> Classifier:
   arrays_folder = folder / 'arrays'
   stored = checkpoint.stored_arrays(arrays_folder)
   model_record.check_blocks(arrays_folder, frozen, stored)
-  # The rule and the seed decide what a network starts from, and no shape.
-  given = {'version': '1'} | record['architecture']  # had no name then
-  architecture = given | {'rule': 'fixed_prev', 'seed': 0}
+  # Version 1 had no name when it was the only one.
+  architecture = {'version': '1'} | record['architecture']
   architecture.pop('gradient_every', None)  # of version 0.1.0, for training
   try:
     abstract = nnx.eval_shape(
-      lambda: wiring.prune(
-        wiring.freeze(models.create_model(**architecture), frozen)
-      )
+      lambda: wiring.prune(models.create_model(**architecture, topology=frozen))
     )
   except (TypeError, ValueError) as error:
     why = str(error).splitlines()[0]

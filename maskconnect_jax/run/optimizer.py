@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from maskconnect_jax.method import connectivity
+
 
 def schedule(
   kind: str,
@@ -101,7 +103,7 @@ def masks_transform(
   *,
   momentum: float = 0.0,
 ) -> optax.GradientTransformation:
-  """r <- clip(r - rate * dloss/db, 0, 1), without weight decay.
+  """r <- project(r - rate * dloss/dr, valid), without weight decay.
 
   Args:
     rate: learning rate by step.
@@ -111,16 +113,19 @@ def masks_transform(
   return optax.chain(
     optax.identity(),  # a checkpoint names the states after it by their place
     optax.sgd(rate, momentum or None),
-    box_projection(jnp.asarray(valid, jnp.float32)),
+    projection(valid),
   )
 
 
-def box_projection(upper: jax.Array) -> optax.GradientTransformation:
-  """Changes updates u so that every parameter p + u stays in [0, upper].
+def projection(valid: Any) -> optax.GradientTransformation:
+  """Changes updates u so that r + u is `connectivity.project`ed.
 
-  clip(p + u, 0, upper) - p is at least -p and at most fl(upper - p), so that
-  adding it to p does not leave the box for an upper of 0 or 1, rounding
-  included: p + fl(1 - p) rounds to 1.
+  The update is project(r + u) - r. It is at least -r and at most fl(1 - r), so
+  that adding it to r does not leave the box, rounding included: r + fl(1 - r)
+  rounds to 1.
+
+  Args:
+    valid: bool, of the shape of r.
   """
 
   def update(
@@ -129,9 +134,7 @@ def box_projection(upper: jax.Array) -> optax.GradientTransformation:
     if params is None:
       raise ValueError('the projection needs the parameters')
     return jax.tree.map(
-      lambda p, u: optax.projections.projection_box(p + u, 0.0, upper) - p,
-      params,
-      updates,
+      lambda r, u: connectivity.project(r + u, valid) - r, params, updates
     ), state
 
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

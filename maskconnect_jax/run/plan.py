@@ -103,18 +103,6 @@ class Plan:
     return text
 
 
-def temperature(last: float, share: Any) -> Any:
-  """Returns the temperature T of the drawn masks: T = last ** share.
-
-  T falls from 1 at the start of the connectivity phase to `last` at its end.
-
-  Args:
-    last: `config.connectivity.temperature`, above 0.
-    share: see `Plan.share`; a number, or a NumPy or JAX array.
-  """
-  return last**share
-
-
 def make(config: ml_collections.ConfigDict, num_examples: int) -> Plan:
   """Turns the durations of a config into steps.
 

@@ -18,6 +18,7 @@ import numpy as np
 from maskconnect_jax import config as config_lib
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import connectivity, topology
+from maskconnect_jax.method.spec import WiringSpec
 from maskconnect_jax.networks import models
 from maskconnect_jax.run import experiment, metrics
 from maskconnect_jax.run import plan as plan_lib
@@ -68,9 +69,8 @@ class Trajectory:
   def entropies(self) -> np.ndarray:
     """Entropy of p relative to its largest, float64 [T, J]."""
     r = np.maximum(self.masks, connectivity.PROBABILITY_FLOOR, dtype=np.float64)
-    temperature = plan_lib.temperature(
-      self.fields['connectivity.temperature'], self.progress
-    )
+    last = WiringSpec(temperature=self.fields['connectivity.temperature'])
+    temperature = last.temperature_at(self.progress)
     scores = np.log(r) / temperature[:, None, None]
     scores -= scores.max(-1, where=self.valid, initial=-np.inf, keepdims=True)
     weights = np.where(self.valid, np.exp(np.minimum(scores, 0)), 0)
@@ -176,12 +176,13 @@ def _at_the_start(
   """Returns the valid sources, bool, and r before training, of r's shape."""
   # Neither hangs on the data, nor on how many classes and channels it has.
   architecture = experiment.architecture_of(config, 1, 3)
+  spec = config_lib.wiring_spec(config)
   valid = []
 
   # Under jit only r is computed: the weights, which nothing asks for, are not.
   @jax.jit
   def start() -> jax.Array:
-    stack = models.create_model(**architecture).stack
+    stack = models.create_model(**architecture, spec=spec).stack
     valid.append(np.array(stack.valid))
     return stack.real_mask[...]
 

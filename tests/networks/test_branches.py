@@ -32,8 +32,9 @@ EPSILON = 1e-5
 
 
 def make(fan_in=3, **options):
-  return models.BranchResNeXt(
+  return models.create_model(
     NETWORK,
+    level='branch',
     num_classes=CLASSES,
     fan_in=fan_in,
     width=WIDTH,
@@ -160,7 +161,9 @@ def test_one_drawn_chain_of_branches_trains_at_the_ordinary_rate():
   labels = rng.integers(0, CLASSES, (steps, batch))
   means = 0.5 * rng.normal(size=(CLASSES, SIZE, SIZE, 3))
   pixels = means[labels] + rng.normal(size=(steps, batch, SIZE, SIZE, 3))
-  model = models.BranchResNeXt(NETWORK, num_classes=CLASSES, fan_in=1, width=32)
+  model = models.create_model(
+    NETWORK, level='branch', num_classes=CLASSES, fan_in=1, width=32
+  )
   network, weights, rest = nnx.split(model, nnx.Param, ...)
   transform = optax.sgd(0.1, momentum=0.9, nesterov=True)
 

@@ -14,6 +14,7 @@ from flax import nnx
 from maskconnect_jax import config
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import adapters, connectivity, wiring
+from maskconnect_jax.method.spec import WiringSpec
 from maskconnect_jax.method.stack import MaskedStack
 from maskconnect_jax.method.topology import Topology, from_mask
 from maskconnect_jax.networks import layers, models
@@ -26,7 +27,7 @@ RNG = np.random.default_rng(0)
 def small(depths=(2, 2, 2), **options):
   """Blocks of 4, 8 and 16 channels."""
   options = {'num_classes': 5, 'width': 4, 'fan_in': 2, 'seed': 3} | options
-  return models.ResNet(models.Architecture(depths, width=4), **options)
+  return create_model(models.Architecture(depths, width=4), **options)
 
 
 def images(count=4, height=8, width=8, channels=3):
@@ -538,17 +539,14 @@ def test_parameter_counts_are_the_published(depth, num_classes, millions):
   assert len(model.stack.blocks) == (depth - 2) // 2
 
 
-@pytest.mark.parametrize('stack', [MaskedStack, BranchStack])
-def test_a_stack_by_hand_has_the_configs_defaults(stack):
+def test_all_that_is_wired_has_the_configs_defaults():
+  spec = config.wiring_spec(config.default())
+  assert spec == WiringSpec()
+  assert stack_of(2)[0].spec == spec
+  own = inspect.signature(create_model).parameters
   fields = config.default().connectivity
-  own = {
-    name: given.default
-    for name, given in inspect.signature(stack.__init__).parameters.items()
-    if name in fields and given.default is not inspect.Parameter.empty
-  }
-  assert own.pop('adapter', None) is None  # a callable, not a name
-  assert own.keys() >= {'rule', 'gradient', 'initial', 'initial_spread'}
-  assert own == {name: fields[name] for name in own}
+  for name in ('stem_source', 'adapter'):
+    assert own[name].default == fields[name]
 
 
 def test_real_masks_are_not_counted_as_parameters():
@@ -882,7 +880,7 @@ def test_a_stack_of_branches_that_cannot_be_made_is_named(branches, message):
     BranchBlock(2, 2, 2, branches=count, rngs=nnx.Rngs(0)) for count in branches
   ]
   with pytest.raises(InputError, match=message):
-    BranchStack(blocks, fan_in=1, rngs=nnx.Rngs(0))
+    BranchStack(blocks, WiringSpec(level='branch'), rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize('option', ['adapter', 'scale', 'gradient', 'rule'])

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from maskconnect_jax.method.spec import WiringSpec
 from maskconnect_jax.run import plan
 
 PLAN = plan.Plan(
@@ -36,12 +37,15 @@ def test_what_is_due_and_when():
 def test_the_temperature_is_that_of_the_runs_before(last):
   """To the bit: optax's decay was it in version 0.1.0."""
   before = jax.jit(optax.exponential_decay(1.0, 12, last))
-  now = jax.jit(lambda step: plan.temperature(last, PLAN.share(step)))
+  now = jax.jit(
+    lambda step: WiringSpec(temperature=last).temperature_at(PLAN.share(step))
+  )
   for step in jnp.arange(25):
     assert now(step) == before(step)
   steps = np.array([0, 6, 12])
   np.testing.assert_allclose(
-    plan.temperature(last, PLAN.share(steps)), [1, last**0.5, last]
+    WiringSpec(temperature=last).temperature_at(PLAN.share(steps)),
+    [1, last**0.5, last],
   )
 
 

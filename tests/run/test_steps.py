@@ -72,7 +72,7 @@ def made(model, **fields):
 
 
 def tiny(**options):
-  return models.ResNet(
+  return models.create_model(
     models.Architecture((1, 1, 1), width=4),
     **{'num_classes': CLASSES, 'fan_in': 1, 'width': 4, 'in_channels': 1}
     | options,
@@ -145,7 +145,7 @@ def test_a_step_is_that_of_its_own_images_and_of_the_mask_of_its_key(
     before = states[step]
     model = nnx.merge(recipe.network, *before.variables(), copy=True)
     indices = batch_of(step)
-    mask = np.array(model.draw(key))
+    mask = np.array(model.draw(key, 1.0))
     masks.add(mask.tobytes())
     logits = run(before.variables(), normalized(indices), mask)
     losses = cross_entropy(logits, LABELS[indices], SMOOTHING)
@@ -261,7 +261,7 @@ def test_a_step_with_mixup_is_that_of_the_mixed_batch(learned):
   before = np.roll(np.arange(BATCH), 1)
   x = m * normalized(np.arange(BATCH)) + (1 - m) * normalized(before)
   model = nnx.merge(recipe.network, *state.variables(), copy=True)
-  logits = model(x, model.draw(mask_key), train=True)
+  logits = model(x, model.draw(mask_key, 1.0), train=True)
   own, other = (
     cross_entropy(logits, LABELS[i], SMOOTHING).mean()
     for i in (np.arange(BATCH), before)
@@ -320,7 +320,7 @@ def test_evaluation_counts_the_examples_and_not_the_padding(learned, path, key):
   variables = path[0][-1].variables()
   key = None if key is None else jax.random.key(key)
   model = nnx.merge(recipe.network, *variables, copy=True)
-  mask = None if key is None else model.draw(key)
+  mask = None if key is None else model.draw(key, 1.0)
   logits = model(normalized(np.arange(COUNT)), mask)
   losses = cross_entropy(logits, LABELS)
   right = np.argmax(logits, -1) == LABELS
