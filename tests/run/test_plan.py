@@ -44,7 +44,7 @@ def test_the_temperature_is_that_of_the_runs_before(last):
     assert now(step) == before(step)
   steps = np.array([0, 6, 12])
   np.testing.assert_allclose(
-    WiringSpec(temperature=last).temperature_at(PLAN.share(steps)),
+    spec.temperature_at(PLAN.share(steps)),
     [1, last**0.5, last],
   )
 
