@@ -37,9 +37,8 @@ def test_what_is_due_and_when():
 def test_the_temperature_is_that_of_the_runs_before(last):
   """To the bit: optax's decay was it in version 0.1.0."""
   before = jax.jit(optax.exponential_decay(1.0, 12, last))
-  now = jax.jit(
-    lambda step: WiringSpec(temperature=last).temperature_at(PLAN.share(step))
-  )
+  spec = WiringSpec(temperature=last)
+  now = jax.jit(lambda step: spec.temperature_at(PLAN.share(step)))
   for step in jnp.arange(25):
     assert now(step) == before(step)
   steps = np.array([0, 6, 12])
