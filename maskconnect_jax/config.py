@@ -169,7 +169,7 @@ def default() -> ml_collections.ConfigDict:
   config.model.remat = 'none'  # or 'block': computed again, not kept
   config.model.version = '2'  # see `models.VERSION`; a workdir keeps its own
 
-  # The rows of "Decided here" (README) are these fields. phase, gradient and
+  # The rows of docs/method.md's last table are these fields. phase, gradient and
   # temperature, and the masks' rate, are what docs/results.md picked.
   config.connectivity = ml_collections.ConfigDict()
   wiring = spec.WiringSpec()  # has the defaults and meanings of its fields

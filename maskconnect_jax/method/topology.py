@@ -1,7 +1,7 @@
 """A frozen mask as plain Python: known before anything is compiled.
 
 `from_mask` makes one of a binary mask; `to_dict` and `from_dict` are its JSON
-form, which README, "The workdir", documents.
+form, which docs/running.md documents.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ class Topology:
     return Topology(tuple(rows))
 
   def to_dict(self) -> dict[str, Any]:
-    """Returns the JSON form; README, "topology.json", documents it."""
+    """Returns the JSON form; docs/running.md documents it."""
     return {
       'schema': SCHEMA,
       'form': 'block',
@@ -233,7 +233,7 @@ class BranchTopology:
     return tuple(tuple(sorted(branches)) for branches in reversed(live))
 
   def to_dict(self) -> dict[str, Any]:
-    """Returns the JSON form; README, "topology.json", documents it."""
+    """Returns the JSON form; docs/running.md documents it."""
     live = self.live_branches
     count = len(self.sources[0])
     first: tuple[tuple[int, ...], ...] = ((),) * count  # they take the stem

@@ -94,7 +94,7 @@ def summarize(
   skipped: int,
   clock: metrics.Throughput,
 ) -> dict[str, Any]:
-  """Returns the content of summary.json; README, "The workdir"."""
+  """Returns the content of summary.json; docs/running.md, "The workdir"."""
   own = job.config.connectivity
   return {
     'model': job.config.model.name,

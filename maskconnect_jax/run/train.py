@@ -66,7 +66,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
 
   Args:
     config: see `maskconnect_jax/config.py`.
-    workdir: where everything is written; README, "The workdir".
+    workdir: where everything is written; docs/running.md, "The workdir".
 
   Raises:
     InputError: something given cannot be used, raised before anything is
