@@ -12,15 +12,15 @@
 Each block of resnet38 picks 10 blocks. With `branch`, each branch picks 4 of 8:
 of resnext20_8x4d on CIFAR-10, of resnext29_8x8d on CIFAR-100.
 
-The set comes from TFDS, prepared once, without TensorFlow, as docs/data.md says;
-or from an image folder with --config.data.source=folder --config.data.dir=DIR.
+The set comes from TFDS, prepared once as docs/data.md says; or from an image
+folder with --config.data.source=folder --config.data.dir=DIR.
 
 300 epochs of 50,000 images: not yet run to their end. On CIFAR-10 (JPEG) with
 --config.duration='1 epochs', seed 0, after pruning:
 
   10         60.23 %, 7 min on two CPU cores
-  10,branch  39.43 % with the plain settings (docs/method.md), which leave 38 of the 48
-             branches; 25 min on two busy CPU cores
+  10,branch  39.43 % with the plain settings (docs/method.md), which leave 38 of
+             the 48 branches; 25 min on two busy CPU cores
 """
 
 import ml_collections

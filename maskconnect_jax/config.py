@@ -169,8 +169,8 @@ def default() -> ml_collections.ConfigDict:
   config.model.remat = 'none'  # or 'block': computed again, not kept
   config.model.version = '2'  # see `models.VERSION`; a workdir keeps its own
 
-  # The rows of docs/method.md's last table are these fields. phase, gradient and
-  # temperature, and the masks' rate, are what docs/results.md picked.
+  # The last table of docs/method.md explains these fields. docs/results.md
+  # picked phase, gradient, temperature and the masks' rate.
   config.connectivity = ml_collections.ConfigDict()
   wiring = spec.WiringSpec()  # has the defaults and meanings of its fields
   config.connectivity.rule = wiring.rule
