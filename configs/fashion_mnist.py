@@ -6,7 +6,8 @@
 DIR holds train-images-idx3-ubyte[.gz] and the other three; Debian's package
 dataset-fashion-mnist puts them into /usr/share/datasets/fashion-mnist.
 With --config.duration='2 epochs', seed 0, and the plain settings
-(docs/method.md): 89.31 % after pruning, 23 min on two busy CPU cores. Not yet run to its end.
+(docs/method.md): 89.31 % after pruning, 23 min on two busy CPU cores. Not yet
+run to its end.
 """
 
 import ml_collections
