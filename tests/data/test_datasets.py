@@ -815,7 +815,8 @@ def test_tfds_is_read_without_tensorflow(tmp_path):
   prepare(tmp_path, {'train': arrays, 'test': arrays})
   code = f"""
 import sys
-from maskconnect_jax import config, datasets, sources
+from maskconnect_jax import config
+from maskconnect_jax.data import datasets
 data = config.default().data
 data.source, data.name, data.dir = 'tfds', 'shapes', {str(tmp_path)!r}
 print(len(datasets.load(data).train), 'tensorflow' in sys.modules)
