@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from maskconnect_jax import files, limits
 from maskconnect_jax.errors import InputError as InputError
 from maskconnect_jax.fields import (
   LARGEST_FLOAT32,
-  MOST,
   Choice,
   Duration,
   Field,
@@ -33,7 +31,6 @@ from maskconnect_jax.fields import (
   Switch,
   Text,
   expanded,
-  parse_duration,
   shown,
   whole,
 )
@@ -206,29 +203,34 @@ def default() -> ml_collections.ConfigDict:
   config.optimizer.label_smoothing = 0.0
   config.optimizer.average = 0.0  # decay of averaged weights, used if not 0
 
-  config.data = ml_collections.ConfigDict()
-  config.data.source = 'digits'
-  config.data.name = ''  # the TFDS name, with source 'tfds'
-  config.data.dir = ''  # where the files are ('tfds': the data_dir)
-  config.data.image_size = 0  # pixels of a side; 0: as they are
-  config.data.eval_resize = 0  # the shorter side, then cropped; 0: squashed
-  config.data.validation = 0  # training images held out for choosing settings
-  config.data.train_images = 0  # trained on, of the others; 0: all of them
-  config.data.skip_errors = False  # count and skip images that do not decode
-  config.data.max_pixels = 128_000_000  # of one image; larger are refused
-  config.data.memory_gb = 8.0  # sets that need more are decoded while training
-  config.data.threads = 16  # that decode then, at most one for each core; ...
-  config.data.workers = 0  # ... in so many processes; 0: in this one
-  config.data.crop = 'pad'  # or 'resized', a random part of a random shape
-  config.data.crop_scale = (0.08, 1.0)  # 'resized': share of the image
-  config.data.pad = 4  # 'pad': random crop after so many pixels of padding
-  config.data.flip = True  # random horizontal flip
-  config.data.randaugment = 0  # RandAugment's N, with 'resized'; 0: off
-  config.data.randaugment_magnitude = 9.0  # and its M, 0 to 10
-  config.data.mixup = 0.0  # alpha of mixup; 0: off
-  config.data.mean = ()  # per channel on the 0..255 scale; (): measured
-  config.data.std = ()
+  config.data = _default_data()
   return config
+
+
+def _default_data() -> ml_collections.ConfigDict:
+  data = ml_collections.ConfigDict()
+  data.source = 'digits'
+  data.name = ''  # the TFDS name, with source 'tfds'
+  data.dir = ''  # where the files are ('tfds': the data_dir)
+  data.image_size = 0  # pixels of a side; 0: as they are
+  data.eval_resize = 0  # the shorter side, then cropped; 0: squashed
+  data.validation = 0  # training images held out for choosing settings
+  data.train_images = 0  # trained on, of the others; 0: all of them
+  data.skip_errors = False  # count and skip images that do not decode
+  data.max_pixels = 128_000_000  # of one image; larger are refused
+  data.memory_gb = 8.0  # sets that need more are decoded while training
+  data.threads = 16  # that decode then, at most one for each core; ...
+  data.workers = 0  # ... in so many processes; 0: in this one
+  data.crop = 'pad'  # or 'resized', a random part of a random shape
+  data.crop_scale = (0.08, 1.0)  # 'resized': share of the image
+  data.pad = 4  # 'pad': random crop after so many pixels of padding
+  data.flip = True  # random horizontal flip
+  data.randaugment = 0  # RandAugment's N, with 'resized'; 0: off
+  data.randaugment_magnitude = 9.0  # and its M, 0 to 10
+  data.mixup = 0.0  # alpha of mixup; 0: off
+  data.mean = ()  # per channel on the 0..255 scale; (): measured
+  data.std = ()
+  return data
 
 
 def wiring_spec(config: ml_collections.ConfigDict) -> spec.WiringSpec:
@@ -451,43 +453,3 @@ def unknown_field(path: str) -> str:
     else ('maskconnect_jax/config.py lists the fields')
   )
   return f'config.{path} is not a config field; {hint}'
-
-
-def to_steps(
-  text: str,
-  *,
-  batch_size: int,
-  num_examples: int,
-  total: int | None = None,
-  name: str = 'duration',
-) -> int:
-  """Returns a duration in training steps.
-
-  Args:
-    text: '60 epochs', '400 steps', '1e6 examples', or '50%' of `total`.
-    batch_size: examples in a step.
-    num_examples: examples in the training set; an epoch is
-      `num_examples // batch_size` steps, which drops the remainder.
-    total: steps of the whole run, needed for '%'.
-    name: the field, for the message.
-
-  Returns:
-    At most 2**31 - 1, which no run reaches.
-
-  Raises:
-    InputError: `text` is no duration, or a per cent without a `total`.
-  """
-  if fault := Duration().wrong(text):
-    raise InputError(f'{name}={shown(text)} {fault}')
-  amount, unit = parse_duration(text) or (0.0, '')
-  if unit == '%':
-    if total is None:
-      raise InputError(f'{name}={text!r} cannot be a per cent')
-    steps = amount / 100 * total
-  elif unit == 'epochs':
-    steps = amount * (num_examples // batch_size)
-  elif unit == 'examples':
-    steps = math.ceil(amount / batch_size)
-  else:
-    steps = amount
-  return round(min(steps, MOST))

@@ -20,71 +20,11 @@ NAN, INF = float('nan'), float('inf')
 CONFIGS = sorted((Path(__file__).parents[1] / 'configs').glob('*.py'))
 
 
-@pytest.mark.parametrize(
-  ('text', 'steps'),
-  [
-    ('400 steps', 400),
-    ('1 step', 1),
-    ('0 steps', 0),
-    ('1 epoch', 11),  # 1437 // 128: what is over is not an own step
-    ('60 epochs', 660),
-    ('0.5 epochs', 6),  # 5.5, and Python rounds to even
-    ('1e3 examples', 8),  # 7.8: as many as are asked for, or more
-    ('1024 examples', 8),
-    ('1025 examples', 9),
-    ('50%', 100),
-    (' 12.5 % ', 25),
-    ('.5%', 1),
-    ('2e2steps', 200),
-  ],
-)
-def test_to_steps(text, steps):
-  assert (
-    config_lib.to_steps(text, batch_size=128, num_examples=1437, total=200)
-    == steps
-  )
-
-
-@pytest.mark.parametrize(
-  'text',
-  ['', '60', 'epochs', '60 epoch s', '-1 steps', '1.2.3 steps', '. steps',
-   'nan steps', 'inf steps', '1e999 steps', '5 minutes', '60 epochs!', 3, None,
-   '1 steps\0', '\u0663 steps', '60 epochs\n400 steps'],
-)  # fmt: skip
-def test_bad_durations(text):
-  with pytest.raises(config_lib.InputError) as error:
-    config_lib.to_steps(text, batch_size=1, num_examples=1, name='config.x')
-  assert str(error.value).startswith(f'config.x={text!r} is not a duration')
-  assert '60 epochs' in str(error.value)
-
-
-@pytest.mark.parametrize('unit', ['%', ' steps', ' epochs', ' examples'])
-@pytest.mark.parametrize('amount', ['1e99', '9' * 300])
-def test_a_duration_without_end_is_a_number_of_steps(amount, unit):
-  assert (
-    config_lib.to_steps(
-      f'{amount}{unit}', batch_size=1, num_examples=9, total=9
-    )
-    == 2**31 - 1
-  )
-
-
-def test_a_duration_of_more_digits_than_a_float_has():
-  with pytest.raises(config_lib.InputError, match='is not a duration') as error:
-    config_lib.to_steps('9' * 400 + ' steps', batch_size=1, num_examples=1)
-  assert len(str(error.value)) < 400
-
-
 @pytest.mark.parametrize('duration', ['1e99 epochs', '3e9 steps'])
 def test_a_run_that_is_too_long(duration):
   config = changed('duration', duration)
   with pytest.raises(config_lib.InputError, match='is too long; a run has'):
     plan.make(config, num_examples=1000)
-
-
-def test_a_per_cent_of_nothing():
-  with pytest.raises(config_lib.InputError, match='cannot be a per cent'):
-    config_lib.to_steps('50%', batch_size=1, num_examples=1)
 
 
 def test_flat():

@@ -18,7 +18,7 @@ import tqdm
 from absl import logging
 
 from maskconnect_jax import names
-from maskconnect_jax.data import fingerprint, photographs, sources
+from maskconnect_jax.data import fingerprint, in_memory, photographs, sources
 from maskconnect_jax.data import images as images_lib
 from maskconnect_jax.data.sources import Source
 from maskconnect_jax.errors import InputError
@@ -317,7 +317,7 @@ def _in_memory(source: Source, data: ml_collections.ConfigDict) -> Dataset:
       max_pixels=data.max_pixels,
     )
 
-  pixels, kept, errors = images_lib.read_all(
+  pixels, kept, errors = in_memory.read_all(
     read,
     len(source),
     name=source.name,

@@ -18,16 +18,12 @@ converted exactly as the images the network was trained on:
 
 from __future__ import annotations
 
-import concurrent.futures
 import io
 import math
 import os
-import time
-from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
-import tqdm
 from PIL import Image, UnidentifiedImageError
 
 from maskconnect_jax import config, names
@@ -45,9 +41,7 @@ _TURNS = {  # its value -> what makes the image upright
 }
 
 _MODES = {1: 'L', 3: 'RGB'}
-_CHUNK = 64  # images a task reads: far more work than handing the task out
 _WHOLE = 2**24  # pixels that a crop's image may be resized to
-_SLOW = 5e-4  # seconds an image takes from which on threads pay
 
 
 def decode(
@@ -207,108 +201,6 @@ def to_array(
     pil = pil.resize(size[::-1], Image.Resampling.BILINEAR)
   array = np.array(pil)
   return array[:, :, None] if channels == 1 else array
-
-
-def read_all(
-  read: Callable[[int], np.ndarray],
-  count: int,
-  *,
-  name: str,
-  memory_gb: float,
-  skip_errors: bool = False,
-) -> tuple[np.ndarray, np.ndarray, list[str]]:
-  """Reads many images into one array, in parallel where that helps.
-
-  Args:
-    read: called with i in [0, count), possibly from several threads and more
-      than once: uint8 [H, W, C]. Raises InputError where it cannot.
-    count: how many images there are.
-    name: what to call all of them in a message.
-    memory_gb: 1e9 bytes that the array may take.
-    skip_errors: leave out what cannot be read.
-
-  Returns:
-    uint8 [M, H, W, C] in the order of i; bool [count], which M of them these
-    are; the messages of the others, in order.
-
-  Raises:
-    InputError: an image cannot be read, none can, they differ in size, or they
-      take more than `memory_gb`.
-  """
-  errors: dict[int, str] = {}
-
-  def attempt(i: int) -> np.ndarray | None:
-    try:
-      return read(i)
-    except config.InputError as error:
-      if not skip_errors:
-        raise config.InputError(
-          f'{error}, or set config.data.skip_errors=True'
-        ) from error
-      errors[i] = str(error)
-      return None
-
-  first = next(
-    (image for image in map(attempt, range(count)) if image is not None), None
-  )
-  if first is None:
-    why = f': {errors[0]}' if errors else ''
-    raise config.InputError(f'{name} has no images{why or "; put some there"}')
-  gigabytes = count * math.prod(first.shape) / 1e9
-  if gigabytes > memory_gb:
-    raise config.InputError(
-      f'config.data.memory_gb={memory_gb} is too little: the {count} images'
-      f' take {gigabytes:.3g} GB decoded; allow that much or set a smaller'
-      ' config.data.image_size'
-    )
-  pixels = np.empty((count, *first.shape), np.uint8)
-
-  def read_chunk(start: int) -> int:
-    chunk = range(start, min(start + _CHUNK, count))
-    for i in chunk:
-      image = attempt(i)
-      if image is None:
-        continue
-      if image.shape != first.shape:
-        # Looking at 100 of them is enough to suggest a size.
-        some = map(attempt, range(0, count, -(-count // 100)))
-        sides = [image.shape[:2] for image in some if image is not None]
-        raise config.InputError(
-          f'{name} has images of different sizes ({first.shape[0]}x'
-          f'{first.shape[1]}, {image.shape[0]}x{image.shape[1]}, ...); set'
-          f' config.data.image_size={round(np.median(sides))} or another'
-          ' size for all'
-        )
-      pixels[i] = image
-    return len(chunk)
-
-  with tqdm.tqdm(
-    total=count,
-    desc='decoding',
-    unit=' images',
-    delay=2,
-    leave=False,
-    disable=None,
-  ) as progress:
-    # Pillow decodes without the GIL but parses headers with it: two threads
-    # speed photographs up by a third and slow 32x32 thumbnails down by a half
-    # (measured). So the first chunk is timed and decides.
-    began = time.perf_counter()
-    done = read_chunk(0)
-    slow = (time.perf_counter() - began) / done > _SLOW
-    progress.update(done)
-    with concurrent.futures.ThreadPoolExecutor(
-      os.cpu_count() if slow else 1
-    ) as pool:
-      for done in pool.map(read_chunk, range(_CHUNK, count, _CHUNK)):
-        progress.update(done)
-  kept = np.ones(count, bool)
-  kept[list(errors)] = False
-  return (
-    pixels[kept] if errors else pixels,
-    kept,
-    [errors[i] for i in sorted(errors)],
-  )
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:

@@ -12,6 +12,7 @@ import os
 import pathlib
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -236,6 +237,23 @@ def _image_folder(data: ml_collections.ConfigDict) -> Source:
   )
 
 
+def _tfds_builder(
+  tfds: Any, data: ml_collections.ConfigDict, folder: pathlib.Path | None
+) -> Any:
+  try:
+    return tfds.builder(data.name, data_dir=folder)
+  except ValueError as error:
+    remedy = (
+      'python -m maskconnect_jax.main --mode=prepare --images=DIR prepares it'
+      if data.name == 'mini_imagenet'
+      else 'https://www.tensorflow.org/datasets/catalog lists them'
+    )
+    raise InputError(
+      f'config.data.name={data.name!r} is not a set that TFDS knows or finds in'
+      f' config.data.dir={data.dir!r}; {remedy}'
+    ) from error
+
+
 def _tfds(data: ml_collections.ConfigDict) -> Source:
   """A TFDS set prepared as ArrayRecord, read without TensorFlow."""
   if not data.name:
@@ -252,18 +270,7 @@ def _tfds(data: ml_collections.ConfigDict) -> Source:
       " 'maskconnect_jax[tfds]'"
     ) from error
   name = f'config.data.name={data.name!r}'
-  try:
-    builder = tfds.builder(data.name, data_dir=folder)
-  except ValueError as error:
-    remedy = (
-      'python -m maskconnect_jax.main --mode=prepare --images=DIR prepares it'
-      if data.name == 'mini_imagenet'
-      else 'https://www.tensorflow.org/datasets/catalog lists them'
-    )
-    raise InputError(
-      f'{name} is not a set that TFDS knows or finds in'
-      f' config.data.dir={data.dir!r}; {remedy}'
-    ) from error
+  builder = _tfds_builder(tfds, data, folder)
   splits = set(builder.info.splits)
   held_out = (
     'validation'

@@ -25,7 +25,7 @@ def make_schedules(
   """Returns the learning rates of the weights and of the masks, by step."""
 
   def steps_of(text: str, name: str) -> int:
-    return config_lib.to_steps(
+    return plan_lib.to_steps(
       text,
       batch_size=config.batch_size,
       num_examples=plan.per_epoch * config.batch_size,

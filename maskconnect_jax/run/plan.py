@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import ml_collections
 from absl import logging
 
-from maskconnect_jax import config as config_lib
 from maskconnect_jax import fields, files
 from maskconnect_jax.errors import InputError
 
@@ -119,10 +119,10 @@ def make(config: ml_collections.ConfigDict, num_examples: int) -> Plan:
       f'config.batch_size={config.batch_size} is larger than the'
       f' {num_examples} training images'
     )
-  to_steps = functools.partial(
-    config_lib.to_steps, batch_size=config.batch_size, num_examples=num_examples
+  in_steps = functools.partial(
+    to_steps, batch_size=config.batch_size, num_examples=num_examples
   )
-  total = to_steps(config.duration, name='config.duration')
+  total = in_steps(config.duration, name='config.duration')
   if total < 1:
     raise InputError(f'config.duration={config.duration!r} is not one step')
   if total >= fields.MOST:
@@ -132,7 +132,7 @@ def make(config: ml_collections.ConfigDict, num_examples: int) -> Plan:
     )
 
   def steps_of(text: str, name: str) -> int:
-    return to_steps(text, total=total, name=f'config.{name}')
+    return in_steps(text, total=total, name=f'config.{name}')
 
   freeze = steps_of(config.connectivity.phase, 'connectivity.phase')
   if not 1 <= freeze <= total:
@@ -183,3 +183,43 @@ def read(workdir: Path) -> Plan | None:
     logging.warning('%s is damaged (%s)', path, error)
     return None
   return plan
+
+
+def to_steps(
+  text: str,
+  *,
+  batch_size: int,
+  num_examples: int,
+  total: int | None = None,
+  name: str = 'duration',
+) -> int:
+  """Returns a duration in training steps.
+
+  Args:
+    text: '60 epochs', '400 steps', '1e6 examples', or '50%' of `total`.
+    batch_size: examples in a step.
+    num_examples: examples in the training set; an epoch is
+      `num_examples // batch_size` steps, which drops the remainder.
+    total: steps of the whole run, needed for '%'.
+    name: the field, for the message.
+
+  Returns:
+    At most 2**31 - 1, which no run reaches.
+
+  Raises:
+    InputError: `text` is no duration, or a per cent without a `total`.
+  """
+  if fault := fields.Duration().wrong(text):
+    raise InputError(f'{name}={fields.shown(text)} {fault}')
+  amount, unit = fields.parse_duration(text) or (0.0, '')
+  if unit == '%':
+    if total is None:
+      raise InputError(f'{name}={text!r} cannot be a per cent')
+    steps = amount / 100 * total
+  elif unit == 'epochs':
+    steps = amount * (num_examples // batch_size)
+  elif unit == 'examples':
+    steps = math.ceil(amount / batch_size)
+  else:
+    steps = amount
+  return round(min(steps, fields.MOST))
