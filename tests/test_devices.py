@@ -27,7 +27,7 @@ RESNEXT = models.Architecture(
 def make(level, architecture, rule):
   spec = WiringSpec(level=level, fan_in=2, rule=rule)
   model = models.create_model(
-    architecture, num_classes=CLASSES, in_channels=1, spec=spec
+    architecture, num_classes=CLASSES, in_channels=1, spec=spec, seed=2
   )
   if level == 'branch':  # with a scale of 0 the branches would not train yet
     for block in model.stack.blocks:

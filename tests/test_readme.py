@@ -33,6 +33,7 @@ def optimized():
 def test_python_block_runs(name, tmp_path, monkeypatch, finished, optimized):
   (tmp_path / 'runs').mkdir()
   (tmp_path / 'runs' / 'digits').symlink_to(finished.workdir)
+  (tmp_path / 'docs').symlink_to(ROOT / 'docs')
   monkeypatch.chdir(tmp_path)
   exec(compile(BLOCKS[name], name, 'exec'), {})
 

@@ -96,7 +96,8 @@ def fail(message: str, *, joining: bool) -> None:
     joining: whether the others may be waiting for this one to join them.
   """
   if joining and not jax.distributed.is_initialized():
-    with contextlib.suppress(InputError, jax.errors.JaxRuntimeError):
+    # A RuntimeError: too late to join, JAX has begun alone.
+    with contextlib.suppress(InputError, RuntimeError):
       _join(initialization_timeout=_JOIN_SECONDS)
   if not jax.distributed.is_initialized():
     return
