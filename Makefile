@@ -60,8 +60,8 @@ update:  ## renew the pins of PYTHON's version in constraints/
 	$(PYTHON) -m venv "$$tmp/venv"; \
 	"$$tmp/venv/bin/python" -m pip install -qq -e '.[test]'; \
 	"$$tmp/venv/bin/python" -m pip check -q; \
-	"$$tmp/venv/bin/python" -m pip freeze --exclude-editable \
-	  --exclude pip --exclude setuptools --exclude wheel >"$$tmp/pins"; \
+	"$$tmp/venv/bin/python" -m pip freeze --all --exclude-editable \
+	  --exclude pip --exclude wheel >"$$tmp/pins"; \
 	if grep -Ev '^[A-Za-z0-9._-]+==[^ @]+$$' "$$tmp/pins"; then \
 	  echo "The lines above are no pins; $$pins is as it was." >&2; exit 1; \
 	fi; \
