@@ -145,7 +145,7 @@ MULTIHOST = flags.DEFINE_bool(
 )
 
 
-def given_config() -> ml_collections.ConfigDict:
+def the_config() -> ml_collections.ConfigDict:
   """Returns --config. Raises InputError without it."""
   if CONFIG.value is None:
     raise InputError(
@@ -154,16 +154,16 @@ def given_config() -> ml_collections.ConfigDict:
   return CONFIG.value
 
 
-def given_or_stored_config() -> ml_collections.ConfigDict:
+def the_config_or_stored() -> ml_collections.ConfigDict:
   """Returns --config, or without it the one that --workdir was written with."""
   if CONFIG.value is not None or not WORKDIR.value:
-    return given_config()
+    return the_config()
   if (WORKDIR.value / 'config.json').exists():
     return config_lib.stored(WORKDIR.value)
-  return given_config()
+  return the_config()
 
 
-def given_workdir() -> Path:
+def the_workdir() -> Path:
   """Returns --workdir. Raises InputError without it."""
   if not WORKDIR.value:
     raise InputError(
@@ -173,7 +173,7 @@ def given_workdir() -> Path:
   return path
 
 
-def given_workdirs() -> list[Path]:
+def the_workdirs() -> list[Path]:
   """Returns --workdirs. Raises InputError without any."""
   if not WORKDIRS.value:
     raise InputError(

@@ -44,7 +44,16 @@ from maskconnect_jax import command, files, flags, names
 from maskconnect_jax import config as config_lib
 from maskconnect_jax.data import image_files
 from maskconnect_jax.errors import InputError
-from maskconnect_jax.flags import FIGURE, IMAGES, JSON, MODE
+from maskconnect_jax.flags import (
+  FIGURE,
+  IMAGES,
+  JSON,
+  MODE,
+  the_config,
+  the_config_or_stored,
+  the_workdir,
+  the_workdirs,
+)
 from maskconnect_jax.run import (
   compilation_cache,
   describe,
@@ -71,6 +80,11 @@ def main(argv: Sequence[str]) -> None:
     run_mode()
 
 
+def parse_flags(argv: Sequence[str]) -> list[str]:
+  """Parses the command line; --help shows what this file says of itself."""
+  return flags.parse(argv, __doc__)
+
+
 def run_mode() -> None:
   """Runs what --mode says."""
   # The others compute nothing in this process.
@@ -90,8 +104,8 @@ def run_mode() -> None:
 
 def run_train() -> None:
   """Trains and prints the result; a workdir brings its own config."""
-  workdir = flags.given_workdir()
-  result = train.train(flags.given_or_stored_config(), workdir)
+  workdir = the_workdir()
+  result = train.train(the_config_or_stored(), workdir)
   if result.interrupted:
     sys.exit(128 + result.interrupted)
   if jax.process_index() == 0:
@@ -100,7 +114,7 @@ def run_train() -> None:
 
 def run_evaluate() -> None:
   """Prints what a finished model scores on its test images, as JSON."""
-  workdir = flags.given_workdir()
+  workdir = the_workdir()
   config = flags.CONFIG.value or config_lib.stored(workdir)
   config_lib.check(config)
   scores = evaluation.of_model(inference.load(workdir), config)
@@ -110,7 +124,7 @@ def run_evaluate() -> None:
 
 def run_describe() -> None:
   """Prints the network and what a step costs."""
-  print(describe.describe(flags.given_or_stored_config()))
+  print(describe.describe(the_config_or_stored()))
 
 
 def run_predict() -> None:
@@ -122,7 +136,7 @@ def run_predict() -> None:
   if not IMAGES.value:
     raise InputError('--mode=predict needs --images, a file or a folder')
   found = [image_files.split(image_files.find(name)) for name in IMAGES.value]
-  model = inference.load(flags.given_workdir())
+  model = inference.load(the_workdir())
   for folder in found:
     if note := folder.note():
       print(f'note: {note}', file=sys.stderr)
@@ -158,13 +172,13 @@ def run_predict() -> None:
 
 def run_sweep() -> None:
   """Trains many runs and prints their table."""
-  config, workdir = flags.given_config(), flags.given_workdir()
+  config, workdir = the_config(), the_workdir()
   sys.exit(sweep.sweep(config, workdir, flags.PARALLEL.value))
 
 
 def run_summarize() -> None:
   """Prints the table of the runs in --workdirs."""
-  workdirs, csv = flags.given_workdirs(), flags.CSV.value
+  workdirs, csv = the_workdirs(), flags.CSV.value
   if FIGURE.value:
     summarize.check_figure(FIGURE.value)
   if csv:
@@ -179,7 +193,7 @@ def run_summarize() -> None:
 
 def run_dynamics() -> None:
   """Prints what the real masks of the runs in --workdirs did."""
-  print(dynamics.report(flags.given_workdirs(), FIGURE.value), end='')
+  print(dynamics.report(the_workdirs(), FIGURE.value), end='')
 
 
 def run_prepare() -> None:
@@ -206,7 +220,7 @@ def run() -> None:
   gc.freeze()
   try:
     with command.results():
-      app.run(main, flags_parser=lambda argv: flags.parse(argv, __doc__))
+      app.run(main, flags_parser=parse_flags)
   except InputError as error:
     _fail(str(error))
   except jax.errors.JaxRuntimeError as error:
