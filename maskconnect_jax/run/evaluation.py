@@ -107,7 +107,8 @@ class Evaluator:
         topology, or the top K of r.
 
     Raises:
-      InputError: a record is damaged and not skipped, or all records are.
+      InputError: a record is damaged and `config.data.skip_errors` is False, or
+        every record is damaged.
       Stopped: the run is to stop.
     """
     recipe = dataclasses.replace(self._recipe, network=network)

@@ -82,8 +82,8 @@ def _held(folder: Path) -> Iterator[None]:
       lock = _soft(path, folder)
     yield
   finally:
-    # The file is removed before its release. So a process that waits for it
-    # notices that the file is gone, and locks a new one.
+    # The file is removed before the lock is released. So a process that waits
+    # for the lock notices that the file is gone, and locks a new one.
     if lock is not None and lock.is_locked:
       if path.name == NAME:
         path.unlink(missing_ok=True)
