@@ -1,7 +1,7 @@
-"""Augmentation inside the jitted step: each a function of a key and a batch.
+"""Normalisation and augmentation of a batch, inside the jitted step.
 
-Random numbers are drawn for the whole batch at once, so an image gets the same
-crop and flip however the batch is sharded.
+Each random function takes a key and draws for the whole batch at once. So an
+image gets the same crop and flip however the batch is sharded.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ def normalize(
 
   Args:
     images: uint8 [N, H, W, C].
-    mean: per channel, on the 0..255 scale.
-    std: likewise.
+    mean: one number per channel, on the 0..255 scale.
+    std: one number per channel, on the 0..255 scale.
+
+  Returns:
+    float32 [N, H, W, C].
   """
   return (
     images.astype(jnp.float32) - jnp.asarray(mean, jnp.float32)
@@ -28,9 +31,17 @@ def normalize(
 
 
 def random_crop(key: jax.Array, images: jax.Array, pad: int) -> jax.Array:
-  """Crops [N, H, W, C] to its own size after `pad` zeros on every side.
+  """Pads each image with zeros, then crops it to its own size at random.
 
   After normalisation a zero is the mean colour.
+
+  Args:
+    key: decides where each image is cropped.
+    images: [N, H, W, C], normalised.
+    pad: pixels added on every side.
+
+  Returns:
+    Of the shape and dtype of `images`.
   """
   count, height, width, channels = images.shape
   padded = jnp.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
@@ -45,7 +56,15 @@ def random_crop(key: jax.Array, images: jax.Array, pad: int) -> jax.Array:
 
 
 def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
-  """Mirrors each of [N, H, W, C] left to right with probability 1/2."""
+  """Mirrors each image left to right with probability 1/2.
+
+  Args:
+    key: decides which images are mirrored.
+    images: [N, H, W, C].
+
+  Returns:
+    Of the shape and dtype of `images`.
+  """
   heads = jax.random.bernoulli(key, 0.5, (images.shape[0], 1, 1, 1))
   return jnp.where(heads, images[:, :, ::-1], images)
 
@@ -53,20 +72,23 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
 def mixup(
   key: jax.Array, images: jax.Array, targets: jax.Array, alpha: float
 ) -> tuple[jax.Array, jax.Array]:
-  """Mixes each example with its neighbour in the batch.
+  """Mixes each example with the one before it in the batch.
 
-  m x_i + (1 - m) x_(i-1), the same of the targets, with one m a batch;
-  Zhang et al., 2018, arXiv 1710.09412. m is of Beta(alpha, alpha), or 1 - m if
-  that is larger: as a batch mixes the same pairs either way, and an example
-  keeps the larger share of itself, its own label is what accuracy is measured
-  on. The order of a batch is random, so the neighbour is any other example; it
-  lies on the same device or the next.
+  x_i <- m x_i + (1 - m) x_(i-1), for images and targets, with one m a batch;
+  Zhang et al., 2018, arXiv 1710.09412. u is drawn from Beta(alpha, alpha), and
+  m = max(u, 1 - u). Both u and 1 - u mix the same pairs. With the larger one an
+  example keeps the larger share of itself, so accuracy is measured on its own
+  label. The order of a batch is random, so the example before may be any other.
+  It lies on the same device or on a neighbouring one.
 
   Args:
     key: decides m.
     images: [N, ...].
     targets: class probabilities, [N, num_classes].
-    alpha: above 0.
+    alpha: parameter of the Beta distribution, above 0.
+
+  Returns:
+    The mixed images and the mixed targets, of unchanged shapes.
   """
   m = jax.random.beta(key, alpha, alpha)
   m = jnp.maximum(m, 1 - m)

@@ -1,9 +1,10 @@
-"""Batches for the devices, from memory or streamed.
+"""Batches for the devices, from memory or decoded while training.
 
-Training batches are a function of (seed, step), whatever they come from: to go
-on at a step is to begin there, also with another number of processes, threads
-or workers. An epoch is a new order of the training set, of which what does not
-fill a batch is left out. Evaluation sees every example once.
+Training batches are a function of (seed, step). So a run that goes on at a step
+gets the batches of an uninterrupted run, also with another number of processes,
+threads or workers. Each epoch has a new order of the training set. The examples
+at its end that do not fill a batch are left out. Evaluation sees every example
+once.
 """
 
 from __future__ import annotations
@@ -29,11 +30,15 @@ from maskconnect_jax.run import distributed
 class Resident:
   """Training batches of a set that lies whole on every device.
 
-  Taking a batch is one small program on the device, so the host never holds
-  it up.
+  One small program on the device takes a batch, so the device never waits for
+  the host.
+
+  Attributes:
+    damaged: numbers of the damaged records: none.
   """
 
-  damaged: frozenset[int] = frozenset()  # decoded, hence whole
+  # The images of a `Split` are decoded already, so none is damaged.
+  damaged: frozenset[int] = frozenset()
 
   def __init__(
     self,
@@ -48,7 +53,7 @@ class Resident:
     Args:
       split: the training examples.
       batch_size: examples in a step, on all devices together.
-      seed: of the run; decides the order of each epoch.
+      seed: seed of the run; decides the order of each epoch.
       sharding: how a batch lies on the devices.
     """
     self._size = batch_size
@@ -91,7 +96,7 @@ class Streamed:
   Each process decodes its own share of every batch.
 
   Attributes:
-    damaged: numbers of the records that were found damaged so far.
+    damaged: numbers of the records found damaged so far.
   """
 
   def __init__(
@@ -104,15 +109,15 @@ class Streamed:
     threads: int,
     workers: int,
   ) -> None:
-    """Prepares to read.
+    """Makes the order of the examples; reads no image.
 
     Args:
       stream: the training examples.
       batch_size: examples in a step, on all devices together.
-      seed: of the run; decides the order of each epoch, and every crop.
+      seed: seed of the run; decides the order of each epoch, and every crop.
       sharding: how a batch lies on the devices.
-      threads: that decode, in this process or in each worker.
-      workers: processes that decode; 0: this one.
+      threads: number of decoding threads, in this process or in each worker.
+      workers: number of decoding processes; with 0 this process decodes.
     """
     self.damaged: set[int] = set()
     self._batch_size = batch_size
@@ -134,12 +139,12 @@ class Streamed:
         grain.MultiprocessingOptions(num_workers=self._workers),
         worker_init_fn=_prepare_worker,
       )
-    # Closed, it ends the workers and frees the shared memory they filled.
+    # Closing the iterator ends the workers and frees their shared memory.
     with contextlib.closing(iter(batches)) as iterator:
       for batch in iterator:
         if self._workers:
-          # JAX may keep an array for as long as it lives, to the end of the
-          # run, when Grain does not free what it shares any more.
+          # JAX may refer to the array that it is given until the run ends.
+          # By then Grain no longer frees shared memory, so JAX gets a copy.
           batch = tuple(map(np.array, batch))
         images, labels, damaged = batch
         self.damaged.update(damaged[damaged >= 0].tolist())
@@ -152,9 +157,17 @@ Batches: TypeAlias = Resident | Streamed
 def training_examples(
   stream: Stream, seed: int, batch_size: int
 ) -> grain.MapDataset[Any]:
-  """Returns the examples of all epochs in the order they are trained on.
+  """Returns the examples of all epochs in the order of training.
 
   Example n is a function of (seed, n), its crop included.
+
+  Args:
+    stream: the training examples.
+    seed: seed of the run.
+    batch_size: examples in a step, on all devices together.
+
+  Returns:
+    A dataset whose items are those of `Stream.training_example`.
   """
   numbers = grain.MapDataset.range(len(stream)).seed(seed).shuffle()
   whole = len(stream) // batch_size * batch_size
@@ -170,8 +183,18 @@ def share_of_batches(
 ) -> grain.MapDataset[Any]:
   """Returns one process's rows of batch `first`, `first` + 1, ...
 
-  The rows of a batch lie on the processes in order, as the devices do; see
+  The processes hold the rows of a batch in the order of their devices; see
   `distributed.make_mesh`.
+
+  Args:
+    examples: all examples, in order.
+    batch_size: examples in a batch, on all processes together.
+    first: number of the first batch.
+    process: number of the process.
+    num_processes: how many processes there are.
+
+  Returns:
+    A dataset of batches of `batch_size` // `num_processes` rows.
   """
   share = batch_size // num_processes
 
@@ -194,7 +217,18 @@ def evaluation_batches(
   *,
   threads: int,
 ) -> Iterator[Any]:
-  """Yields what `evaluation_shares` does, sharded over all devices."""
+  """Yields every example once, sharded over all devices.
+
+  Args:
+    split: the examples.
+    batch_size: examples in a batch, on all devices together.
+    mesh: all devices.
+    threads: number of decoding threads, where `split` is a `Stream`.
+
+  Yields:
+    uint8 [batch, H, W, C], int32 [batch] and bool [batch], as the global arrays
+    of `evaluation_shares`.
+  """
   sharding = distributed.sharded(mesh)
   for share in evaluation_shares(
     split, batch_size, *distributed.process(), threads=threads
@@ -210,11 +244,20 @@ def evaluation_shares(
   *,
   threads: int,
 ) -> Iterator[Any]:
-  """Yields every example once, a process its own; the last batch is filled up.
+  """Yields one process's rows of the batches; each example is in one batch.
+
+  The last batch is filled up with zeros.
+
+  Args:
+    split: the examples.
+    batch_size: examples in a batch, on all processes together.
+    process: number of the process.
+    num_processes: how many processes there are.
+    threads: number of decoding threads, where `split` is a `Stream`.
 
   Yields:
-    uint8 [share, H, W, C], int32 [share] and bool [share], whether an example
-    counts: filling does not, nor does a damaged record.
+    Images uint8 [share, H, W, C], labels int32 [share] and bool [share],
+    whether an example counts. Filling and damaged records do not count.
   """
   if isinstance(split, Stream):
     yield from share_of_batches(
@@ -240,7 +283,10 @@ def evaluation_shares(
 def evaluation_examples(
   stream: Stream, batch_size: int
 ) -> grain.MapDataset[Any]:
-  """Returns the examples in order, filled up to whole batches."""
+  """Returns the examples in order, filled up to whole batches.
+
+  Each item is image, label and whether the example counts.
+  """
   filling = np.zeros(stream.image_shape, np.uint8), np.int32(0), False
 
   def example(i: int) -> Any:
@@ -253,8 +299,8 @@ def evaluation_examples(
 def _prepare_worker(worker: int, num_workers: int) -> None:
   """Leaves Ctrl-C to the run, and ends the worker when the run ends.
 
-  A terminal sends Ctrl-C to workers too. A run that is killed cannot end its
-  workers, which would wait for it for ever.
+  A terminal sends Ctrl-C to workers too. A killed run cannot end its workers;
+  they would wait for it for ever.
   """
   del worker, num_workers
   signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -262,10 +308,10 @@ def _prepare_worker(worker: int, num_workers: int) -> None:
 
 
 def _end_with_parent() -> None:
-  """Waits until the process that started this one is gone, and ends it.
+  """Waits until the parent process is gone, then ends this process.
 
-  Python's resource tracker, which outlives both, then removes the shared
-  memory. Linux's own signal for it, PR_SET_PDEATHSIG, is no use: it is sent
+  Python's resource tracker outlives both and then removes the shared memory.
+  Linux's signal for the end of a parent, PR_SET_PDEATHSIG, is no use: it comes
   when the starting thread ends, and Grain starts workers from short-lived
   threads.
   """

@@ -1,7 +1,7 @@
 """Checkpoints of a run and arrays of a model: the only file that calls Orbax.
 
-`Checkpoints` keeps the newest N states of a run and the best one, saves in the
-background, and when the newest is damaged falls back to the one before.
+`Checkpoints` keeps the newest N states of a run and the best one. It saves in
+the background. When the newest checkpoint is damaged, it loads the one before.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from maskconnect_jax.run import storage, stored
 P = TypeVar('P')
 
 _policies = ocp.training.preservation_policies
-# After these, the files may be whole all the same.
+# Errors of the system after which the files may still be whole.
 _NO_DAMAGE = (
   errno.EACCES,
   errno.EPERM,
@@ -48,10 +48,11 @@ class Checkpoints:
 
     Args:
       folder: `workdir/checkpoints`.
-      keep: the newest so many are kept, and the most accurate one.
+      keep: N; the newest N checkpoints and the most accurate one are kept.
 
     Raises:
-      InputError: it is no folder, or cannot be made, read or written.
+      InputError: the path is no folder, or the folder cannot be made, read or
+        written.
     """
     self.folder = folder
     self._saving: tuple[int, int, Any] | None = None
@@ -74,7 +75,7 @@ class Checkpoints:
     failure = ''
     with storage.quiet() as settle:
       try:
-        # Without LatestN, keeping the best would evict the newest.
+        # Without LatestN, BestN would delete the newest.
         self._checkpointer = self._session.call(
           ocp.training.Checkpointer,
           self._session.path,
@@ -90,7 +91,7 @@ class Checkpoints:
           ),
           cleanup_tmp_directories=True,
         )
-      except Exception as error:  # whatever a broken file makes Orbax raise
+      except Exception as error:  # a broken file makes Orbax raise anything
         failure = storage.first_line(error)
         settle()
     if failure:
@@ -112,20 +113,20 @@ class Checkpoints:
     progress: dict[str, Any],
     accuracy: float | None,
   ) -> None:
-    """Saves in the background; an unfinished save is never seen as one.
+    """Saves in the background; an unfinished save never counts as a checkpoint.
 
-    Waits for the save before. An error in the background is raised by the
-    next call.
+    Waits for the previous save first. The next call raises an error of this
+    save in the background.
 
     Args:
-      step: steps done.
-      state: a pytree of arrays; may be donated once this returns.
-      progress: JSON kept beside it.
-      accuracy: what "best" compares; None if not measured at this step.
+      step: number of steps done.
+      state: a dataclass of pytrees of arrays; may be donated once this returns.
+      progress: JSON kept beside the state.
+      accuracy: decides the best checkpoint; None if not measured at this step.
 
     Raises:
-      InputError: this one or the one before cannot be written, as on a full
-        disk; those that are finished stay.
+      InputError: this checkpoint or the previous one cannot be written, as on a
+        full disk; finished checkpoints stay.
     """
     self.wait()
     arrays = _as_dict(state)
@@ -139,32 +140,36 @@ class Checkpoints:
       force=True,
       overwrite=True,
       metrics=None if accuracy is None else {'accuracy': accuracy},
-      # A copy: it is written later, and the caller's goes on changing.
+      # A copy: Orbax writes it later, while the caller changes its own.
       custom_metadata={'progress': dict(progress), 'digest': digest(arrays)},
     )
     self._saving = step, size, response
 
   def wait(self) -> None:
-    """Waits until the last save is finished. Raises InputError as `save`."""
+    """Waits until the last save is finished.
+
+    Raises:
+      InputError: the checkpoint cannot be written, as on a full disk.
+    """
     if self._saving is None:
       return
     (step, size, response), self._saving = self._saving, None
-    # The response's thread and event loop end with this call, and not before.
+    # Only this call ends the response's thread and event loop.
     self._write(step, size, response.result)
 
   def load_newest(
     self, like: Any, parse: Callable[[Any], P]
   ) -> tuple[Any, P] | None:
-    """Returns the newest whole state and its progress, or None without any.
+    """Returns the newest whole state and its progress; None without any.
 
     Args:
-      like: a state, for its structure, shapes, dtypes and shardings.
-      parse: JSON kept beside a state -> progress; ValueError where it is
-        damaged.
+      like: a state that gives structure, shapes, dtypes and shardings.
+      parse: turns the JSON kept beside a state into progress; raises ValueError
+        where the JSON is damaged.
 
     Raises:
-      InputError: there are checkpoints, and all are damaged, of another
-        network or of another precision; or one may not be read.
+      InputError: there are checkpoints, and each is damaged, of another network
+        or of another precision; or the system refuses to read one.
     """
     self.wait()
     abstract = jax.tree.map(
@@ -183,7 +188,7 @@ class Checkpoints:
           progress = parse(saved)
         except (MemoryError, jax.errors.JaxRuntimeError):
           raise
-        except Exception as error:  # whatever a broken file makes Orbax raise
+        except Exception as error:  # a broken file makes Orbax raise anything
           damage = storage.first_line(error)
           no_damage = storage.os_error(error)
           settle()
@@ -195,11 +200,11 @@ class Checkpoints:
         try:
           found = self._session.call(self._checkpointer.metadata, step).metadata
           other = stored.difference(found, abstract)
-        except Exception:  # as above
+        except Exception:  # a broken file, as above
           settle()
       if other:
         refusal = refusal or f'checkpoint {folder} {other}'
-        # It is whole, and the ones before are as it is.
+        # This one is whole, and those before have the same precision.
         if stored.X64 in other:
           break
       logging.warning(
@@ -217,7 +222,11 @@ class Checkpoints:
     return None
 
   def close(self) -> None:
-    """Waits, then releases Orbax's threads. Raises InputError as `save`."""
+    """Waits for the last save, then releases Orbax's threads.
+
+    Raises:
+      InputError: the checkpoint cannot be written, as on a full disk.
+    """
     if self._closed:
       return
     self._closed = True
@@ -229,7 +238,7 @@ class Checkpoints:
           try:
             self._session.call(self._checkpointer.close)
           except Exception as error:
-            # That of a save is raised once more.
+            # Orbax raises the error of a save once more here.
             if storage.os_error(error) is None:
               raise
             settle()
@@ -274,13 +283,17 @@ def digest(arrays: Any) -> int:
 
 
 def save_arrays(folder: Path, arrays: dict[str, jax.Array]) -> None:
-  """Writes named arrays into a new folder, and waits for it.
+  """Writes named arrays into a new folder, and waits until they are written.
 
-  Called by all processes together, of which the first one writes. Ctrl-C is
-  raised when they are written.
+  All processes call it together; the first one writes. Ctrl-C is raised after
+  the arrays are written.
+
+  Args:
+    folder: the new folder.
+    arrays: the arrays by name.
 
   Raises:
-    OSError: they cannot be written, as on a full disk.
+    OSError: the arrays cannot be written, as on a full disk.
     InputError: Orbax cannot take the path.
   """
   failure = None
@@ -299,7 +312,7 @@ def save_arrays(folder: Path, arrays: dict[str, jax.Array]) -> None:
 
 
 def stored_arrays(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns shape and dtype of what `save_arrays` wrote; reads no array.
+  """Returns shape and dtype of each array of `save_arrays`; reads no array.
 
   Raises:
     InputError: the folder is missing or damaged.
@@ -311,7 +324,7 @@ def stored_arrays(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
         str(name): jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
         for name, leaf in found.items()
       }
-    except Exception as error:  # whatever a broken file makes Orbax raise
+    except Exception as error:  # a broken file makes Orbax raise anything
       damage = storage.first_line(error)
       settle()
   raise InputError(
@@ -323,7 +336,11 @@ def stored_arrays(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
 def load_arrays(
   folder: Path, abstract: dict[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-  """Reads what `save_arrays` wrote, onto this machine's first device.
+  """Reads the arrays of `save_arrays` onto this process's first device.
+
+  Args:
+    folder: the folder that `save_arrays` wrote.
+    abstract: shape and dtype of each array, by name.
 
   Raises:
     InputError: the folder is missing or damaged, or holds other arrays.
@@ -340,7 +357,7 @@ def load_arrays(
       other = stored.difference(found, own)
       if not other:
         return session.call(ocp.load, session.path, own)
-    except Exception as error:  # whatever a broken file makes Orbax raise
+    except Exception as error:  # a broken file makes Orbax raise anything
       damage = storage.first_line(error)
       settle()
   if other:
@@ -352,5 +369,5 @@ def load_arrays(
 
 
 def _as_dict(state: Any) -> dict[str, Any]:
-  # Plain names on disk, whatever class holds them in the program.
+  # The names on disk do not depend on the class that holds the arrays.
   return dict(vars(state))

@@ -1,7 +1,7 @@
 """Compiled programs kept on disk, in a folder that can be used, or not at all.
 
-Whoever writes into the folder has this user's processes run their programs. So
-one that this module chooses is this user's own and closed to others.
+JAX runs the programs that it finds in the folder. So a folder that this module
+chooses belongs to this user and is closed to others.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _TROUBLE = re.compile(
 def use() -> None:
   """Keeps compiled programs, so that the same run starts faster next time.
 
-  The folder is that of JAX_COMPILATION_CACHE_DIR, else in the user's cache,
-  else, without a home, in the temporary folder. Where none can be written the
-  cache is off, which a line on stderr says. An entry that cannot be read is
-  replaced.
+  JAX_COMPILATION_CACHE_DIR names the folder. Without it, the folder is in the
+  user's cache, or in the temporary folder if the user's cache cannot be used.
+  If no folder can be written, the cache is off, and a line on stderr says why.
+  An entry that cannot be read is replaced.
   """
   if _SECONDS.upper() not in os.environ:
     jax.config.update(_SECONDS, 0.0)
   if _FOLDER.upper() in os.environ:
     given = os.environ[_FOLDER.upper()]
-    if not given or '://' in given:  # none, or not a file system's
+    if not given or '://' in given:  # no cache, or no folder of a file system
       return
     problem = _problem(Path(given))
     folder = Path(given)
@@ -57,7 +57,7 @@ def use() -> None:
 
 
 def _user() -> int:
-  """Returns the owner of what this process makes; on Windows all say 0."""
+  """Returns the user that owns new files; on Windows every owner is 0."""
   return os.getuid() if hasattr(os, 'getuid') else 0
 
 
@@ -68,15 +68,15 @@ def _candidates() -> list[Path]:
     own = platformdirs.user_cache_path('maskconnect_jax')
   except (RuntimeError, KeyError, OSError):  # no home is known
     return [temporary]
-  # Without a home the path begins with a ~ that nobody expands.
+  # Without a home the path begins with "~", unexpanded.
   return [own / 'xla', temporary] if own.is_absolute() else [temporary]
 
 
 def _private(folder: Path) -> str:
-  """Makes the folder for this user alone; returns what is in the way, or ''."""
+  """Makes the folder for this user alone; returns why it cannot, or ''."""
   try:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # A link to another place is fine, if it is this user's as well.
+    # The folder may be a link if link and target are both this user's.
     if {folder.lstat().st_uid, folder.stat().st_uid} != {_user()}:
       return f"{folder} is another user's"
     folder.chmod(0o700)
@@ -97,11 +97,12 @@ def _problem(folder: Path) -> str:
 
 
 def _replace_what_is_broken(folder: Path) -> None:
-  """Has JAX's warning of a broken entry remove it, before it is written anew.
+  """Makes JAX's warning of a broken entry remove it, so that JAX replaces it.
 
-  JAX writes no entry over another, names the program but not the entry, and
-  warns of each. So all entries of the program go, and one line tells of all.
-  A disk that is full leaves such entries as well.
+  JAX never overwrites an entry, so a broken one has to be removed first. The
+  warning names the program but not the entry, so all entries of the program are
+  removed. JAX warns of each entry; one line on stderr replaces these warnings.
+  A full disk leaves broken entries as well.
   """
   told: set[str] = set()
   show = warnings.showwarning

@@ -1,4 +1,4 @@
-"""What a config would train, without training it."""
+"""The network that a config would train and its cost, without training."""
 
 from __future__ import annotations
 
@@ -19,16 +19,24 @@ from flax import nnx
 from maskconnect_jax.networks import models
 from maskconnect_jax.run import distributed, experiment, steps
 
-_STEPS = 5  # timed, or as many as fit in ...
+# The timing ends after this many steps, or after this many seconds.
+_STEPS = 5
 _SECONDS = 5.0
 
 
 def describe(config: ml_collections.ConfigDict) -> str:
-  """Returns the network layer by layer, and what training it costs.
+  """Returns the network layer by layer, and the cost of training it.
 
-  FLOPs, bytes and memory are XLA's own count of the compiled training step of
-  the first phase; the time of a step is measured on noise, without reading any
-  image. An image's activations are the step's temporary memory, shared out.
+  FLOPs, bytes and memory are XLA's count for one device of the compiled
+  training step of the first phase. The time of a step is measured on random
+  images. The activations of an image are the step's temporary memory divided by
+  the number of images on one device.
+
+  Args:
+    config: see `maskconnect_jax/config.py`.
+
+  Returns:
+    A table of the layers, then one line for each fact.
 
   Raises:
     InputError: the config or its data cannot be used.
@@ -98,8 +106,8 @@ def describe(config: ml_collections.ConfigDict) -> str:
 def forward_products(model: models.Network, shape: Sequence[int]) -> int:
   """Returns the multiply-adds of a forward pass over one image.
 
-  As papers count them: of convolutions and matrix products, those with padding
-  included; BatchNorm, sums and pooling are left out.
+  As in papers, convolutions and matrix products count. Multiply-adds with
+  padding count too. BatchNorm, sums and pooling do not count.
 
   Args:
     model: any network.
@@ -114,7 +122,8 @@ def forward_products(model: models.Network, shape: Sequence[int]) -> int:
     )(state, images)
     return _products(jaxpr.jaxpr)
 
-  # Products of kernels with kernels are done once, however many images.
+  # The difference leaves out products of kernels with kernels, which a pass
+  # does once for any number of images.
   return of_images(2) - of_images(1)
 
 
@@ -135,7 +144,7 @@ def _products(jaxpr: Any) -> int:
       left = equation.invars[0].aval
       total += out.size * math.prod(left.shape[i] for i in contracted)
     elif equation.primitive.name == 'cond':
-      # A branch for each platform (backend.py): the last is for all others.
+      # One branch for each platform (backend.py); the last is the default.
       total += _products(params['branches'][-1].jaxpr)
     else:
       for value in params.values():
@@ -146,7 +155,7 @@ def _products(jaxpr: Any) -> int:
 
 
 def _time_of_a_step(compiled: Any, state: Any, batch: Any) -> float:
-  """Returns the median of some steps after a first, in seconds."""
+  """Returns the median time of a step in seconds, without the first step."""
   taken: list[float] = []
   while len(taken) <= 1 or (len(taken) <= _STEPS and sum(taken) < _SECONDS):
     begun = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Start-up, failing together, the mesh, and host arrays to global arrays."""
+"""Several processes: start-up, common failure, the mesh, global arrays."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from jax.sharding import (
 
 from maskconnect_jax.errors import InputError
 
-# The key of what ended a process, in the store that all processes share.
+# The key of the failure's message in the store that all processes share.
 _FAILURE = 'maskconnect_jax/failure'
 _POLL_SECONDS = 1.0
-_WAIT_SECONDS = 15.0  # for the others to have read it
-_JOIN_SECONDS = 40  # for what fails to meet those that have begun
+_WAIT_SECONDS = 15.0  # until all other processes have read the message
+_JOIN_SECONDS = 40  # until a process that failed early has joined the others
 
 _ending = threading.Lock()
 
@@ -36,12 +36,12 @@ _ending = threading.Lock()
 def initialize() -> None:
   """Joins the other processes of a pod or a cluster.
 
-  Slurm, Open MPI, Cloud TPU and Kubernetes are recognised by JAX; elsewhere
-  set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. From here
-  on this process ends when another one fails, with the other's line.
+  JAX recognises Slurm, Open MPI, Cloud TPU and Kubernetes. Elsewhere set
+  JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. From here on
+  this process ends when another one fails, and prints the other's message.
 
   Raises:
-    InputError: JAX cannot tell who the others are.
+    InputError: JAX does not find the other processes.
   """
   _join()
   threading.Thread(target=_listen, daemon=True).start()
@@ -66,9 +66,10 @@ def _join(**options: Any) -> None:
 
 @contextlib.contextmanager
 def failing_together() -> Iterator[None]:
-  """Ends all processes of a run of several with what one of them raises.
+  """Ends all processes when one raises an error; each prints the message.
 
-  To be inside of whatever waits for the others when it is closed.
+  A context manager that waits for the other processes on exit must be outside
+  this one. In a run of one process the error is raised as usual.
   """
   try:
     yield
@@ -86,17 +87,18 @@ def failing_together() -> Iterator[None]:
 
 
 def fail(message: str, *, joining: bool) -> None:
-  """Ends all processes of a run of several; returns where there is but one.
+  """Ends all processes of a run; returns if this process is the only one.
 
-  The others may wait for this one anywhere, also on a device. So no computation
-  tells them, but the store of the service that they have joined.
+  The others may wait for this process anywhere, also on a device. So no
+  computation can tell them. The message goes into the store of the service that
+  all have joined.
 
   Args:
-    message: what ended this process, which has said so itself.
-    joining: whether the others may be waiting for this one to join them.
+    message: why this process ends; the caller has printed it here.
+    joining: whether the others may be waiting for this process to join them.
   """
   if joining and not jax.distributed.is_initialized():
-    # A RuntimeError: too late to join, JAX has begun alone.
+    # RuntimeError: JAX has begun alone, and it is too late to join.
     with contextlib.suppress(InputError, RuntimeError):
       _join(initialization_timeout=_JOIN_SECONDS)
   if not jax.distributed.is_initialized():
@@ -105,7 +107,7 @@ def fail(message: str, *, joining: bool) -> None:
     time.sleep(2 * _WAIT_SECONDS)  # `_listen` is ending this process
   _silence()
   client, number, _ = _service()
-  # If another process was first, its line stands.
+  # If another process failed first, its message stays.
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     client.key_value_set(
       _FAILURE, f'process {number} ({socket.gethostname()}): {message}'
@@ -132,12 +134,12 @@ def _listen() -> None:
 
 
 def _leave() -> None:
-  """Ends this process; the one that runs the service goes last."""
+  """Ends this process; the process that runs the service ends last."""
   client, number, count = _service()
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     client.key_value_set(f'{_FAILURE}/seen/{number}', '')
-    # The one who failed waits too: a device of another may miss it else, and
-    # that one tell of a connection instead.
+    # The process that failed waits too. If it ended at once, a device of
+    # another process might miss it, and report a lost connection instead.
     until = time.monotonic() + _WAIT_SECONDS
     for other in range(count):
       left = max(1, int(1000 * (until - time.monotonic())))
@@ -148,22 +150,26 @@ def _leave() -> None:
 
 
 def _silence() -> None:
-  """Keeps off stderr what the end of one process makes of the others."""
+  """Drops stderr: a process that ends makes JAX complain in the others."""
   sys.stderr.flush()
   os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def _service() -> tuple[Any, int, int]:
-  # JAX has no public name for its store; Orbax reaches it here as well.
+  # JAX has no public name for its store; Orbax uses this one as well.
   state = jax._src.distributed.global_state
   return state.client, state.process_id, state.num_processes
 
 
 def check_platform() -> None:
-  """Raises InputError if JAX finds no devices, such as those it was told to."""
+  """Checks that JAX finds devices, of the platform in JAX_PLATFORMS if set.
+
+  Raises:
+    InputError: JAX finds none.
+  """
   try:
     jax.devices()
-  # An AssertionError without a word: of a platform that is not installed.
+  # A platform that is not installed raises AssertionError without a message.
   except (RuntimeError, AssertionError) as error:
     asked = os.environ.get('JAX_PLATFORMS', '')
     reason = (str(error) or 'it is not there').splitlines()[0].rstrip('.')
@@ -176,32 +182,37 @@ def check_platform() -> None:
 
 
 def make_mesh() -> Mesh:
-  """Returns all devices, of all processes, as one axis named 'data'.
+  """Returns all devices of all processes as one axis named 'data'.
 
-  The devices of a process lie side by side, so that its share of a batch is
-  one run of rows.
+  The devices of a process lie side by side, so its share of a batch is a block
+  of consecutive rows.
   """
   devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
   return Mesh(np.array(devices), ('data',), axis_types=(AxisType.Auto,))
 
 
 def process() -> tuple[int, int]:
-  """Returns the number of this process, and how many there are."""
+  """Returns the number of this process, and the number of processes."""
   return jax.process_index(), jax.process_count()
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
-  """The sharding of parameters: a whole copy on every device."""
+  """Returns the sharding of parameters: a whole copy on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
 def sharded(mesh: Mesh) -> NamedSharding:
-  """The sharding of a batch: its first axis over the devices."""
+  """Returns the sharding of a batch: its first axis over the devices."""
   return NamedSharding(mesh, PartitionSpec('data'))
 
 
 def to_global(tree: Any, sharding: NamedSharding) -> Any:
-  """Places host arrays that every process holds in full."""
+  """Returns global arrays of host arrays that every process holds in full.
+
+  Args:
+    tree: a pytree of host arrays, the same in every process.
+    sharding: how each global array lies on the devices.
+  """
 
   def place(array: Any) -> jax.Array:
     array = np.asarray(array)
@@ -213,14 +224,23 @@ def to_global(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def from_shares(tree: Any, sharding: NamedSharding) -> Any:
-  """Joins the rows that each process holds of an array to a global one."""
+  """Returns global arrays, joined from the rows that each process holds.
+
+  Args:
+    tree: a pytree of host arrays, the rows of this process.
+    sharding: how each global array lies on the devices.
+  """
   return jax.tree.map(
     lambda rows: jax.make_array_from_process_local_data(sharding, rows), tree
   )
 
 
 def check_batch_size(batch_size: int) -> None:
-  """Raises InputError unless the batch splits evenly over the devices."""
+  """Checks that a batch splits evenly over all devices.
+
+  Raises:
+    InputError: it does not; names the nearest size that does.
+  """
   devices = jax.device_count()
   if batch_size % devices:
     nearest = max(devices, round(batch_size / devices) * devices)

@@ -1,4 +1,4 @@
-"""What a network scores on a split, every example counted once."""
+"""Scores of a network on a split, with every example counted once."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ class Scores:
 
   Attributes:
     accuracy: in [0, 1].
-    top5_accuracy: how often the label is among the five best classes.
+    top5_accuracy: share of the examples whose label is among the five best
+      classes, in [0, 1].
     loss: cross-entropy of the label, in nats, without smoothing.
-    count: how many examples; damaged ones that are skipped do not count.
+    count: number of examples, without the damaged ones that are skipped.
   """
 
   accuracy: float
@@ -40,7 +41,7 @@ class Scores:
   def named(self, prefix: str) -> dict[str, float | None]:
     """Returns {'test_accuracy': ..., ...} for the prefix 'test'.
 
-    What is not finite, which JSON has no number for, is None.
+    A value that is not finite becomes None, as JSON has no number for it.
     """
     named = {
       f'{prefix}_accuracy': self.accuracy,
@@ -54,7 +55,7 @@ class Scores:
 
 
 class Stopped(Exception):
-  """A measurement was left, since the run is to stop."""
+  """The run is to stop, so a measurement was not finished."""
 
 
 class Evaluator:
@@ -69,14 +70,16 @@ class Evaluator:
     threads: int,
     stopping: Callable[[], bool] = lambda: False,
   ) -> None:
-    """Takes how to measure.
+    """Stores the settings of the measurements.
 
     Args:
-      recipe: of the run.
-      batch_size: examples at once, at most; rounded up to all devices.
+      recipe: the run's recipe.
+      batch_size: most examples in a batch, rounded up to a multiple of the
+        number of devices.
       mesh: all devices.
-      threads: that decode.
-      stopping: asked before each batch; once it is true, nothing is measured.
+      threads: number of decoding threads.
+      stopping: called before each batch; once it returns True, a measurement
+        raises `Stopped`.
     """
     self._recipe = recipe
     self._batch_size = batch_size
@@ -99,14 +102,17 @@ class Evaluator:
       network: the graph that `variables` belong to.
       variables: weights, masks and statistics.
       split: the examples.
-      draw_at: each batch draws a mask from r, as this training step would,
-        instead of taking the topology or the top-K.
+      draw_at: a training step. With it, each batch draws a mask from the real
+        mask r with that step's temperature. With None, the network takes its
+        topology, or the top K of r.
 
     Raises:
+      InputError: a record is damaged and `config.data.skip_errors` is False, or
+        every record is damaged.
       Stopped: the run is to stop.
     """
     recipe = dataclasses.replace(self._recipe, network=network)
-    # Of a small split no more than it has: the rest would be filling.
+    # A batch larger than the split would only add filling.
     size = min(self._batch_size, len(split))
     size = -(-size // self._mesh.size) * self._mesh.size
     sums = []
@@ -119,7 +125,7 @@ class Evaluator:
       drawn = draw_at is not None
       key = recipe.key(streams.EVALUATION_MASK, start) if drawn else None
       found = self._step(recipe, variables, *batch, key, draw_at or 0)
-      # Waits, lest batches pile up on a device that is slower than its host.
+      # Waits, as batches would pile up on a device slower than its host.
       sums.append(jax.device_get(found))
     return _means(sums)
 
@@ -127,12 +133,17 @@ class Evaluator:
 def of_model(
   model: inference.Classifier, config: ml_collections.ConfigDict
 ) -> Scores:
-  """Returns what a model scores on a config's test images.
+  """Returns the scores of a model on a config's test images.
 
-  The images become what the model takes, whatever the config says of sizes;
-  labels are matched by the names of the classes, whatever their order. The
-  classes must be the same: of fewer an accuracy is another number, and of a
-  class that the model does not have it is none.
+  The model's preprocessing prepares the images. It overrules sizes, mean and
+  std of the config. Labels are matched by the names of the classes, in any
+  order. Data and model must have the same classes: accuracies over different
+  numbers of classes cannot be compared, and the model cannot predict a class it
+  lacks.
+
+  Args:
+    model: from `inference.load`.
+    config: `data` and `eval_batch_size` are used.
 
   Raises:
     InputError: the data cannot be read, or their classes are not the model's.
@@ -163,7 +174,7 @@ def of_model(
 def _tell_of_differences(
   model: inference.Classifier, data: ml_collections.ConfigDict
 ) -> None:
-  """Says which fields of a config the model's own preprocessing overrules."""
+  """Warns of each field of a config that the model's record overrules."""
   own = model.record['preprocessing']
   height, width, _ = model.image_shape
   for field, given, decides in (
@@ -172,7 +183,7 @@ def _tell_of_differences(
     ('mean', tuple(data.mean), tuple(own['mean'])),
     ('std', tuple(data.std), tuple(own['std'])),
   ):
-    measured = given in ((), (0, 0))  # what was found is the model's
+    measured = given in ((), (0, 0))  # the config leaves it to the data
     if given != decides and not measured:
       logging.warning(
         'config.data.%s=%s is not what the model was made with, %s, which'
@@ -186,10 +197,14 @@ def _tell_of_differences(
 def _in_order(
   source: sources.Source, classes: tuple[str, ...]
 ) -> sources.Source:
-  """Returns a source whose labels are numbers of a model's classes.
+  """Returns a data source whose labels index a model's classes.
+
+  Args:
+    source: a data source with its own order of classes.
+    classes: the model's classes.
 
   Raises:
-    InputError: it has other classes; names those that only one of them has.
+    InputError: the classes differ; names those that only one side has.
   """
   ours, theirs = (
     [unicodedata.normalize('NFC', name) for name in names]

@@ -1,4 +1,4 @@
-"""From a config to what is run: steps, network, schedules, compiled recipe."""
+"""From a config to an experiment: data, plan, network, schedules, recipe."""
 
 from __future__ import annotations
 
@@ -22,7 +22,17 @@ from maskconnect_jax.run import plan as plan_lib
 def make_schedules(
   config: ml_collections.ConfigDict, plan: plan_lib.Plan
 ) -> tuple[optax.Schedule, optax.Schedule]:
-  """Returns the learning rates of the weights and of the masks, by step."""
+  """Returns the learning rates of the weights and of the masks, by step.
+
+  The masks' rate is 0 from the freeze on.
+
+  Args:
+    config: see `maskconnect_jax/config.py`.
+    plan: the durations in steps.
+
+  Raises:
+    InputError: a duration in the config cannot be used.
+  """
 
   def steps_of(text: str, name: str) -> int:
     return plan_lib.to_steps(
@@ -53,18 +63,18 @@ def make_schedules(
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """A config and all that follows from it, before anything is trained.
+  """A config and everything built from it before training.
 
   Attributes:
     config: see `maskconnect_jax/config.py`.
     dataset: in host memory, or streamed.
     plan: the durations in steps.
     architecture: the arguments of `create_model`, without spec and topology;
-      plain enough for JSON.
+      can be written as JSON.
     model: the network before training.
     mesh: all devices.
     rates: the learning rates of the weights and of the masks, by step.
-    recipe: what the first phase's step is compiled for.
+    recipe: the recipe of the first phase.
   """
 
   config: ml_collections.ConfigDict
@@ -79,6 +89,9 @@ class Experiment:
 
 def build(config: ml_collections.ConfigDict) -> Experiment:
   """Reads the data and builds the network; writes nothing.
+
+  Args:
+    config: see `maskconnect_jax/config.py`.
 
   Raises:
     InputError: the config or its data cannot be used.
@@ -141,9 +154,12 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
 def architecture_of(
   config: ml_collections.ConfigDict, num_classes: int, in_channels: int
 ) -> dict[str, Any]:
-  """Returns the arguments of `create_model` that a config stands for.
+  """Returns the arguments of `create_model`, without spec and topology.
 
-  Beside them stand its spec and the topology that it gives.
+  Args:
+    config: see `maskconnect_jax/config.py`.
+    num_classes: number of outputs.
+    in_channels: channels of an image.
   """
   own, model = config.connectivity, config.model
   architecture = {
@@ -166,9 +182,10 @@ def architecture_of(
 
 
 def held_out(job: Experiment) -> tuple[str, datasets.Split | datasets.Stream]:
-  """Returns the name and images of what a run is watched on while it trains.
+  """Returns name and images of the split that training is evaluated on.
 
-  With a validation set the test set is first read after the last step.
+  The split is the validation set if there is one, else the test set. With a
+  validation set, the test set is not evaluated before the last step.
   """
   if job.dataset.validation:
     return 'validation', job.dataset.validation
@@ -178,10 +195,15 @@ def held_out(job: Experiment) -> tuple[str, datasets.Split | datasets.Stream]:
 def given_topology(
   config: ml_collections.ConfigDict,
 ) -> topology.Topology | topology.BranchTopology | None:
-  """Returns the topology of `config.connectivity.topology`; None without one.
+  """Returns the topology of `config.connectivity.topology`.
+
+  With `config.connectivity.shuffled` the rows come in a random order.
+
+  Returns:
+    None unless the rule is 'fixed_given'.
 
   Raises:
-    InputError: it is not there, damaged, or another network's.
+    InputError: the file is missing, damaged, or of another network.
   """
   own = config.connectivity
   if own.rule != 'fixed_given':
@@ -207,7 +229,7 @@ def given_topology(
 
 
 def training_batches(job: Experiment) -> batches.Batches:
-  """Returns where a run takes its batches from."""
+  """Returns the training batches of a run."""
   train, size, data = job.dataset.train, job.config.batch_size, job.config.data
   seed, sharding = job.config.seed, job.recipe.batch_sharding
   if isinstance(train, datasets.Split):
@@ -223,7 +245,7 @@ def training_batches(job: Experiment) -> batches.Batches:
 
 
 def note_on_fan_in(job: Experiment) -> str:
-  """Returns a remark for a fan_in that nothing can have, else ''."""
+  """Returns a remark if no block or branch can have the fan-in, else ''."""
   own = job.config.connectivity
   most = int(np.sum(job.model.stack.valid, -1).max())
   if own.fan_in <= most or own.rule not in ('learned', 'fixed_random'):

@@ -1,4 +1,4 @@
-"""The end of a run: prune, measure, write model, summary and pictures."""
+"""The end of a run: prune, measure, write model, pictures and summary."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def at_freeze(run: Run) -> str:
 
 
 def finish(run: Run) -> tuple[dict[str, Any], Any]:
-  """Prunes the model, measures it, and writes all that a finished run leaves.
+  """Prunes the model, measures it, and writes the files of a finished run.
 
   Args:
-    run: after its last step, and frozen.
+    run: a run after its last step, with a frozen topology.
 
   Returns:
     The content of summary.json, and the pruned model.
@@ -94,7 +94,16 @@ def summarize(
   skipped: int,
   clock: metrics.Throughput,
 ) -> dict[str, Any]:
-  """Returns the content of summary.json; docs/running.md, "The workdir"."""
+  """Returns the content of summary.json; see docs/running.md, "The workdir".
+
+  Args:
+    job: the experiment.
+    frozen: the network before pruning.
+    pruned: the network after pruning.
+    accuracies: accuracies, losses and number of test examples, by name.
+    skipped: number of files and records left out as damaged.
+    clock: the run's time and speed.
+  """
   own = job.config.connectivity
   return {
     'model': job.config.model.name,
@@ -119,7 +128,11 @@ def summarize(
 
 
 def branches_of(frozen: Any) -> dict[str, int]:
-  """Returns how many branches there are and how many stay, at their level."""
+  """Returns the numbers of branches before and after pruning.
+
+  Returns:
+    {} for a block-level network.
+  """
   if not isinstance(frozen.topology, BranchTopology):
     return {}
   live = frozen.topology.live_branches
@@ -137,12 +150,20 @@ def write(
   summary: dict[str, Any],
   history: metrics.MaskHistory,
 ) -> None:
-  """Writes model, topology, pictures and, last of all, the summary.
+  """Writes model, mask history, topology, pictures and, last, the summary.
 
-  Called by all processes together, of which the first one writes.
+  All processes call it together; the first one writes.
+
+  Args:
+    workdir: the run's folder.
+    job: the experiment.
+    frozen: the network before pruning.
+    pruned: the network after pruning.
+    summary: from `summarize`.
+    history: the real masks at the logged steps.
 
   Raises:
-    InputError: one cannot be written, as on a full disk.
+    InputError: a file cannot be written, as on a full disk.
   """
   inference.save(
     workdir / 'model',
@@ -169,7 +190,16 @@ def draw_figures(
   frozen: Any,
   history: metrics.MaskHistory,
 ) -> None:
-  """Draws the topology, and where it was learned the real mask behind it."""
+  """Draws the topology; if it was learned, the real mask and its history too.
+
+  The pictures go into `workdir/figures`.
+
+  Args:
+    workdir: the run's folder.
+    config: the run's config.
+    frozen: the network before pruning.
+    history: the real masks at the logged steps.
+  """
   topology = frozen.topology
   own = config.connectivity
   title = f'{config.model.name}, {own.rule.replace("_", "-")}'
@@ -206,7 +236,7 @@ def draw_figures(
 
 
 def table(summary: dict[str, Any], workdir: Path) -> str:
-  """Returns the table that a run ends with."""
+  """Returns the table that a run prints at its end."""
   watched = 'validation' if 'validation_accuracy' in summary else 'test'
   tested = f'test accuracy ({summary["num_test_examples"]:,} images)'
   rows = [

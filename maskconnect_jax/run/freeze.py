@@ -1,7 +1,7 @@
-"""The freeze: the top-K of the real mask becomes the topology, once for all.
+"""The freeze: the top K of the real mask becomes the topology, for good.
 
-While the wiring is learned, BatchNorm sees the sums of drawn masks. So its
-statistics are measured anew on the frozen network.
+While the wiring is learned, BatchNorm sees sums of the sources that drawn masks
+select. So its statistics are measured anew on the frozen network.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from maskconnect_jax.run.progress import Run
 def freeze(run: Run) -> None:
   """Freezes the topology and recomputes BatchNorm; measures before and after.
 
-  A function of the state alone: a run resumed just before it repeats it. The
-  two accuracies go into the progress, and so into every later checkpoint.
+  The result depends on the state alone. So a run that is resumed just before
+  the freeze repeats it exactly. The two accuracies go into the progress, and so
+  into every later checkpoint.
 
   Args:
-    run: at the end of the connectivity phase; its recipe, state and progress
-      become those of fine-tuning.
+    run: a run at the end of the connectivity phase; its recipe, state and
+      progress become those of fine-tuning.
 
   Raises:
-    Stopped: a signal came; the run is as it was.
+    Stopped: a signal came; the run is unchanged.
   """
   watched, split = experiment.held_out(run.job)
   state = run.state
@@ -51,7 +52,7 @@ def freeze(run: Run) -> None:
 def frozen_recipe(
   recipe: steps.Recipe, state: steps.TrainState
 ) -> steps.Recipe:
-  """Returns the recipe with the wiring fixed to the top-K of the real mask."""
+  """Returns the recipe with the top K of the real mask as the topology."""
   model = nnx.merge(recipe.network, *state.variables())
   network, *_ = steps.split(wiring.freeze(model))
   return dataclasses.replace(recipe, network=network)
@@ -65,14 +66,15 @@ def measured_anew(
 ) -> steps.TrainState:
   """Returns the state with BatchNorm's statistics over the next batches.
 
-  A run that averages its weights has statistics of the averaged weights too,
-  and they are measured likewise.
+  The new statistics are the means over `count` batches. A run that averages its
+  weights also has statistics of the averaged weights. They are measured in the
+  same way.
 
   Args:
-    recipe: with the frozen network.
-    state: at the freeze.
-    batches: of training images.
-    count: how many batches to measure on.
+    recipe: the recipe with the frozen network.
+    state: the state at the freeze.
+    batches: the training batches.
+    count: number of batches to measure on.
   """
   measure = jax.jit(steps.batch_statistics, static_argnums=0)
   both = {False: (state.weights, state.masks, state.statistics)}

@@ -1,8 +1,8 @@
-"""A model folder, and what it predicts.
+"""A model folder, and predictions from it.
 
-`model/` holds `arrays/` (Orbax, one array per parameter, named by its path)
-and `model.json`: architecture, topology, classes and preprocessing. Nothing
-else is needed to predict.
+`model/` holds `arrays/` and `model.json`. Orbax writes `arrays/`: one array per
+parameter, named by its path. `model.json` holds architecture, topology, classes
+and preprocessing. Nothing else is needed to predict.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from maskconnect_jax.run import augment, checkpoint, model_record
 K = TypeVar('K')
 
 BATCH = 256
-_BATCH_BYTES = 2**26  # of the images of a batch, before they are widened
+_BATCH_BYTES = 2**26  # most bytes of a batch's images as uint8
 
 
 def save(
@@ -46,22 +46,23 @@ def save(
 ) -> None:
   """Writes a frozen, pruned model; a folder already there is replaced.
 
-  Called by all processes together, of which the first one writes.
+  All processes call it together; the first one writes.
 
   Args:
-    folder: such as workdir/model.
-    model: from `wiring.prune`.
-    architecture: the arguments of `create_model`, without spec and topology,
-      which the model has.
+    folder: the folder to write, such as workdir/model.
+    model: from `wiring.prune`; has spec and topology.
+    architecture: the other arguments of `create_model`.
     classes: name of each output.
-    image_shape: (height, width, channels) that images are brought to.
-    resize: of the shorter side, before the centre is cropped; 0: none.
-    mean: per channel, on the 0..255 scale.
-    std: likewise.
+    image_shape: (height, width, channels) of the network's input.
+    resize: pixels of the shorter side before the centre is cropped; 0: no crop,
+      the whole image is resized to `image_shape`.
+    mean: one number per channel, on the 0..255 scale.
+    std: one number per channel, on the 0..255 scale.
     max_pixels: width times height of the largest image to decode.
 
   Raises:
-    InputError: it cannot be written, as on a full disk; what was there stays.
+    InputError: the model cannot be written, as on a full disk; a folder already
+      there stays.
   """
   height, width, channels = image_shape
   arrays = _named_arrays(model)
@@ -97,11 +98,11 @@ def load(folder: str | Path) -> Classifier:
   """Reads a model.
 
   Args:
-    folder: the workdir of a finished run, such as 'runs/digits', or the model
-      folder in it, which may lie anywhere.
+    folder: the workdir of a finished run, such as 'runs/digits', or a model
+      folder, which may have been moved anywhere.
 
   Raises:
-    InputError: there is no whole model in it.
+    InputError: the folder holds no whole model.
   """
   folder = given_path(folder, '--workdir')
   if (folder / 'model' / 'model.json').is_file():  # a workdir
@@ -117,9 +118,10 @@ def load(folder: str | Path) -> Classifier:
   arrays_folder = folder / 'arrays'
   stored = checkpoint.stored_arrays(arrays_folder)
   model_record.check_blocks(arrays_folder, frozen, stored)
-  # Version 1 had no name when it was the only one.
+  # The first models have no 'version': version 1 was the only one.
   architecture = {'version': '1'} | record['architecture']
-  architecture.pop('gradient_every', None)  # of version 0.1.0, for training
+  # Version 0.1.0 wrote this field, which only training used.
+  architecture.pop('gradient_every', None)
   try:
     abstract = nnx.eval_shape(
       lambda: wiring.prune(models.create_model(**architecture, topology=frozen))
@@ -162,12 +164,18 @@ class Classifier:
   Attributes:
     classes: name of each output.
     topology: which sources feed each block.
-    image_shape: (height, width, channels) that images are brought to.
+    image_shape: (height, width, channels) of the network's input.
     record: the content of model.json.
   """
 
   def __init__(self, network: Any, state: Any, record: dict[str, Any]) -> None:
-    """Made by `load`."""
+    """Takes the parts of a model; call `load` instead.
+
+    Args:
+      network: the model's graph.
+      state: its arrays.
+      record: the content of model.json.
+    """
     self.record = record
     self.classes: tuple[str, ...] = tuple(record['classes'])
     self.topology = topology.from_dict(record['topology'])
@@ -189,14 +197,14 @@ class Classifier:
 
     Args:
       images_or_paths: an array of any library, uint8 [N, H, W, C] or [N, H, W];
-        or any iterable of paths, Pillow images and uint8 arrays; or one of
-        these, [H, W, C] with C up to 4 or [H, W], as if alone in a list. Any
-        size; they are resized and converted as in training. An iterable is
-        taken `batch_size` images at a time.
+        or any iterable of paths, Pillow images and uint8 arrays; or a single
+        path, image or array. A single array is [H, W, C] with C up to 4, or
+        [H, W]. Images may have any size; they are resized and converted as in
+        evaluation. An iterable is consumed `batch_size` images at a time.
 
     Raises:
-      InputError: an image cannot be read, or what was given is no image, or
-        has two readings.
+      InputError: an image cannot be read, an item is no image, or an array can
+        be read as one image or as several.
     """
     items = image_inputs.each(images_or_paths, channels=self.image_shape[-1])
     prepared = ((n, self._prepared(n, item)) for n, item in enumerate(items))
@@ -209,8 +217,8 @@ class Classifier:
     """Yields the class probabilities of images, one after the other.
 
     Args:
-      prepared: anything that names an image, and the image as `prepare` returns
-        it. They are taken `batch_size` at a time.
+      prepared: pairs of a name, which may be any object, and an image from
+        `prepare`. They are consumed `batch_size` at a time.
 
     Yields:
       The name, and float32 [len(classes)].
@@ -222,7 +230,7 @@ class Classifier:
 
   @property
   def batch_size(self) -> int:
-    """How many images are taken at once: fewer where they are large."""
+    """Images in a batch: a power of two, smaller for large images."""
     most = max(1, _BATCH_BYTES // math.prod(self.image_shape))
     return int(min(BATCH, 1 << (most.bit_length() - 1)))
 
@@ -230,18 +238,18 @@ class Classifier:
     try:
       return self.prepare(item)
     except InputError as error:
-      if isinstance(item, str | os.PathLike):  # it is named
+      if isinstance(item, str | os.PathLike):  # the error names it
         raise
       raise InputError(f'image {number}: {error}') from error
 
   def prepare(self, item: Any) -> np.ndarray:
-    """Returns one image as the network takes it, uint8 `image_shape`.
+    """Returns one image resized for the network, uint8 `image_shape`.
 
     Args:
-      item: a path, Pillow image or uint8 array, or the content of a file.
+      item: a path, a Pillow image, a uint8 array, or a file's content as bytes.
 
     Raises:
-      InputError: it cannot be read, or is not an image.
+      InputError: the item cannot be read, or is no image.
     """
     height, width, channels = self.image_shape
     return images.read(
@@ -255,7 +263,7 @@ class Classifier:
     )
 
   def probabilities(self, batch: np.ndarray) -> np.ndarray:
-    """Returns class probabilities of images that are prepared already.
+    """Returns the class probabilities of prepared images.
 
     Args:
       batch: uint8 [N, H, W, C], of `image_shape`.
@@ -264,12 +272,22 @@ class Classifier:
       float32 [N, len(classes)].
 
     Raises:
-      InputError: another shape or dtype.
+      InputError: the batch has another shape or dtype.
     """
     return self._run(batch)[1]
 
   def logits(self, batch: np.ndarray) -> np.ndarray:
-    """Returns what the softmax of is `probabilities`, float32 of that shape."""
+    """Returns the logits; their softmax is `probabilities`.
+
+    Args:
+      batch: uint8 [N, H, W, C], of `image_shape`.
+
+    Returns:
+      float32 [N, len(classes)].
+
+    Raises:
+      InputError: the batch has another shape or dtype.
+    """
     return self._run(batch)[0]
 
   def _run(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -278,7 +296,7 @@ class Classifier:
         f'a batch is uint8 [N, {", ".join(map(str, self.image_shape))}], not'
         f' {batch.dtype} {list(batch.shape)}; predict() takes any images'
       )
-    # Powers of two: few shapes to compile for, whatever number is asked for.
+    # N is padded to a power of two, so few shapes are compiled.
     padded = 1 << (len(batch) - 1).bit_length()
     filled = np.pad(batch, ((0, padded - len(batch)), (0, 0), (0, 0), (0, 0)))
     logits, probabilities = jax.device_get(self._forward(self._state, filled))

@@ -1,9 +1,10 @@
-"""One lock for a folder that one process at a time may write: a workdir.
+"""A lock for a workdir, which one process at a time may write.
 
-The operating system holds it, so that it ends with the process that took it,
-however that ends. Where the file system has no such locks, as some mounts of
-Lustre and NFS, a file with the number of the process stands in for it; one that
-a killed process left on this machine is noticed and taken over.
+The operating system holds the lock and releases it when the process ends, also
+when the process is killed. Some mounts of Lustre and NFS have no locks of the
+operating system. There a file with the number of the process replaces the lock.
+If a killed process left the file on this machine, the next process takes it
+over.
 """
 
 from __future__ import annotations
@@ -19,20 +20,20 @@ from maskconnect_jax.errors import InputError
 
 NAME = '.lock'
 SOFT_NAME = '.lock.process'
-PATIENCE = 5.0  # seconds: a process that was killed takes a while to end
+PATIENCE = 5.0  # seconds to wait: a killed process takes a while to end
 
 
 @contextlib.contextmanager
 def locked(folder: Path, *, enabled: bool = True) -> Iterator[None]:
-  """Makes a folder, and keeps other processes out of it for a while.
+  """Makes a folder, and keeps other processes out of it inside the context.
 
-  What is made here, folders included, is gone at the end if nothing else has
-  been put there.
+  The lock's file is removed at the end. A folder made here is removed too, if
+  it is empty then.
 
   Args:
-    folder: such as a workdir.
-    enabled: False on all but one of the processes that share the folder, which
-      then only make it.
+    folder: the folder to lock, such as a workdir.
+    enabled: whether to take the lock. Of the processes of one run, all but one
+      pass False; they only make the folder.
 
   Raises:
     InputError: another process has the lock, or the folder cannot be made or
@@ -49,7 +50,7 @@ def locked(folder: Path, *, enabled: bool = True) -> Iterator[None]:
     with _held(folder) if enabled else contextlib.nullcontext():
       yield
   finally:
-    with contextlib.suppress(OSError):  # something is in it: it stays
+    with contextlib.suppress(OSError):  # a folder that is not empty stays
       for path in missing:
         path.rmdir()
 
@@ -81,8 +82,8 @@ def _held(folder: Path) -> Iterator[None]:
       lock = _soft(path, folder)
     yield
   finally:
-    # Before it is released: whoever waits for this very file notices that it is
-    # no longer in the folder, and takes the lock of the next one.
+    # The file is removed before the lock is released. So a process that waits
+    # for the lock notices that the file is gone, and locks a new one.
     if lock is not None and lock.is_locked:
       if path.name == NAME:
         path.unlink(missing_ok=True)
@@ -90,7 +91,7 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def _soft(path: Path, folder: Path) -> filelock.BaseFileLock | None:
-  """Takes the file that stands in for a lock; None where that fails too."""
+  """Takes the file that replaces the lock; returns None if that fails too."""
   lock = filelock.SoftFileLock(path, timeout=PATIENCE)
   try:
     _take(lock, folder, f', or remove {path} if no process has')
