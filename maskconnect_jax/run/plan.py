@@ -89,7 +89,7 @@ class Plan:
     )
 
   def in_words(self, batch_size: int) -> str:
-    """Returns the line that tells a user the length of a run and its phase.
+    """Returns a line on the length of the run and of its connectivity phase.
 
     Args:
       batch_size: images in a step.
