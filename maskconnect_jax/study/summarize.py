@@ -82,7 +82,7 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """Runs whose configs are equal but for the seed.
+  """Runs whose configs differ only in the seed.
 
   Attributes:
     name: the config fields that tell this row from the others.
