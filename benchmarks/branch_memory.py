@@ -2,8 +2,8 @@
 
 python benchmarks/branch_memory.py resnext20_8x4d [...] [--batch=32] [--side=32]
 
-Compiles shapes, runs nothing: what it prints does not vary, but for the seconds
-of compiling.
+It compiles but runs nothing. So it prints the same numbers every time, except
+for the seconds of compiling.
 """
 
 import argparse

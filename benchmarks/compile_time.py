@@ -1,13 +1,13 @@
-"""Seconds from a start to a compiled training step, and at the second start.
+"""Seconds from start to compiled training step, at a first and a second start.
 
 python benchmarks/compile_time.py [--quick] [--models=resnet38,resnet110]
   [--rules=fixed_prev,learned] [--fan_in=10] [--batches=128] [--json=FILE]
 
-Every start is a process of its own, with a cache of compiled programs that the
-first one finds empty and the second one as the first has left it. "compile"
-is reading the cache then; "start" all of the process: imports, the network's
-first weights, tracing, lowering, compiling. "÷ fixed_prev" compares tracing,
-lowering and compiling of first starts.
+Every start is a process of its own. The first start finds an empty cache of
+compiled programs and fills it; the second start finds it filled. "compile" at
+the second start is the time to read the cache. "start" is the time of the whole
+process: imports, the network's first weights, tracing, lowering, compiling.
+"÷ fixed_prev" compares tracing, lowering and compiling of first starts.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
 python benchmarks/grouped_conv.py [--native | --sharded]
 
-XLA's own takes seconds a call on CPU and is left out there without --native.
---sharded compares instead what eight forced CPU devices are given to do, in
-shard_map and out of it.
+XLA's own formulation takes seconds a call on CPU. There it is timed only with
+--native. --sharded instead compares the programs that eight forced CPU devices
+run, inside shard_map and outside it.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Makes a small folder with ImageNet's shape, to try the whole path on.
+"""Makes a small folder with ImageNet's layout, to try all of a run on.
 
 python benchmarks/imagenet_folder.py DIR [--classes=1000 --train=3 --val=1]
 
-DIR/train/n00000000/*.JPEG and DIR/val/...: photographs of mixed sizes, of which
-every 25th is grey, every 50th CMYK, every 100th a PNG in spite of its name, and
-every 500th damaged; ImageNet has such, if fewer. The pictures mean nothing.
+DIR/train/n00000000/*.JPEG and DIR/val/... hold made-up pictures of mixed sizes.
+Every 25th is grey, every 50th CMYK, every 100th a PNG despite its name, and
+every 500th damaged. ImageNet has fewer of each kind. The pictures mean nothing.
 """
 
 import argparse

@@ -2,15 +2,16 @@
 
 python benchmarks/input_pipeline.py [--quick] [--folder IMAGES]
 
-Makes JPEGs of ImageNet's usual size and weight, or takes a folder's, and turns
-them into batches of 224 x 224, one thread each, rounds interleaved. Counted is
-the processor time of this process, so that other programs on the machine, and
-the disk, matter little; medians over the rounds.
+It makes JPEGs of ImageNet's usual size in pixels and bytes, or takes those of a
+folder. Each reader turns them into batches of 224 x 224 in one thread, and the
+readers take turns. The figures are medians over the rounds of this process's
+processor time, so other programs and the disk matter little.
 
-"float" is what users of ImageFolder and DataLoader run: decode, random resized
-crop, flip, tensor, normalise, batch; it needs torchvision, without which the
-same steps run in Pillow and NumPy. "uint8" stops before the flip: what is left
-is what our host does too, whose flip and normalisation run on the accelerator.
+"float" runs the steps that users of ImageFolder and DataLoader run: decode,
+random resized crop, flip, tensor, normalise, batch. It needs torchvision.
+Without torchvision the same steps run in Pillow and NumPy. "uint8" stops before
+the flip, and so does the same work as our host: our flip and normalisation run
+on the accelerator.
 """
 
 import argparse

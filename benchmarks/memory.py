@@ -3,16 +3,16 @@
 python benchmarks/memory.py [--quick] [--batches=32]
   [--models=resnet20,resnet38,resnet74,resnet110] [--fan_in=10] [--json=FILE]
 
-Compiles and runs nothing: it prints the same every time. "a block" is the
-temporary memory over the mean size of a block's output: it does not depend on
-the depth where memory grows as O(L). "O(L) MB" is what the rule's first network
-predicts of the others so. "blocks" are those that the program runs: what
-nothing reads is left out.
+It compiles but runs nothing, so it prints the same every time. "a block" is the
+temporary memory divided by the size of all blocks' outputs together; it does
+not depend on the depth if memory grows as O(L). "O(L) MB" is the memory that
+O(L) growth predicts from the rule's first network. "blocks" counts the blocks
+that the program runs: blocks without a reader are left out.
 
---target=h100 or a TPU slice such as --target=v5e:2x2 compiles for one device of
-that kind, which need not be there (targets.py says what must be installed).
-"kernels" are what a GPU's program starts; "Mcycles" what a TPU's compiler
-expects of the step, its only word on time.
+--target=h100, or a TPU slice such as --target=v5e:2x2, compiles for one device
+of that kind. The device need not be there; targets.py tells the packages to
+install. "kernels" counts the kernels that a GPU's program starts. "Mcycles" is
+the TPU compiler's estimate for the step, its only figure of time.
 """
 
 import dataclasses

@@ -1,15 +1,16 @@
-"""How near a training step is to what the device's memory or arithmetic allow.
+"""How near a training step is to the limits of a device's memory or arithmetic.
 
 python benchmarks/roofline.py [--quick] [--models=resnet38,resnet110]
   [--batches=128,1024] [--rules=learned,fixed_random,fixed_prev,fixed_all]
   [--fan_in=10] [--json=FILE]
 
-A step cannot take less than its FLOPs at the rate of a large matrix product,
-nor than the bytes that it accesses at the rate of a large array that is read
-and written, both measured here; "bound" is the longer of the two. FLOPs and
-bytes are XLA's count of one device's program, in which every kernel reads its
-operands from memory: where they stay in a cache, a step is faster than its
-bound. A scan's body counts once.
+Two times bound a step from below: its FLOPs at the rate of a large matrix
+product, and its bytes accessed at the rate of reading and writing a large
+array. Both rates are measured here. "bound" is the longer of the two times.
+
+FLOPs and bytes are XLA's counts for one device's program. They assume that
+every kernel reads its operands from memory, so a step whose operands stay in a
+cache is faster than its bound. The body of a scan counts once.
 """
 
 import argparse

@@ -5,22 +5,23 @@ python benchmarks/step_time.py [--quick] [--models=resnet38,resnet110]
   [--fan_in=10,4] [--inference | --data=memory | --data=DIR] [--json=FILE]
 
 The step is that of a run, on noise that stays on the device. All forms of one
-network and batch take turns, --steps of each in every one of --rounds; "ms" are
-medians over the rounds, "÷" medians of the ratios within a round, "±" the
-quartiles' distance. "blocks" are those that the program runs: what nothing
-reads is left out, of Fixed-Random's most. "dispatch" is the time from the call
-of the compiled step to its return: Python's and the runtime's, hidden behind
-the device's work while it is far below 100 %. On CPU both share the cores.
+network and batch take turns: each of --rounds times --steps of every form. "ms"
+is the median over the rounds, "÷" the median of the ratios within a round, "±"
+the distance of the quartiles. "blocks" counts the blocks that the program runs:
+blocks without a reader are left out, which are most blocks of Fixed-Random.
+"dispatch" is the time from the call of the compiled step to its return. Python
+and the runtime take this time. It is hidden behind the device's work while it
+is far below 100 %. On CPU both share the cores.
 
---inference times the forward pass of a frozen, pruned network of drawn real
-masks, beside the ordinary network of as many blocks in each stage; "bytes ÷" is
-what the sources that it reads beyond one cost, by XLA's count of the bytes that
-the two programs access.
+--inference times the forward pass of a frozen, pruned network whose real masks
+were drawn, beside the ordinary network with as many blocks in each stage.
+"bytes ÷" is the ratio of the bytes that the two programs access, by XLA's
+count: the cost of reading more than one source.
 
---data=memory and --data=DIR (train/CLASS/*, test/CLASS/*, decoded as ImageNet's
-photographs are; imagenet_folder.py makes such) time the step alone, and in a
-loop that takes its batches as a run does; "busy" is their ratio. On CPU the
-decoding takes time from the step itself.
+--data=memory and --data=DIR time the step alone, and in a loop that takes its
+batches as a run does; "busy" is their ratio. DIR holds train/CLASS/* and
+test/CLASS/*, which are decoded like ImageNet's photographs; imagenet_folder.py
+makes such a folder. On CPU, decoding takes time from the step itself.
 """
 
 import argparse

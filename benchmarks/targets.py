@@ -1,9 +1,9 @@
 """Devices that a training step can be compiled for without having one.
 
-'h100' needs `pip install 'jax[cuda13]'`; a TPU, named as JAX names slices such
-as 'v5e:2x2' or 'v6e:2x2', needs `pip install 'jax[tpu]'`. The program is what
-XLA would make there, but for the algorithms of a GPU's convolutions and
-products, which it picks by trying them: here they are not tried.
+'h100' needs `pip install 'jax[cuda13]'`. A TPU needs `pip install 'jax[tpu]'`;
+its name is JAX's name of a slice, for example 'v5e:2x2' or 'v6e:2x2'. XLA would
+make the same program on the device, with one exception: on a GPU it picks the
+algorithms of convolutions and products by trying them, and here it cannot.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Block-level MaskConnect in PyTorch: CIFAR's ResNet with learned sources.
 
-The peer that torch_port.py checks and times. It imports nothing of this
-package; only the names of its modules are the package's, so that weights map
-one to one.
+torch_port.py compares this network with the package's and times both. It
+imports nothing of the package. Its modules have the names of the package's, so
+that weights map one to one.
 """
 
 from __future__ import annotations

@@ -4,17 +4,19 @@ python benchmarks/torch_port.py [--quick] [--check] [--batches=128]
   [--models=resnet38,resnet110] [--rules=learned,fixed_prev] [--fan_in=10]
   [--modes=default,reduce-overhead] [--json=FILE]
 
---check takes ten steps in both from the same weights on the same batch, with
-the masks that ours draws, and fails where they come apart: "loss" the relative
-difference of the first and of the worst step, "mask gradient" that of the first
-step in norm, "real masks" the largest difference after the last step.
+--check takes ten steps in both, from the same weights, on the same batch, with
+the masks that ours draws. It fails if they differ too much. "loss" is the
+relative difference at the first and at the worst step, "mask gradient" the
+relative difference in norm at the first step, "real masks" the largest
+difference after the last step.
 
-Without it both are timed in turns, in one process on one device, as in
-step_time.py; "ours x" is our images per second over theirs. The batch is on the
-device, and nothing is augmented. The peer is torch_network.py: torch.compile
-(reduce-overhead: CUDA graphs), channels_last, autocast, fused SGD. That of an
-ImageNet form, which is timed only, is timm's network of the name, or else
-torchvision's. PyTorch is no dependency of the package: pip install torch timm.
+Without --check both are timed in turns, in one process on one device, as in
+step_time.py. "ours x" is our images per second divided by theirs. The batch is
+on the device, and nothing is augmented. The peer is torch_network.py, with
+torch.compile (reduce-overhead: CUDA graphs), channels_last, autocast and fused
+SGD. For an ImageNet form the peer is timm's network of the same name, or else
+torchvision's; this peer is only timed. PyTorch is no dependency of the package:
+pip install torch timm.
 """
 
 import argparse

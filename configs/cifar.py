@@ -9,25 +9,27 @@
   python -m maskconnect_jax.main --config=configs/cifar.py:100,branch \
       --workdir=runs/cifar100_branch
 
-Each block of resnet38 picks 10 blocks. With `branch`, each branch picks 4 of 8:
-of resnext20_8x4d on CIFAR-10, of resnext29_8x8d on CIFAR-100.
+Each block of resnet38 picks 10 sources. With `branch`, each branch picks 4 of 8
+branches. The network is then resnext20_8x4d for CIFAR-10 and resnext29_8x8d for
+CIFAR-100.
 
-The set comes from TFDS, prepared once as docs/data.md says; or from an image
+The images come from TFDS, prepared once as docs/data.md says; or from an image
 folder with --config.data.source=folder --config.data.dir=DIR.
 
-300 epochs of 50,000 images: not yet run to their end. On CIFAR-10 (JPEG) with
---config.duration='1 epochs', seed 0, after pruning:
+The recipe takes 300 epochs of 50,000 images, and is not yet run to its end.
+With --config.duration='1 epochs' and seed 0, on CIFAR-10 (JPEG), the test
+accuracy after pruning was:
 
-  10         60.23 %, 7 min on two CPU cores
+  10         60.23 %, in 7 min on two CPU cores
   10,branch  39.43 % with the plain settings (docs/method.md), which leave 38 of
-             the 48 branches; 25 min on two busy CPU cores
+             the 48 branches; in 25 min on two busy CPU cores
 """
 
 import ml_collections
 
 from maskconnect_jax import config as config_lib
 
-# Of the training images' channels, on the 0..255 scale.
+# Of the channels of the training images, on the scale 0 to 255.
 MEAN_AND_STD = {
   '10': ((125.3, 123.0, 113.9), (63.0, 62.1, 66.7)),
   '100': ((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),

@@ -3,9 +3,10 @@
   python -m maskconnect_jax.main --config=configs/cifar10.py \
       --workdir=runs/cifar10
 
-300 epochs of 50,000 images: not yet run to their end. On CIFAR-10 (JPEG) with
---config.duration='1 epochs', seed 0: 60.23 % after pruning, 7 min on two CPU
-cores. configs/cifar.py says where the images come from.
+configs/cifar.py names the data sources. The recipe takes 300 epochs of 50,000
+images, and is not yet run to its end. With --config.duration='1 epochs' and
+seed 0, on CIFAR-10 (JPEG), the test accuracy after pruning was 60.23 %, in
+7 min on two CPU cores.
 """
 
 import runpy

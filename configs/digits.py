@@ -2,9 +2,9 @@
 
 python -m maskconnect_jax.main --config=configs/digits.py --workdir=runs/digits
 
-Needs nothing. Takes 30 to 60 s on two CPU cores, compiling included. Test
-accuracy after pruning, seeds 0, 1, 2: 99.17, 99.17, 98.89 %; 9, 8, 8 of the 9
-blocks stay.
+The images come with scikit-learn. A run takes 30 to 60 s on two CPU cores,
+compiling included. Test accuracy after pruning, seeds 0, 1, 2: 99.17, 99.17,
+98.89 %. Of the 9 blocks, 9, 8, 8 stay.
 """
 
 import ml_collections

@@ -1,13 +1,14 @@
-"""Fashion-MNIST, or any set in MNIST's IDX files: resnet20 learns its wiring.
+"""Fashion-MNIST, or any images in MNIST's IDX files; resnet20.
 
   python -m maskconnect_jax.main --config=configs/fashion_mnist.py \
       --workdir=runs/fashion_mnist --config.data.dir=DIR
 
-DIR holds train-images-idx3-ubyte[.gz] and the other three; Debian's package
-dataset-fashion-mnist puts them into /usr/share/datasets/fashion-mnist.
-With --config.duration='2 epochs', seed 0, and the plain settings
-(docs/method.md): 89.31 % after pruning, 23 min on two busy CPU cores. Not yet
-run to its end.
+DIR holds train-images-idx3-ubyte[.gz] and the other three IDX files. Debian's
+package dataset-fashion-mnist puts them into /usr/share/datasets/fashion-mnist.
+
+The recipe is not yet run to its end. With --config.duration='2 epochs',
+seed 0 and the plain settings (docs/method.md), the test accuracy after pruning
+was 89.31 %, in 23 min on two busy CPU cores.
 """
 
 import ml_collections

@@ -3,9 +3,12 @@
   python -m maskconnect_jax.main --config=configs/image_folder.py \
       --workdir=runs/mine --config.data.dir=DIR
 
-JPEG and PNG of any size, resized to 32x32 (--config.data.image_size=N) and
-kept in memory. On CIFAR-10 (JPEG) with --config.duration='2 epochs', seed 0:
-70.34 % after pruning, 7 min on two CPU cores. Not yet run to its end.
+JPEG and PNG images of any size are resized to 32x32 and kept in memory;
+--config.data.image_size=N sets another size.
+
+The recipe is not yet run to its end. With --config.duration='2 epochs'
+and seed 0, on CIFAR-10 (JPEG), the test accuracy after pruning was 70.34 %, in
+7 min on two CPU cores.
 """
 
 import ml_collections

@@ -5,20 +5,22 @@
   python -m maskconnect_jax.main --config=configs/imagenet.py:branch \
       --workdir=runs/imagenet_branch --config.data.dir=DIR
 
-Each block of resnet50 picks 4 blocks. With `branch`, each branch of
-resnext50_32x4d picks 16 of 32; the other networks of the paper's table are
---config.model.name=resnext101_32x4d, and resnext101_64x4d with
---config.connectivity.fan_in=32.
+Each block of resnet50 picks 4 sources. With `branch`, each branch of
+resnext50_32x4d picks 16 of 32 branches. The paper's table has two more
+networks: --config.model.name=resnext101_32x4d, and
+--config.model.name=resnext101_64x4d --config.connectivity.fan_in=32.
 
-DIR holds train/n01440764/*.JPEG and val/n01440764/*.JPEG, 144 GB as published;
-or it is a TFDS data_dir with imagenet2012 prepared as ArrayRecord, with
+DIR holds train/n01440764/*.JPEG and val/n01440764/*.JPEG, 144 GB as published.
+Or DIR is a TFDS data_dir with imagenet2012 prepared as ArrayRecord, with
 --config.data.source=tfds --config.data.name=imagenet2012. Photographs are
-decoded while the devices work. 90 epochs of 1,281,167 images: not yet run to
-their end. On 4,000 made-up JPEGs (benchmarks/imagenet_folder.py), one epoch at
-64x64 takes 6 min on two busy CPU cores.
+decoded while the devices work.
 
-Other rules: --config.connectivity.rule=fixed_prev, the ordinary ResNet-50, or
-fixed_random, fixed_all.
+The recipe takes 90 epochs of 1,281,167 images, and is not yet run to its
+end. On 4,000 made-up JPEGs (benchmarks/imagenet_folder.py), one epoch at 64x64
+takes 6 min on two busy CPU cores.
+
+Other rules: --config.connectivity.rule=fixed_prev is the ordinary ResNet-50;
+fixed_random and fixed_all are the others.
 """
 
 import ml_collections

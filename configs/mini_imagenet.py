@@ -5,15 +5,16 @@
   python -m maskconnect_jax.main --config=configs/mini_imagenet.py:branch \
       --workdir=runs/mini_imagenet_branch
 
-Each block of resnet50 picks 4 blocks. With `branch`, each branch of
-resnext50_32x4d picks 16 of 32.
+Each block of resnet50 picks 4 sources. With `branch`, each branch of
+resnext50_32x4d picks 16 of 32 branches.
 
-The set is prepared once, without TensorFlow, from a folder of the images:
+The data set is prepared once, without TensorFlow, from a folder of the images:
 
   python -m maskconnect_jax.main --mode=prepare --images=DIR
 
-The split is that of ordinary classification, not the few-shot one of disjoint
-classes. 90 epochs of 50,000 images: not yet run to their end.
+The split is that of ordinary classification: training and test images share
+their classes. The few-shot split, of disjoint classes, is another one. The
+recipe takes 90 epochs of 50,000 images, and is not yet run to its end.
 """
 
 import ml_collections

@@ -5,19 +5,22 @@
 
 PART is one of
 
-  settings   which settings learn best: resnet20, one field at a time
-  block      does learned connectivity win: resnet38, resnet74, resnet110
-  branch     the same between the branches of ResNeXts; the published table
-  topology   is it the wiring or its training? A run's, its rows shuffled, and
-             a random one: --config.connectivity.topology=RUN/topology.json
-  fashion    the rules on Fashion-MNIST (DIR: its IDX files)
+  settings   which settings learn best? resnet20, one field at a time
+  block      does a learned wiring win over fixed rules? resnet38, resnet74,
+             resnet110
+  branch     the same question for the branches of ResNeXts, as in the published
+             table
+  topology   is it the topology or the training? The topology of a run, the same
+             with its rows shuffled, and a random one:
+             --config.connectivity.topology=RUN/topology.json
+  fashion    the rules on Fashion-MNIST (DIR holds its IDX files)
 
-all but `branch` also with `cpu-` before it: resnet38 of half width on 10,000
-images of 16x16, ten minutes a run on one core, too small for a claim about
-CIFAR-10. What the `cpu-` parts gave is in docs/results.md, also for three
-settings that were tried and are gone; the others are not yet run. DIR is
-CIFAR-10 as an image folder. Settings are compared on 5,000 held out training
-images, all else on the test images.
+DIR is CIFAR-10 as an image folder. Every part except `branch` also exists with
+`cpu-` before its name: resnet38 of half width on 10,000 images of 16x16. Such a
+run takes ten minutes on one core, and is too small for a claim about CIFAR-10.
+docs/results.md has the results of the `cpu-` parts, also for three settings
+that were removed since. The other parts are not yet run. Settings are compared
+on 5,000 held out training images, everything else on the test images.
 """
 
 import ml_collections
@@ -30,7 +33,8 @@ RULES = (
   'connectivity.rule=fixed_all',
   'connectivity.rule=learned',
 )
-# Around the method as it was first read; what won is the default now.
+# The plain settings of docs/method.md, around which the settings vary. The
+# winning settings are the defaults now.
 CENTRE = {
   'connectivity.gradient': 'all',
   'connectivity.temperature': 1.0,

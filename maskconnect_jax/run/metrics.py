@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, progress and time left."""
+"""The records of a run: metrics.jsonl, TensorBoard, progress, real masks."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from tensorboardX.proto import event_pb2
 from maskconnect_jax import files
 from maskconnect_jax.errors import InputError
 
-PLAIN_SECONDS = 10.0  # between lines when the output is no terminal
+PLAIN_SECONDS = 10.0  # between lines when stderr is no terminal
 FLUSH_SECONDS = 120.0  # between writes of TensorBoard's events to the disk
 
-# A closed pipe, a terminal that hung up, a full disk, a closed stream.
+# Writing to stderr raises these for a closed pipe, a terminal that hung up, a
+# full disk or a closed file.
 _UNSEEN = contextlib.suppress(OSError, ValueError)
 
 
@@ -35,12 +36,18 @@ class MetricsWriter:
   def __init__(
     self, workdir: Path, start_step: int, *, enabled: bool = True
   ) -> None:
-    """Opens the files and drops what a cut run logged after `start_step`.
+    """Opens the files and drops the records of steps after `start_step`.
+
+    Damaged lines of metrics.jsonl move to metrics.jsonl.damaged, and a warning
+    names them.
 
     Args:
-      workdir: of the run.
+      workdir: the folder of the run.
       start_step: steps already done.
-      enabled: False on all but one process, which then write nothing.
+      enabled: False on all processes except one; they write nothing.
+
+    Raises:
+      InputError: a file cannot be written.
     """
     self._enabled, self._failed = enabled, False
     if not enabled:
@@ -60,18 +67,18 @@ class MetricsWriter:
         len(records),
       )
     files.write_text(self._path, ''.join(map(_line, kept)))
-    # Absolute: a relative "s3:x" would be a bucket to tensorboardX.
+    # Absolute, because tensorboardX takes a relative "s3:x" for a bucket.
     self._folder = (workdir / 'tensorboard').absolute()
     with self._failing_at(self._path):
       self._file = self._path.open('a', encoding='utf-8')
     with self._failing_at(self._folder):
       self._folder.mkdir(exist_ok=True)
-      # Not SummaryWriter: its queue hangs once its thread has met a full disk.
+      # Not SummaryWriter: its queue hangs after its thread meets a full disk.
       name = f'events.out.tfevents.{int(time.time())}.{socket.gethostname()}'
       self._events = record_writer.RecordWriter(str(self._folder / name))
       self._flushed = time.time()
       self._add(0, file_version='brain.Event:2')
-      # Hides what a cut run told TensorBoard of later steps.
+      # Makes TensorBoard hide the events that a cut run wrote of later steps.
       self._add(
         start_step + 1,
         session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START),
@@ -80,10 +87,16 @@ class MetricsWriter:
   def write(self, step: int, phase: str, values: dict[str, Any]) -> None:
     """Writes one line {"step": ..., "phase": ..., **values}.
 
-    What is not finite is null there, and left out of TensorBoard.
+    A value that is not finite becomes null in metrics.jsonl. TensorBoard gets
+    the finite values only.
+
+    Args:
+      step: steps done.
+      phase: the phase of the last step, see `Plan.phase`.
+      values: numbers or None, by name.
 
     Raises:
-      InputError: it cannot be written, as on a full disk.
+      InputError: a file cannot be written, for example on a full disk.
     """
     if not self._enabled:
       return
@@ -96,7 +109,12 @@ class MetricsWriter:
           self._add(step, summary=summary.scalar(name, value))
 
   def close(self) -> None:
-    """Flushes both. Raises InputError as `write`, unless that has done so."""
+    """Flushes and closes both files.
+
+    Raises:
+      InputError: a file cannot be written. After a failed `write` nothing is
+        raised.
+    """
     if not self._enabled:
       return
     self._enabled = False
@@ -126,14 +144,15 @@ class MetricsWriter:
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
-  """Returns the records of metrics.jsonl; damaged lines are left out."""
+  """Returns the records of metrics.jsonl without its damaged lines."""
   return _parse(workdir / 'metrics.jsonl')[0]
 
 
 def _parse(path: Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
   """Returns the records of a file, and its damaged lines by their number.
 
-  The end of a last line that a kill cut short is neither.
+  A last line without a newline was cut short by a kill. If it is damaged, it
+  is dropped and does not count as a damaged line.
   """
   records: list[dict[str, Any]] = []
   damaged: dict[int, bytes] = {}
@@ -157,7 +176,7 @@ def _parse(path: Path) -> tuple[list[dict[str, Any]], dict[int, bytes]]:
 
 
 def _keep_lines(path: Path, lines: list[bytes]) -> Path:
-  """Adds lines to what was set aside of a file before; returns where."""
+  """Appends damaged lines of `path` to `path`.damaged; returns that path."""
   aside = path.with_name(f'{path.name}.damaged')
   before = aside.read_bytes() if aside.is_file() else b''
   with files.replacing(aside) as temporary:
@@ -176,20 +195,29 @@ def _line(record: dict[str, Any]) -> str:
 
 
 class Throughput:
-  """Images per second and seconds of training, pauses left out."""
+  """Counts images and seconds of training, without pauses.
+
+  Attributes:
+    images: images trained on.
+    seconds: seconds of training.
+  """
 
   def __init__(self, images: int = 0, seconds: float = 0.0) -> None:
-    """Goes on from what a run had done before it was cut."""
+    """Begins with the counts of the run before it was cut."""
     self.images = images
     self.seconds = seconds
     self._since: float | None = None
 
   def start(self) -> None:
-    """Begins, or goes on after a pause."""
+    """Starts the clock, at first or after a pause."""
     self._since = time.perf_counter()
 
   def stop(self, images: int) -> float:
-    """Adds the images done since `start`; returns their rate per second."""
+    """Stops the clock and adds the images done since `start`.
+
+    Returns:
+      Images per second since `start`; 0 if the clock was not running.
+    """
     if self._since is None:
       return 0.0
     elapsed = time.perf_counter() - self._since
@@ -200,18 +228,18 @@ class Throughput:
 
   @property
   def images_per_second(self) -> float:
-    """Over everything counted."""
+    """The rate over all counted images and seconds; 0 before the first."""
     return self.images / self.seconds if self.seconds else 0.0
 
 
 class ProgressBar:
   """One bar on a terminal; elsewhere a plain line every few seconds.
 
-  What cannot be shown, since the terminal has gone, is dropped.
+  Output that cannot be written, because the terminal has gone, is dropped.
   """
 
   def __init__(self, total: int, start: int, *, enabled: bool = True) -> None:
-    """Shows `start` of `total` steps as done; nothing unless enabled."""
+    """Shows `start` of `total` steps as done; shows nothing unless enabled."""
     self._total, self._start = total, start
     self._enabled = enabled and sys.stderr is not None
     self._begun = self._printed = time.monotonic()
@@ -228,7 +256,14 @@ class ProgressBar:
     )
 
   def update(self, step: int, phase: str, values: dict[str, Any]) -> None:
-    """Shows the step and what was logged there."""
+    """Shows the step and its record.
+
+    Args:
+      step: steps done.
+      phase: the phase of the last step.
+      values: the record, with 'loss', 'accuracy', 'learning_rate' and
+        'images_per_second'.
+    """
     shown = {
       'loss': f'{values["loss"]:.3f}',
       'acc': f'{values["accuracy"]:.3f}',
@@ -263,7 +298,7 @@ class ProgressBar:
         print(line, file=sys.stderr, flush=True)
 
   def close(self) -> None:
-    """Leaves the bar as it stands."""
+    """Ends the bar and leaves its last state on the terminal."""
     if self._bar is not None:
       with _UNSEEN:
         self._bar.close()
@@ -280,16 +315,16 @@ class MaskHistory:
     *,
     enabled: bool = True,
   ) -> None:
-    """Reads what a cut run recorded up to `start`.
+    """Reads the masks that a cut run recorded up to `start`.
 
-    A file that is damaged, or of other masks, is named and set aside; the
-    record then begins at `start`.
+    A file that is damaged or holds masks of another shape is set aside, and a
+    warning names it. The record then begins at `start`.
 
     Args:
-      workdir: of the run.
+      workdir: the folder of the run.
       start: steps already done.
-      shape: of the run's mask; None: as the file has it.
-      enabled: False on all but one process, which then move and write nothing.
+      shape: shape of the run's real mask; None accepts the shape in the file.
+      enabled: False on all processes except one; they move and write nothing.
     """
     self._path = workdir / 'real_masks.npz'
     self._enabled = enabled
@@ -320,25 +355,30 @@ class MaskHistory:
     ]
 
   def add(self, step: int, masks: Any) -> None:
-    """Records r [L, L] after `step`."""
+    """Records the real mask after `step`.
+
+    Args:
+      step: steps done.
+      masks: a tree with one leaf: r, float32 [L, L] or [L - 1, C, C].
+    """
     (mask,) = jax.tree.leaves(jax.device_get(masks))
     self._records.append((step, mask))
 
   @property
   def steps(self) -> np.ndarray:
-    """int64 [T]."""
+    """The recorded steps, int64 [T]."""
     return np.array([step for step, _ in self._records])
 
   @property
   def masks(self) -> np.ndarray:
-    """float32 [T, L, L]."""
+    """The recorded real masks, float32 [T, L, L] or [T, L - 1, C, C]."""
     return np.stack([mask for _, mask in self._records])
 
   def __len__(self) -> int:
     return len(self._records)
 
   def save(self) -> None:
-    """Writes the file, if there is something to write."""
+    """Writes real_masks.npz unless nothing was recorded."""
     if self._enabled and self._records:
       with (
         files.replacing(self._path) as temporary,
@@ -348,13 +388,13 @@ class MaskHistory:
 
 
 def read_masks(path: Path) -> tuple[np.ndarray, np.ndarray]:
-  """Returns what a real_masks.npz holds.
+  """Reads a real_masks.npz.
 
   Returns:
-    Steps, int64 [T]; masks, float32 [T, L, L] or [T, L - 1, C, C].
+    Steps, int64 [T]; real masks, float32 [T, L, L] or [T, L - 1, C, C].
 
   Raises:
-    InputError: it is missing or damaged.
+    InputError: the file is missing or damaged.
   """
   try:
     with np.load(path) as file:
@@ -367,6 +407,6 @@ def read_masks(path: Path) -> tuple[np.ndarray, np.ndarray]:
       or not np.isfinite(masks).all()
     ):
       raise ValueError('not a mask for each step')
-  except Exception as error:  # whatever a broken archive makes NumPy raise
+  except Exception as error:  # NumPy raises many kinds for a broken archive
     raise InputError(f'{path} is damaged ({error!r})') from error
   return steps, masks

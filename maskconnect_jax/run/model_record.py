@@ -1,7 +1,7 @@
-"""model.json: its schema, with bounds, and whether the arrays can be its own.
+"""model.json: its schema, its bounds, and whether the stored arrays fit it.
 
-All of it is checked before anything is built: what a few bytes declare must not
-decide how much time and memory are taken.
+Everything is checked before anything is built. Otherwise a few bytes of a
+damaged file could cost any amount of time and memory.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from maskconnect_jax.networks import models
 
 SCHEMA = 'maskconnect_jax.model/1'
 REMEDY = 'write the model again with --mode=train'
-# Arrays are kept compressed: equal weights to a hundredth, others hardly at
-# all. What declares more than this of its files is not read.
+# Orbax compresses arrays: equal weights to a hundredth, others hardly at all.
+# A model that declares more bytes per byte on the disk than this is not read.
 _MAX_RATIO = 1_000
 _SLACK = 2**26  # bytes
 
 
 class Preprocessing(msgspec.Struct):
-  """How an image becomes what the network takes; `inference.save` says it."""
+  """How an image becomes an input of the network; see `inference.save`."""
 
   height: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_SIDE)]
   width: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_SIDE)]
@@ -41,7 +41,7 @@ class Preprocessing(msgspec.Struct):
 
 
 class Record(msgspec.Struct):
-  """The schema of model.json; its topology has one of its own."""
+  """The schema of model.json; `method.topology` has that of its topology."""
 
   schema: Literal['maskconnect_jax.model/1']
   architecture: dict[str, Any]  # `create_model` checks them
@@ -57,10 +57,10 @@ def read(path: Path) -> tuple[dict[str, Any], Topology | BranchTopology]:
   """Reads a model.json.
 
   Returns:
-    Its content, and the topology in it.
+    The content of the file, and the topology in it.
 
   Raises:
-    InputError: it is damaged, out of bounds, or contradicts itself.
+    InputError: the file is damaged, out of bounds, or contradicts itself.
   """
   record = files.read_json(path, dict[str, Any], remedy=REMEDY)
   try:
@@ -79,10 +79,16 @@ def read(path: Path) -> tuple[dict[str, Any], Topology | BranchTopology]:
 
 
 def checked(record: dict[str, Any]) -> Record:
-  """Returns the content of model.json, after all that needs no network.
+  """Checks the content of model.json as far as possible without a network.
+
+  Args:
+    record: the content of model.json.
+
+  Returns:
+    The same content as a `Record`.
 
   Raises:
-    InputError: it is not of the schema, or contradicts itself.
+    InputError: the content does not fit the schema, or contradicts itself.
   """
   read: Record = files.of_kind(record, Record)
   own, shape = read.architecture, read.preprocessing
@@ -111,17 +117,17 @@ def check_blocks(
   frozen: Topology | BranchTopology,
   stored: dict[str, jax.ShapeDtypeStruct],
 ) -> None:
-  """Checks that there are arrays of every block, before the blocks are built.
+  """Checks that every live block has arrays, before the blocks are built.
 
-  Building takes a tenth of a second for each.
+  Building a block takes a tenth of a second.
 
   Args:
-    folder: where the arrays lie.
-    frozen: the topology; what it prunes has no arrays.
-    stored: what the folder says of itself, by name.
+    folder: the folder of the arrays.
+    frozen: the topology; blocks that it prunes have no arrays.
+    stored: shape and dtype of the arrays in the folder, by name.
 
   Raises:
-    InputError: a block has none.
+    InputError: a live block has no arrays.
   """
   held = {name.split('/')[2] for name in stored if name.count('/') > 2}
   for index, live in enumerate(frozen.live):
@@ -140,13 +146,13 @@ def check_arrays(
   """Checks the arrays of a model before any of them is allocated.
 
   Args:
-    folder: where they lie.
-    expected: what the model has, by name.
-    stored: what the folder says of itself, by name.
+    folder: the folder of the arrays.
+    expected: shape and dtype of the model's arrays, by name.
+    stored: shape and dtype of the arrays in the folder, by name.
 
   Raises:
-    InputError: one is missing, or of another shape or dtype; or all together
-      are far more than the files could hold.
+    InputError: an array is missing, or has another shape or dtype; or the
+      arrays together need far more bytes than the files could hold.
   """
   for name in sorted(expected.keys() | stored.keys()):
     ours, theirs = (

@@ -1,4 +1,4 @@
-"""Schedules, and weights and masks as two groups of one optax transform."""
+"""Learning rates, and one optax transform for weights and real masks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def schedule(
     base: the rate after the warm-up.
     total_steps: length of the run, warm-up included.
     warmup_steps: w; step s = 0 ... w - 1 has the rate base * (s + 1) / w.
-    steps_at: where 'step' drops, counted from the start of the run.
+    steps_at: steps at which 'step' drops, counted from the start of the run.
   """
   if kind == 'cosine':
     after = optax.cosine_decay_schedule(
@@ -76,15 +76,16 @@ def weights_transform(
   Args:
     rate: learning rate by step.
     momentum: 0 keeps no velocity.
-    nesterov: Nesterov's form of momentum.
+    nesterov: whether to use Nesterov's form of momentum.
     weight_decay: coefficient of w in the gradient.
-    decay_all: whether vectors, and whatever is named scale or bias, decay too.
-      Of several branches these are matrices.
+    decay_all: whether all other weights decay too. These are vectors, and all
+      weights named scale or bias; a scale or bias of several branches is a
+      matrix.
   """
 
   def decays(weights: Any) -> Any:
     def of(path: tuple[Any, ...], weight: jax.Array) -> bool:
-      # A Flax variable has a key of its own below its name.
+      # A Flax variable adds a key that is no DictKey below its name.
       names = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
       named = bool(names) and names[-1] in ('scale', 'bias')
       return decay_all or (weight.ndim > 1 and not named)
@@ -107,25 +108,27 @@ def masks_transform(
 
   Args:
     rate: learning rate by step.
-    valid: bool, of the shape of r; other entries stay 0.
+    valid: bool, of the shape of the real mask r; other entries stay 0.
     momentum: 0 keeps no velocity.
   """
   return optax.chain(
-    optax.identity(),  # a checkpoint names the states after it by their place
+    # Checkpoints name each state by its position in this chain. Without this
+    # entry the positions would not be those of stored checkpoints.
+    optax.identity(),
     optax.sgd(rate, momentum or None),
     projection(valid),
   )
 
 
 def projection(valid: Any) -> optax.GradientTransformation:
-  """Changes updates u so that r + u is `connectivity.project`ed.
+  """Replaces an update u by project(r + u) - r, see `connectivity.project`.
 
-  The update is project(r + u) - r. It is at least -r and at most fl(1 - r), so
-  that adding it to r does not leave the box, rounding included: r + fl(1 - r)
-  rounds to 1.
+  The new update lies between -r and fl(1 - r), where fl rounds to float32. Its
+  sum with r stays within [0, 1] despite rounding, since r + fl(1 - r) rounds
+  to 1.
 
   Args:
-    valid: bool, of the shape of r.
+    valid: bool, of the shape of the real mask r.
   """
 
   def update(
@@ -143,7 +146,7 @@ def projection(valid: Any) -> optax.GradientTransformation:
 def partitioned(
   weights: optax.GradientTransformation, masks: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-  """Joins both for parameters {'weights': ..., 'masks': ...}."""
+  """Joins two transforms into one of {'weights': ..., 'masks': ...}."""
   return optax.partition(
     {'weights': weights, 'masks': masks},
     {'weights': 'weights', 'masks': 'masks'},

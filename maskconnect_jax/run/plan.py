@@ -1,8 +1,8 @@
-"""When a run does what: its durations in steps, and plan.json in the workdir.
+"""The plan of a run: its durations in steps, and plan.json in the workdir.
 
-A config gives durations in steps, epochs, images or shares of the run. How many
-steps they are depends on the number of training images, which only the data
-set knows. So a run writes its plan down for those who read the workdir later.
+A config gives durations in steps, epochs, images or shares of the run. Turning
+them into steps takes the number of training images, which the config does not
+hold. So a run writes its plan down for those who read the workdir later.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from maskconnect_jax.errors import InputError
 
 SCHEMA = 'maskconnect_jax.plan/1'
 NAME = 'plan.json'
-FEW_STEPS = 50  # of the masks; the digits' demo has 82 and needs most of them
+# A connectivity phase below this gets a remark. The digits' demo has 82 steps
+# and needs most of them.
+FEW_STEPS = 50
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +34,10 @@ class Plan:
   Attributes:
     total: the length of the run.
     freeze: the connectivity phase is [0, freeze); 0 for a fixed rule.
-    log_every: between two lines of the log.
-    evaluate_every: between two evaluations.
-    checkpoint_every: between two checkpoints.
-    per_epoch: the whole batches of one pass through the training images.
+    log_every: steps between two lines of the log.
+    evaluate_every: steps between two evaluations.
+    checkpoint_every: steps between two checkpoints.
+    per_epoch: whole batches in one pass through the training images.
   """
 
   total: int
@@ -87,7 +89,11 @@ class Plan:
     )
 
   def in_words(self, batch_size: int) -> str:
-    """Returns how many steps of `batch_size` images a run takes, by phase."""
+    """Returns a line on the length of the run and of its connectivity phase.
+
+    Args:
+      batch_size: images in a step.
+    """
     text = (
       f'{self.total / self.per_epoch:,.4g} epochs, {self.total:,} steps of'
       f' {batch_size} images, {self.per_epoch:,} per epoch'
@@ -108,11 +114,11 @@ def make(config: ml_collections.ConfigDict, num_examples: int) -> Plan:
 
   Args:
     config: see `maskconnect_jax/config.py`.
-    num_examples: how many images are trained on.
+    num_examples: number of training images.
 
   Raises:
-    InputError: the batch is larger than the training set, or there are no
-      steps to take.
+    InputError: the batch is larger than the training set; the run has no step
+      or too many; or the connectivity phase has no step or more than the run.
   """
   if config.batch_size > num_examples:
     raise InputError(
@@ -153,17 +159,21 @@ def make(config: ml_collections.ConfigDict, num_examples: int) -> Plan:
 
 
 def write(plan: Plan, workdir: Path) -> None:
-  """Writes plan.json; InputError if it cannot be written."""
+  """Writes plan.json.
+
+  Raises:
+    InputError: the file cannot be written.
+  """
   files.write_json(
     workdir / NAME, {'schema': SCHEMA} | dataclasses.asdict(plan)
   )
 
 
 def read(workdir: Path) -> Plan | None:
-  """Returns the plan of a run, or None if the workdir has none.
+  """Returns the plan of a run, or None if the workdir has no plan.json.
 
-  Runs of earlier versions wrote none. A damaged plan.json is named in a warning
-  and counts as none.
+  Runs of earlier versions wrote no plan.json. For a damaged one a warning names
+  the file, and the result is None.
   """
   path = workdir / NAME
   try:
@@ -201,10 +211,10 @@ def to_steps(
     num_examples: examples in the training set; an epoch is
       `num_examples // batch_size` steps, which drops the remainder.
     total: steps of the whole run, needed for '%'.
-    name: the field, for the message.
+    name: the config field, for the message of an error.
 
   Returns:
-    At most 2**31 - 1, which no run reaches.
+    The number of steps, at most 2**31 - 1; every run is shorter.
 
   Raises:
     InputError: `text` is no duration, or a per cent without a `total`.

@@ -1,4 +1,4 @@
-"""Stops a run at a signal, after the step under way is saved."""
+"""Stops a run at a signal, after its current step is saved."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from maskconnect_jax import signals
 
 
 class Preemption:
-  """Notices that a run is to stop: SIGTERM of a machine, or Ctrl-C.
+  """Notices a signal that asks a run to stop: SIGTERM or Ctrl-C.
 
-  It is a context manager around the loop. `requested(step)` tells all processes
-  at the same step that it is time to save and stop. A second Ctrl-C stops the
-  process at once; in a run of several processes the first Ctrl-C does.
+  Use it as a context manager around the loop of steps. `requested(step)` tells
+  all processes at the same step to save and stop. A second Ctrl-C stops the
+  process at once. In a run of several processes the first Ctrl-C stops it at
+  once.
 
-  Until the first step is done there is nothing to save, and compiling takes
-  minutes. Until then signals go to the handlers that were there before.
+  Before the first step is done there is nothing to save, and compiling takes
+  minutes. Until then the previous handlers take the signals.
   """
 
   def __init__(self) -> None:
@@ -31,14 +32,15 @@ class Preemption:
     self._begun = False
 
   def __enter__(self) -> Preemption:
-    # With jax.distributed its own service owns the signal and agrees on a step.
+    # In a run of several processes, the service of jax.distributed catches
+    # SIGTERM and makes the processes agree on a step.
     self._coordinated = jax.process_count() > 1
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
     self._handlers.close()
     if self._signalled and not self._told and kind is None:
-      # It came too late for a step: the handlers of before take it.
+      # The signal came after the last step. The previous handlers take it.
       signal.raise_signal(self._signalled)
 
   def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -46,7 +48,8 @@ class Preemption:
     if number == signal.SIGINT and self._signalled:
       raise KeyboardInterrupt
     self._signalled = number
-    with contextlib.suppress(RuntimeError):  # amid another line to stderr
+    # stderr raises RuntimeError if the signal came while it was writing.
+    with contextlib.suppress(RuntimeError):
       logging.warning(
         '%s: saving after the step under way, then stopping%s',
         signal.Signals(number).name,
@@ -58,7 +61,11 @@ class Preemption:
     return self._signalled != 0
 
   def requested(self, step: int) -> int:
-    """Returns the signal for which to save and stop after `step`, else 0."""
+    """Returns the signal that asks to save and stop after `step`, else 0.
+
+    Args:
+      step: steps done. All processes call this at the same steps.
+    """
     if self._coordinated:
       reached = multihost_utils.reached_preemption_sync_point(step)
       return signal.SIGTERM if reached else 0

@@ -1,4 +1,4 @@
-"""A run under way, and what a checkpoint keeps of it beside the state."""
+"""A run in memory, and its counters that a checkpoint keeps."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from maskconnect_jax.run.preemption import Preemption
 
 @dataclasses.dataclass
 class Progress:
-  """What a checkpoint keeps beside the state.
+  """The counters of a run, which a checkpoint keeps beside the state.
 
   Attributes:
-    clock: counts the images trained on and the seconds that took.
+    clock: counts the images trained on and the seconds of training.
     damaged: numbers of the training records that were found damaged.
     accuracies: measured at the freeze, by their names in summary.json.
-    pending: {'loss', 'accuracy'}, float32 [], of each step that no line of the
-      log tells of yet. A run that is stopped between two lines goes on with
-      them, so its log is that of a run that went through.
+    pending: {'loss', 'accuracy'}, float32 [], of each step since the last line
+      of the log. A run that is stopped between two lines resumes with these
+      values, so its log equals that of an uninterrupted run.
   """
 
   clock: metrics.Throughput = dataclasses.field(
@@ -42,7 +42,7 @@ class Progress:
   pending: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
   def to_json(self) -> dict[str, Any]:
-    """Returns the progress as JSON keeps it; a float32 comes back the same."""
+    """Returns the progress as JSON keeps it; no float32 changes its value."""
     record: dict[str, Any] = {
       'images': self.clock.images,
       'train_seconds': self.clock.seconds,
@@ -58,11 +58,14 @@ class Progress:
 
   @classmethod
   def from_json(cls, record: Any) -> Progress:
-    """Returns the progress that `to_json` of this or an earlier version gave.
+    """Returns the progress from a record that `to_json` gave.
+
+    Args:
+      record: from this or an earlier version.
 
     Raises:
-      ValueError: a field is missing, or is of another kind. A number below 0
-        is: all are of images, seconds, records and accuracies.
+      ValueError: a field is missing or of another type; or a count, the
+        seconds or an accuracy is negative or not finite.
     """
     if not isinstance(record, dict):
       raise ValueError('its progress is no object')
@@ -98,7 +101,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_step(values: Any) -> bool:
-  """Whether these are one step's values; the run itself names a NaN."""
+  """Whether these are one step's values; `mean_of_steps` reports a NaN."""
   return (
     isinstance(values, dict)
     and values.keys() == {'loss', 'accuracy'}
@@ -108,21 +111,21 @@ def _is_step(values: Any) -> bool:
 
 @dataclasses.dataclass
 class Run:
-  """A run under way: `train.start` makes it, `train.loop` moves it on.
+  """A run in memory: `train.start` makes it, `train.loop` takes its steps.
 
   Attributes:
-    workdir: where everything is written.
-    job: the config and all that follows from it.
-    recipe: of the phase that the run is in.
-    state: after the last step.
+    workdir: the folder that everything is written to.
+    job: the config, and everything built from it.
+    recipe: the recipe of the current phase.
+    state: the state after the last step.
     progress: see `Progress`.
-    batches: of training images.
-    evaluate: scores a network, until a signal comes.
-    preemption: notices the signal.
-    checkpoints: where the state is saved.
-    writer: of the log.
-    history: of the real mask.
-    bar: what the user sees.
+    batches: batches of training images.
+    evaluate: scores a network; a signal stops it.
+    preemption: notices a signal that asks to stop.
+    checkpoints: saves and loads the state.
+    writer: writes the log.
+    history: keeps the real mask of each logged step.
+    bar: shows the progress to the user.
     timed: steps since the clock was started.
   """
 

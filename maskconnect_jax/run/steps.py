@@ -1,7 +1,7 @@
 """One training step and one evaluation step: pure functions.
 
-Everything random in them is a function of (seed, step), so a run that was cut
-and resumed draws what an uninterrupted one would have drawn.
+Everything random in them is a function of (seed, step). So a resumed run makes
+the same random draws as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from maskconnect_jax.run import augment
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """All that the next step depends on.
+  """The state of training, from which the next step begins.
 
   Attributes:
     step: int32 [], steps done.
@@ -31,7 +31,8 @@ class TrainState:
     masks: the real masks, float32; empty where the topology is fixed.
     statistics: BatchNorm's running averages, float32.
     optimizer: optax state of weights and masks.
-    average: {'weights', 'statistics'}, their moving averages; {} without.
+    average: {'weights', 'statistics'}, their moving averages; {} if the recipe
+      takes no averages.
   """
 
   step: jax.Array
@@ -42,9 +43,11 @@ class TrainState:
   average: dict[str, Any]
 
   def variables(self) -> tuple[Any, Any, Any]:
-    """The parts that `nnx.merge` makes a model of, in the order of `split`.
+    """Returns (weights, masks, statistics), the variables of the model.
 
-    They are what is evaluated and kept: averaged where averages are taken.
+    The order is that of `split` and `nnx.merge`. Evaluation and the stored
+    model use these variables. Weights and statistics are the moving averages if
+    the recipe takes averages.
     """
     own = {'weights': self.weights, 'statistics': self.statistics}
     own |= self.average
@@ -53,13 +56,13 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """What a step is compiled for; hashable, a static argument of jit.
+  """The constants of a compiled step: a hashable, static argument of jit.
 
   Attributes:
     network: the model's graph, without its arrays.
-    optimizer: of {'weights': ..., 'masks': ...}.
-    seed: of everything random.
-    temperature: of the drawn masks, by step.
+    optimizer: updates {'weights': ..., 'masks': ...}.
+    seed: seed of all random streams.
+    temperature: temperature of the drawn masks, by step.
     pad, flip, mean, std, mixup: see `config.data`.
     label_smoothing, average: see `config.optimizer`.
     batch_sharding: how a batch lies on the devices.
@@ -79,11 +82,11 @@ class Recipe:
   batch_sharding: jax.sharding.NamedSharding
 
   def key(self, stream: int, step: jax.Array | int) -> jax.Array:
-    """Returns the key of one of `streams` at one step."""
+    """Returns the random key of one of `streams` at one step."""
     return streams.at_step(self.seed, stream, step)
 
   def on_mesh(self) -> contextlib.AbstractContextManager[Any]:
-    """Tells layers that shard by hand, inside the step, which mesh it is."""
+    """Sets the mesh for the layers that shard by hand inside a step."""
     mesh = self.batch_sharding.mesh
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
@@ -91,8 +94,8 @@ class Recipe:
 def split(model: nnx.Module) -> tuple[Any, Any, Any, Any]:
   """Returns (network, weights, masks, statistics) of a model.
 
-  The last three hold arrays, not Flax's variables, which Python would take
-  apart and make anew at every call of a compiled step.
+  The last three hold plain arrays. With Flax's variables, Python would take
+  every variable apart and rebuild it at each call of a compiled step.
   """
   network, *states = nnx.split(model, nnx.Param, RealMask, nnx.BatchStat)
   weights, masks, statistics = map(nnx.as_pure, states)
@@ -117,7 +120,7 @@ def augmented(recipe: Recipe, images: jax.Array, step: jax.Array) -> jax.Array:
   """Normalises and augments one batch.
 
   Args:
-    recipe: of the run.
+    recipe: the recipe of the run.
     images: uint8 [batch, H, W, C].
     step: int32 [], decides crops and flips.
 
@@ -137,16 +140,16 @@ def augmented(recipe: Recipe, images: jax.Array, step: jax.Array) -> jax.Array:
 def train_step(
   recipe: Recipe, state: TrainState, images: jax.Array, labels: jax.Array
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """Takes one step of SGD on weights and, while they are learned, masks.
+  """Takes one step of SGD on weights and, while they are learned, real masks.
 
   Args:
-    recipe: static.
-    state: before the step.
+    recipe: a static argument of jit.
+    state: the state before the step.
     images: uint8 [batch, H, W, C].
     labels: int32 [batch].
 
   Returns:
-    The state after the step, and {'loss', 'accuracy'}, float32 [], of the
+    The state after the step, and {'loss', 'accuracy'}, float32 [], of this
     batch before the update.
   """
   inputs = augmented(recipe, images, state.step)
@@ -195,8 +198,17 @@ def averaged(
 ) -> dict[str, Any]:
   """Returns a <- d a + (1 - d) w, with d = min(average, (1 + t) / (10 + t)).
 
-  Early on d is smaller, so that the start of the run is soon forgotten; as in
-  TensorFlow's ExponentialMovingAverage, with t the steps done.
+  t counts the steps done, as in TensorFlow's ExponentialMovingAverage. In early
+  steps d is smaller, so that the average soon forgets the start of the run.
+
+  Args:
+    recipe: `recipe.average` of 0 takes no averages.
+    state: the state before the step, with t and a.
+    weights: weights after the step.
+    statistics: BatchNorm's statistics after the step.
+
+  Returns:
+    {'weights', 'statistics'}, or {} if the recipe takes no averages.
   """
   if not recipe.average:
     return {}
@@ -211,14 +223,17 @@ def batch_statistics(
 ) -> Any:
   """Returns BatchNorm's statistics over one training batch alone.
 
-  A running average that starts from 0 is (1 - momentum) times the batch's.
-  Blocks that the topology leaves out keep theirs.
+  A running average that starts from 0 is, after one batch, (1 - momentum) times
+  the batch's statistics. Blocks that the topology prunes keep their statistics.
 
   Args:
-    recipe: static; its network is frozen.
+    recipe: a static argument of jit; its network is frozen.
     variables: weights, masks and statistics.
     images: uint8 [batch, H, W, C].
-    step: decides crops and flips.
+    step: int32 [], decides crops and flips.
+
+  Returns:
+    The statistics, float32, of the structure of `TrainState.statistics`.
   """
   weights, masks, statistics = variables
   inputs = augmented(recipe, images, step)
@@ -248,13 +263,13 @@ def eval_step(
   """Returns sums over a batch, so that batches add up exactly.
 
   Args:
-    recipe: static.
+    recipe: a static argument of jit.
     variables: `TrainState.variables()`.
     images: uint8 [batch, H, W, C].
     labels: int32 [batch].
     counted: bool [batch]; False for the padding of the last batch.
-    mask_key: draws the mask; None takes the topology or the top-K of r.
-    mask_step: of the training step that would draw it, for its temperature.
+    mask_key: draws the mask; None takes the topology, or the top K of r.
+    mask_step: the training step whose temperature the draw uses.
 
   Returns:
     See `scores`.
@@ -271,20 +286,20 @@ def eval_step(
 def scores(
   logits: jax.Array, labels: jax.Array, counted: jax.Array
 ) -> dict[str, jax.Array]:
-  """Returns sums over the examples that count.
+  """Returns sums over the counted examples.
 
   Args:
     logits: float32 [batch, num_classes].
     labels: int32 [batch].
-    counted: bool [batch].
+    counted: bool [batch]; False for padding.
 
   Returns:
-    {'correct', 'correct_of_5', 'count': int32 [], 'loss': float32 []}; a label
+    {'correct', 'correct_of_5', 'count': int32 [], 'loss': float32 []}. A label
     is among the 5 if fewer than 5 classes have a larger logit.
   """
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
   own = jnp.take_along_axis(logits, labels[:, None], -1)
-  larger = jnp.sum(~(logits <= own), -1)  # all of them where one is not finite
+  larger = jnp.sum(~(logits <= own), -1)  # a NaN counts as larger
   right = jnp.argmax(logits, -1) == labels
   return {
     'correct': jnp.sum(right & counted, dtype=jnp.int32),

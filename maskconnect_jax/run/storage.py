@@ -1,8 +1,9 @@
-"""Calls of Orbax that bear odd paths, Ctrl-C and a full disk.
+"""Calls Orbax so that odd paths, Ctrl-C and a full disk do no harm.
 
-Orbax searches below a folder with a pattern that has the folder's own path in
-it, writes from event loops that leave tracebacks behind when Ctrl-C cuts them,
-and logs each error of the background once per thread and level of its own.
+Orbax has three habits that this module works around. It searches a folder with
+a pattern that contains the folder's path. It writes from event loops that print
+tracebacks when Ctrl-C stops them. It logs an error of a background thread once
+per thread and per level of its own calls.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from absl import logging
 
 from maskconnect_jax.errors import InputError
 
-# After a failed call the others that it had begun end, each with a complaint.
+# A failed call leaves other calls running. Each prints an error as it ends.
 _SETTLE_SECONDS = 0.3
 
 P = ParamSpec('P')
@@ -34,20 +35,21 @@ T = TypeVar('T')
 
 
 class Session:
-  """Calls one after the other, in one thread, with the folder under `path`.
+  """Runs calls of Orbax on one folder one after the other, in one thread.
 
-  Ctrl-C interrupts whoever waits for a call, and not the call, which `close`
-  waits for. Meanwhile Orbax's own log is off: its errors are raised as well.
+  Ctrl-C interrupts the caller that waits for a call. The call itself goes on,
+  and `close` waits for it. Orbax's log is off until `close`, because Orbax also
+  raises the errors that it logs.
 
   Attributes:
-    path: of the folder, as to be given to Orbax.
+    path: the path of the folder that Orbax must be given.
   """
 
   def __init__(self, folder: Path) -> None:
-    """Makes a link for Orbax, if it would read the path as something else.
+    """Makes a link to the folder if Orbax would misread the folder's path.
 
     Args:
-      folder: what is there, or will be made by the first call.
+      folder: a folder that exists, or that the first call makes.
 
     Raises:
       InputError: Orbax cannot take the path, and no link can be made.
@@ -72,22 +74,26 @@ class Session:
   def call(
     self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
   ) -> T:
-    """Returns what the function returns, or raises what it raises."""
+    """Calls the function in the session's thread.
+
+    Returns:
+      The function's result. Exceptions of the function are raised here.
+    """
     return self._thread.submit(function, *args, **kwargs).result()
 
   def close(self) -> None:
-    """Waits for a call that still runs; removes the link."""
+    """Waits for a running call; then removes the link."""
     self._open.close()
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[Callable[[], None]]:
-  """Keeps what Orbax tells of an error in the background off the terminal.
+  """Keeps the messages of Orbax's background threads off the terminal.
 
-  An error is to be caught inside, and there the function called that this
-  yields. It waits until the other calls that Orbax had begun have ended. What
-  the error refers to is collected at the end, and complains once more as it
-  goes.
+  Catch an error inside this context, and call the yielded function in the
+  handler. The function waits until the other calls that Orbax began have ended.
+  On exit the garbage collector then frees the objects that the error refers to,
+  because they print messages as they are freed.
   """
   disabled = standard_logging.root.manager.disable
   hooks = sys.excepthook, sys.unraisablehook
@@ -115,9 +121,10 @@ def quiet() -> Iterator[Callable[[], None]]:
 
 
 def os_error(error: BaseException) -> OSError | None:
-  """Returns what the operating system said, if that is what went wrong.
+  """Returns the OSError behind an error, or None if there is none.
 
-  TensorStore raises ValueError with the number in its text.
+  TensorStore raises a ValueError with the error number in its text. That number
+  becomes an OSError.
   """
   found: BaseException | None = error
   while found is not None:
@@ -130,7 +137,11 @@ def os_error(error: BaseException) -> OSError | None:
 
 
 def first_line(error: BaseException) -> str:
-  """Returns the first line of what an error was first raised for, shortened."""
+  """Returns the first line of an error's first cause, of at most 120 letters.
+
+  The search for the cause ends at an exception such as KeyboardInterrupt, which
+  is no `Exception`.
+  """
   while cause := error.__cause__ or error.__context__:
     if not isinstance(cause, Exception):
       break
@@ -141,10 +152,10 @@ def first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _plain_path(folder: Path) -> Iterator[Path]:
-  """Yields a path of the folder that holds no character with a meaning.
+  """Yields a path to the folder without any character that Orbax interprets.
 
   Orbax reads a star, question mark or brackets as a pattern, a backslash as a
-  slash and "gs:" as a bucket; TensorStore takes no path that is no UTF-8.
+  slash, and "gs:" as a bucket. TensorStore takes only paths in UTF-8.
   """
   path = folder.absolute()
   if _is_plain(path):
@@ -156,7 +167,8 @@ def _plain_path(folder: Path) -> Iterator[Path]:
       f'{wrong} in several processes; give one of letters, digits, "-", "_"'
       ' and "."'
     )
-  # Of a folder that is there itself: its own name may be odd, too.
+  # The link is to the folder itself if it exists, because the folder's own name
+  # may be odd too. Otherwise the link is to its parent.
   name = '' if path.is_dir() else path.name
   try:
     with tempfile.TemporaryDirectory(prefix='maskconnect-') as temporary:

@@ -1,4 +1,4 @@
-"""Tells what a run finds on the disk: damaged, forbidden, or of another run."""
+"""Checks stored files: are they damaged, unreadable, or of another run?"""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ X64 = 'JAX_ENABLE_X64'
 _Kind: TypeAlias = tuple[tuple[int, ...], np.dtype[Any]]
 
 _METADATA = '_CHECKPOINT_METADATA'
-# What Orbax writes there, and insists on when it opens the folder.
+# The fields that Orbax writes there. It fails on other types when it opens the
+# folder.
 _KINDS: dict[str, tuple[type, ...]] = {
   'item_handlers': (dict, str),
   'metrics': (dict,),
@@ -32,10 +33,14 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 
 def set_aside_damaged(folder: Path) -> None:
-  """Renames what Orbax, which reads all of it on opening, would fail at.
+  """Renames damaged metrics and metadata of checkpoints to NAME.damaged.
 
-  Without its metrics, a checkpoint is one whose accuracy was not measured.
-  Without its metadata, it is one that is damaged.
+  Orbax reads these files of all checkpoints when it opens a folder, and fails
+  at a damaged one. A checkpoint without metrics counts as one whose accuracy
+  was not measured. A checkpoint without metadata counts as damaged.
+
+  Args:
+    folder: the folder of the checkpoints.
   """
   for path in folder.glob('[0-9]*/metrics/metrics'):
     if not _is_json(path, lambda content: float(content['accuracy'])):
@@ -70,7 +75,13 @@ def _set_aside(path: Path) -> None:
 
 
 def check_permissions(folder: Path) -> None:
-  """Raises InputError where the user may not read: that is no damage."""
+  """Checks that the user may read a folder and all files in it.
+
+  A file without permission to read would otherwise look damaged.
+
+  Raises:
+    InputError: the user may not read the folder or a file in it.
+  """
   for path in (folder, *folder.rglob('*')):
     needed = os.R_OK | os.X_OK if path.is_dir() else os.R_OK
     effective = os.access in os.supports_effective_ids
@@ -79,17 +90,27 @@ def check_permissions(folder: Path) -> None:
 
 
 def unreadable(path: Path | str, why: str | None) -> InputError:
-  """Returns the one line of what may be whole, but is not to be read now."""
+  """Returns the error for a path that cannot be read but may be undamaged.
+
+  Args:
+    path: a file or folder.
+    why: the reason, as the operating system words it.
+  """
   return InputError(
     f'{path} cannot be read: {why}; mend that, or give another --workdir'
   )
 
 
 def difference(found: Any, own: Any) -> str:
-  """Returns how the arrays that are stored differ from ours, '' if not at all.
+  """Returns how stored arrays differ from the run's own, '' if they do not.
 
-  Half a sentence, which a remedy ends. Named is the first one that differs in
-  its name, shape or dtype. Nothing stored at all is damage, and no difference.
+  The text is the first half of a sentence; the caller adds a remedy. It names
+  the first array that differs in name, shape or dtype. A store without any
+  array is damaged, and gives ''.
+
+  Args:
+    found: tree of the stored arrays, or of their shapes and dtypes.
+    own: tree of the run's own arrays, or of their shapes and dtypes.
   """
   there, here = dict(_described(found)), dict(_described(own))
   differing = {
@@ -111,7 +132,12 @@ def difference(found: Any, own: Any) -> str:
 
 
 def _is_wide(there: _Kind | None, here: _Kind | None) -> bool | None:
-  """Whether an array differs in having 64 bits, or in having 32; else None."""
+  """Compares the widths of a stored array and the run's own.
+
+  Returns:
+    True if only the stored array has 64 bits, False if only the run's own has
+    64 bits; None if they differ in anything else.
+  """
   if there is None or here is None:
     return None
   (shape, kind), (own_shape, own_kind) = there, here

@@ -1,9 +1,8 @@
 """The run: data, step, evaluate, save, log; then freeze, fine-tune, prune.
 
-What a workdir starts from, the first that applies:
-  1. its own newest whole checkpoint, if config.json says the same config and
-     inputs.json the same images;
-  2. the seed.
+A run starts from the newest whole checkpoint of its workdir. Its config must
+equal config.json there, and its images those of inputs.json. Without a
+checkpoint it starts from the seed.
 """
 
 from __future__ import annotations
@@ -41,14 +40,15 @@ from maskconnect_jax.run.progress import Progress, Run
 
 @dataclasses.dataclass
 class Result:
-  """The outcome of a run, which a notebook goes on with.
+  """The outcome of a run, for use in a notebook.
 
   Attributes:
     summary: the content of summary.json; empty if the run was interrupted.
-    state: after the last step.
-    model: frozen, fine-tuned and pruned; None if the run was interrupted.
-    interrupted: the signal that stopped the run, such as SIGTERM, else 0. The
-      same call goes on from there.
+    state: the state after the last step.
+    model: the frozen, fine-tuned and pruned model; None if the run was
+      interrupted.
+    interrupted: the signal that stopped the run, for example SIGTERM, else 0.
+      The same call resumes the run.
   """
 
   summary: dict[str, Any]
@@ -62,15 +62,19 @@ class NotFinite(Exception):
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
-  """Trains, freezes, fine-tunes, prunes and evaluates; goes on if it was cut.
+  """Trains, freezes, fine-tunes, prunes and evaluates; resumes a cut run.
 
   Args:
     config: see `maskconnect_jax/config.py`.
-    workdir: where everything is written; docs/running.md, "The workdir".
+    workdir: the folder to write to; see docs/running.md, "The workdir".
+
+  Returns:
+    See `Result`.
 
   Raises:
-    InputError: something given cannot be used, raised before anything is
-      written; or the loss stopped being finite.
+    InputError: the config, the data or the workdir cannot be used, raised
+      before anything is written; or the loss stopped being finite; or a file
+      cannot be written.
   """
   workdir = config_lib.given_path(workdir, '--workdir')
   config_lib.check(config)
@@ -79,7 +83,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
   workdirs.keep_version(config, workdir)
   workdirs.check(config, workdir)
   with locks.locked(workdir, enabled=jax.process_index() == 0):
-    # Once more: a run that had the lock until now may have left something.
+    # Again, because a run that held the lock until now may have written here.
     workdirs.check(config, workdir)
     run = start(experiment.build(config), workdir)
     plan = run.job.plan
@@ -99,11 +103,15 @@ def start(job: experiment.Experiment, workdir: Path) -> Run:
   """Loads the newest checkpoint, or starts from the seed; opens the log.
 
   Args:
-    job: the run.
-    workdir: of the run, and locked.
+    job: the config, and everything built from it.
+    workdir: the folder of the run; the caller holds its lock.
+
+  Returns:
+    The run, before its next step.
 
   Raises:
-    InputError: the workdir is of other images, or cannot be used.
+    InputError: the workdir belongs to other images or another topology, or
+      cannot be used.
   """
   config, plan = job.config, job.plan
   primary = jax.process_index() == 0
@@ -114,7 +122,7 @@ def start(job: experiment.Experiment, workdir: Path) -> Run:
   if primary:
     workdirs.remove_leftovers(workdir)
     if not (workdir / 'config.json').exists():
-      # First of all files: by it the folder is known as a run's.
+      # The first file of all, because it marks the folder as a run's workdir.
       workdirs.write_config(config, workdir)
 
   state = distributed.to_global(
@@ -164,14 +172,15 @@ def start(job: experiment.Experiment, workdir: Path) -> Run:
 
 
 def loop(run: Run) -> int:
-  """Takes all steps that are left, and closes the log and the checkpoints.
+  """Takes all remaining steps, then closes the log and the checkpoints.
 
-  A stop leaves no trace in the log: the checkpoint then keeps the steps since
-  the last record. Where the last step's own record is left out, because its
-  evaluation was stopped, the next start begins with that record.
+  A stop leaves no trace in the log: the checkpoint keeps the values of the
+  steps since the last record. If a signal stops the evaluation at the last
+  step, that step's record is not written. The next start then begins with that
+  record.
 
   Args:
-    run: as `start` returns it; moved on to the last step.
+    run: as `start` returns it; its state moves on to the last step.
 
   Returns:
     The signal that stopped the run, else 0.
@@ -228,7 +237,7 @@ def take_step(run: Run, upcoming: Iterator[Any], train_step: Any) -> Any:
   """Takes one step, and returns the compiled program for the next one.
 
   Args:
-    run: its state moves on, and the step becomes a pending one.
+    run: its state moves on by a step, whose values become pending.
     upcoming: yields the batch of the step.
     train_step: the compiled program; None compiles one for the run's phase.
   """
@@ -252,17 +261,18 @@ def record(
   """Writes the line of the log that is due after `done` steps.
 
   Args:
-    run: no step is pending afterwards.
-    done: steps taken.
+    run: afterwards no values are pending.
+    done: steps done.
     means: loss and accuracy of the pending steps.
     rate: images per second in the pending steps; 0 if none was timed.
 
   Returns:
-    The accuracy on the images that the run is watched on; None where no
-    evaluation is due.
+    The accuracy on the held out images, or on the test images if no images are
+    held out; None if no evaluation is due.
 
   Raises:
-    Stopped: a signal came in the evaluation; nothing is written.
+    Stopped: a signal came during the evaluation; nothing is written.
+    InputError: a file cannot be written.
   """
   job, step = run.job, done - 1
   phase, accuracy = job.plan.phase(step), None
@@ -290,13 +300,13 @@ def save(run: Run, done: int, accuracy: float | None) -> None:
   """Saves a checkpoint after `done` steps.
 
   Args:
-    run: with the state to save.
-    done: steps taken.
+    run: holds the state to save.
+    done: steps done.
     accuracy: see `Checkpoints.save`.
 
   Raises:
-    NotFinite: the last update broke the state; nothing is saved.
-    InputError: the checkpoint cannot be written, as on a full disk.
+    NotFinite: the state is not finite; nothing is saved.
+    InputError: the checkpoint cannot be written, for example on a full disk.
   """
   check_finite(run.state, done)
   run.progress.damaged |= run.batches.damaged
@@ -310,7 +320,20 @@ def compile_step(
   batch: tuple[jax.Array, jax.Array],
   bar: metrics.ProgressBar,
 ) -> Any:
-  """Compiles ahead of the first call, so that no timing includes it."""
+  """Compiles the training step before its first call.
+
+  So no measured time includes compiling.
+
+  Args:
+    recipe: the recipe of the phase.
+    state: the state before the step.
+    batch: images, uint8 [batch, H, W, C], and labels, int32 [batch].
+    bar: tells the user.
+
+  Returns:
+    The compiled `train_step`, called with (state, images, labels); it reuses
+    the memory of the state.
+  """
   bar.say('compiling the training step')
   jitted = jax.jit(steps.train_step, static_argnums=0, donate_argnums=1)
   return jitted.lower(recipe, state, *batch).compile()
@@ -321,10 +344,10 @@ def mean_of_steps(pending: list[dict[str, Any]], done: int) -> dict[str, float]:
 
   Args:
     pending: {'loss', 'accuracy'}, float32 [], of each of these steps.
-    done: the number of the last one, counted from 1.
+    done: the number of the last of them, counted from 1.
 
   Raises:
-    NotFinite: a loss is not finite; names the first such step.
+    NotFinite: a loss is not finite; the text names the first step with one.
   """
   values = jax.device_get(pending)
   for step, value in enumerate(values, start=done - len(values) + 1):
@@ -337,7 +360,11 @@ def mean_of_steps(pending: list[dict[str, Any]], done: int) -> dict[str, float]:
 
 
 def check_finite(state: steps.TrainState, done: int) -> None:
-  """Raises NotFinite if the update of step `done` broke the state."""
+  """Checks that the state after step `done` is finite.
+
+  Raises:
+    NotFinite: a weight, mask, statistic or average is NaN or infinite.
+  """
   leaves = jax.tree.leaves(
     (state.weights, state.masks, state.statistics, state.average)
   )
@@ -349,7 +376,7 @@ def check_finite(state: steps.TrainState, done: int) -> None:
 def naming_the_last_checkpoint(
   checkpoints: checkpoint.Checkpoints,
 ) -> Iterator[None]:
-  """Makes NotFinite an InputError that names the last good checkpoint."""
+  """Turns NotFinite into an InputError that names the last good checkpoint."""
   try:
     yield
   except NotFinite as error:

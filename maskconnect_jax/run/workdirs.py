@@ -1,16 +1,20 @@
-"""What a workdir is: whose it is, and what it was made from.
+"""Workdirs: which folders a run may write to, and the inputs it was made from.
 
-A folder is a run's if it holds a config.json of ours, which is therefore the
-first file that a run writes. One without it must be empty, so that nothing of
-somebody else's is replaced. What no run touches is overlooked: hidden files and
-what file systems and file managers leave, folders without any file, and *.log,
-*.out, *.err and log.txt, into which a shell, a cluster or a sweep may write
-before the run begins.
+A folder belongs to a run if it holds a config.json of this package. A run
+therefore writes that file first. A folder without config.json must be empty, so
+that no run replaces other people's files. A folder counts as empty even if it
+holds files that no run writes:
 
-inputs.json keeps what config.json only names: the images, by their number,
-classes and a digest, and a given topology. So they may lie elsewhere when the
-run goes on, but may not be others. plan.json keeps the run's durations in steps
-for those who read the workdir; no run goes on from it.
+- hidden files, and files that file systems and file managers leave;
+- folders without any file;
+- *.log, *.out, *.err and log.txt, because a shell, a cluster or a sweep may
+  write there before the run begins.
+
+config.json only names the images and a given topology. inputs.json identifies
+them: the images by their number, classes and a digest, the topology by a
+digest. When a run is resumed they may have moved, but must be the same.
+plan.json keeps the run's durations in steps for those who read the workdir; no
+run reads it to resume.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from maskconnect_jax.errors import InputError
 
 INPUTS_SCHEMA = 'maskconnect_jax.inputs/1'
 
-# Fields that say where something is; inputs.json says what it is.
+# Fields that hold a path. inputs.json identifies the content found there.
 PLACES = ('data.dir', 'connectivity.topology')
 
 _FOLDERS = ('checkpoints', 'figures', 'model', 'tensorboard')
@@ -51,13 +55,21 @@ _LITTER = frozenset(
   {'@eadir', 'desktop.ini', 'log.txt', 'lost+found', 'nohup.out', 'thumbs.db'}
 )
 _LOGS = frozenset({'.err', '.log', '.out'})
-_NAMED = 5  # of what is in the way
+_NAMED = 5  # most files or classes that a message names
 
 
 def check(config: ml_collections.ConfigDict, workdir: Path) -> None:
-  """Raises InputError unless a run of this config may write this workdir.
+  """Checks that a run of this config may write to this workdir.
 
-  Where no step was saved there is nothing to lose, and the new config stands.
+  A workdir without a saved step has nothing to lose. It accepts any config.
+
+  Args:
+    config: the config of the run.
+    workdir: the folder, which need not exist.
+
+  Raises:
+    InputError: the workdir is no folder, cannot be read, holds other files, or
+      holds the saved steps of another config.
   """
   try:
     if not workdir.is_dir():
@@ -90,9 +102,16 @@ def check(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 
 def keep_version(config: ml_collections.ConfigDict, workdir: Path) -> None:
-  """Sets config.model.version to that of what is saved in a workdir.
+  """Sets config.model.version to the version of a workdir with saved steps.
 
-  So a run that was begun with a version before goes on with the same command.
+  So the same command resumes a run that began with an earlier version.
+
+  Args:
+    config: the config of the run; changed in place.
+    workdir: the folder of the run.
+
+  Raises:
+    InputError: the workdir holds a config.json that is not of a run.
   """
   if not (workdir / 'config.json').is_file():
     return
@@ -101,18 +120,18 @@ def keep_version(config: ml_collections.ConfigDict, workdir: Path) -> None:
 
 
 def has_steps(workdir: Path) -> bool:
-  """Whether a run has saved something there that it could go on from."""
+  """Whether a run has saved a checkpoint or a summary in this workdir."""
   return (workdir / 'summary.json').exists() or any(
     path.name.isdigit() for path in (workdir / 'checkpoints').glob('*')
   )
 
 
 def _is_ours(workdir: Path) -> bool:
-  """Whether a run has begun in this folder; False if it may begin there.
+  """Whether a run has begun in this folder; False if a run may begin there.
 
   Raises:
-    InputError: what is there is not of a run, or is of another kind than the
-      run's own of that name.
+    InputError: the folder holds files that are not of a run, or a file where a
+      run has a folder, or a folder where a run has a file.
   """
   path = workdir / 'config.json'
   if not path.is_file():
@@ -143,7 +162,7 @@ def _is_ours(workdir: Path) -> bool:
 
 
 def _counts(path: Path) -> bool:
-  """Whether something in a folder is somebody's."""
+  """Whether a file or folder counts, so that its parent is not empty."""
   name = path.name.lower()
   if name[0] == '.' or name in _LITTER:
     return False
@@ -155,9 +174,13 @@ def _counts(path: Path) -> bool:
 
 
 def check_is_table(path: Path) -> None:
-  """Raises InputError unless a table may be written there.
+  """Checks that a sweep may write its table to this path.
 
-  That is where nothing is, or a table of ours, as its first line says.
+  It may if nothing is there, or an empty file, or a file whose first line is
+  that of a sweep's table.
+
+  Raises:
+    InputError: the path cannot be read, or is no table of a sweep.
   """
   if not os.path.lexists(path):
     return
@@ -176,7 +199,7 @@ def check_is_table(path: Path) -> None:
 
 
 def _same(one: str, other: str) -> bool:
-  """Whether two paths are of one folder, both given and neither empty."""
+  """Whether two paths lead to one folder; False if either path is ''."""
   if not (one and other):
     return False
   return os.path.realpath(os.path.expanduser(one)) == os.path.realpath(
@@ -185,11 +208,13 @@ def _same(one: str, other: str) -> bool:
 
 
 def remove_leftovers(folder: Path, names: Iterable[str] | None = None) -> None:
-  """Removes what killed processes left half written; under the lock alone.
+  """Removes files that killed processes left half written.
+
+  Only the holder of the folder's lock may call this.
 
   Args:
-    folder: a workdir, or that of a sweep.
-    names: of the files that are written there; None: those of a run.
+    folder: the workdir of a run or of a sweep.
+    names: names of the files that are written there; None: those of a run.
   """
   written = {*_FOLDERS, *_FILES} if names is None else set(names)
   for name in written:
@@ -201,10 +226,10 @@ def remove_leftovers(folder: Path, names: Iterable[str] | None = None) -> None:
 
 
 def read_inputs(workdir: Path) -> dict[str, Any] | None:
-  """Returns the content of inputs.json, or None.
+  """Returns the content of inputs.json, or None if it is missing or damaged.
 
-  Runs of earlier versions have none, and damaged it is as good as none: they
-  are told apart by their config alone.
+  Runs of earlier versions have no inputs.json. A run without it is identified
+  by its config alone. For a damaged one a warning names the file.
   """
   path = workdir / 'inputs.json'
   try:
@@ -230,15 +255,16 @@ def read_inputs(workdir: Path) -> dict[str, Any] | None:
 def checked_inputs(
   workdir: Path, identity: Identity, given: Any
 ) -> dict[str, Any]:
-  """Returns the content of inputs.json: what a run is trained on.
+  """Returns the content of inputs.json for a run, checked against a stored one.
 
   Args:
-    workdir: of the run.
-    identity: of its images.
+    workdir: the folder of the run.
+    identity: number, classes and digest of its images.
     given: the topology of connectivity.rule=fixed_given, else None.
 
   Raises:
-    InputError: a run has saved steps in this workdir, of other inputs.
+    InputError: this workdir holds saved steps of a run on other images, or with
+      another given topology.
   """
   topology = None
   if given is not None:
@@ -267,17 +293,25 @@ def checked_inputs(
 
 
 def write_inputs(inputs: dict[str, Any], workdir: Path) -> None:
-  """Writes inputs.json."""
+  """Writes inputs.json.
+
+  Raises:
+    InputError: the file cannot be written.
+  """
   files.write_json(workdir / 'inputs.json', inputs)
 
 
 def write_config(config: ml_collections.ConfigDict, workdir: Path) -> None:
-  """Writes config.json, by which a folder is known as a run's workdir."""
+  """Writes config.json, which marks a folder as a run's workdir.
+
+  Raises:
+    InputError: the file cannot be written.
+  """
   files.write_text(workdir / 'config.json', config.to_json(indent=2) + '\n')
 
 
 def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
-  """Returns in words how the images of a run and those found differ."""
+  """Returns in words how a run's stored images and the given ones differ."""
   parts = []
   for what, left, right in (
     ('new', ours, theirs),

@@ -1,1 +1,1 @@
-"""Many runs: sweeps, their tables, and what their masks did."""
+"""Many runs: sweeps, their tables, and the dynamics of their real masks."""

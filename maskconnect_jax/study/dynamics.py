@@ -1,42 +1,49 @@
-r"""What the real masks did while they were learned: a table of runs.
+r"""The dynamics of the real masks in the connectivity phase: a table of runs.
 
   python -m maskconnect_jax.main --mode=dynamics --workdirs=runs/rules \
       --figure=dynamics.png
 
-takes the workdirs of runs, finished or not, or folders of such, and reads
-config.json, metrics.jsonl, real_masks.npz and, where there is one,
-topology.json. A row j is a block's, or at branch level a branch's; its n_j
-valid sources i have the entries r[j,i]. **Only rows with n_j > K are counted:**
-the others take all they have, whatever r. The chosen are the K largest of a
-row, of equals the latest; at the freeze those of topology.json. The start is r
-before the first step, made anew from the config; a share of the connectivity
-phase is the recorded step nearest to it, and 100 % the last recorded one.
+takes the workdirs of runs, finished or not, or folders that hold workdirs at
+any depth. It reads config.json, plan.json, real_masks.npz and, if it exists,
+topology.json. Without a plan.json it reads the length of an epoch from
+metrics.jsonl.
 
-  recorded        share of the phase; the last line of the log before the freeze
-                  may lie before it
-  at 0, at 1      share of the valid entries that end there exactly
+A row j of the real mask r belongs to a block, or at branch level to a branch.
+Its n_j valid sources i have the entries r[j,i]. **Only rows with n_j > K are
+counted:** the other rows take all their sources, for any r. The chosen sources
+of a row are those of its K largest entries; the latest source wins a tie. At
+the freeze the chosen sources are those of topology.json. The start is r before
+the first step, computed again from the config. A share of the connectivity
+phase stands for the recorded step nearest to it, and 100 % for the last
+recorded step.
+
+  recorded        the share of the phase that the records reach; the last line
+                  of the log may lie before the freeze
+  at 0, at 1      share of the valid entries that end at exactly 0 or 1
   zero rows       rows whose entries all end at 0
-  entropy         mean over j of -sum_i p log p / log n_j, with p ∝ r^(1/T) as
-                  the draw has it then, and its floor: 1 is a draw that knows
-                  nothing
-  changed         chosen at the freeze that were not yet at 25, 50, 75 %
-  drift           with d = r - r at the start, sum_j n_j mean_i(d)^2 over
-                  sum_ji d^2: 1 is rows that move as a whole, which orders
-                  nothing, 0 entries that move against each other
-  reach           mean of j - i over the chosen, source i being block i's
-                  output; in brackets that of a uniform choice
+  entropy         mean over j of -sum_i p log p / log n_j, with p ∝ r^(1/T); T
+                  and the floor of r are those of the draw at that step; 1 is
+                  the entropy of a uniform draw
+  changed         sources chosen at the freeze that were not chosen at 25, 50,
+                  75 %
+  drift           sum_j n_j mean_i(d)^2 / sum_ji d^2, with d = r - r at the
+                  start; 1: all entries of a row move alike, which orders no
+                  sources; 0: the entries of a row move against each other
+  reach           mean of j - i over the chosen sources, where source i is the
+                  output of block i; in brackets the mean of a uniform choice
   live            blocks, or branches, that the output depends on
 
-Of runs whose configs are equal but for the seed, agreement is the mean over
-pairs of seeds a, b of sum_j |chosen_a,j and chosen_b,j| / sum_j K. Two uniform
-choices agree in a hypergeometric number for each row, of mean K^2 / n_j and
-variance
+Agreement compares runs whose configs differ only in the seed. It is the mean
+over the pairs of seeds a, b of sum_j |chosen_a,j and chosen_b,j| / sum_j K. For
+two uniform choices, the number of common sources in row j is hypergeometric,
+with mean K^2 / n_j and variance
 
-  K (K / n_j) (1 - K / n_j) (n_j - K) / (n_j - 1)
+  K (K / n_j) (1 - K / n_j) (n_j - K) / (n_j - 1).
 
-and rows are independent; so are the pairs, two by two, for the overlap of a
-uniform choice with another one is distributed alike whatever that other is. The
-standard deviation of the mean over P pairs is thus sqrt(variance / P).
+Rows are independent. Pairs of seeds are pairwise independent too, since the
+overlap of a uniform choice with a fixed choice has the same distribution for
+every fixed choice. So the standard deviation of the mean over P pairs is
+sqrt(variance / P).
 """
 
 from __future__ import annotations
@@ -60,14 +67,14 @@ QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-  """How far the choices of several seeds agree, as shares of the chosen.
+  """The agreement of several seeds, as shares of the chosen sources.
 
   Attributes:
-    name: what tells these runs from the others.
+    name: the config fields that tell these runs from the others.
     seeds: in rising order, at least two.
-    mean: over the pairs of seeds.
-    chance: what uniform choices would give.
-    deviation: its standard deviation.
+    mean: agreement, the mean over the pairs of seeds.
+    chance: expected agreement of uniform choices.
+    deviation: standard deviation of the agreement of uniform choices.
   """
 
   name: str
@@ -78,7 +85,13 @@ class Agreement:
 
 
 def agreements(runs: Sequence[Trajectory]) -> list[Agreement]:
-  """Compares the seeds of equal configs, after the freeze.
+  """Compares the seeds of equal configs at the freeze.
+
+  Args:
+    runs: runs whose records do not reach the freeze are left out.
+
+  Returns:
+    One agreement for each config that has two seeds or more.
 
   Raises:
     InputError: two runs are of the same config and seed.
@@ -118,7 +131,7 @@ def agreements(runs: Sequence[Trajectory]) -> list[Agreement]:
 
 
 def markdown(runs: Sequence[Trajectory]) -> str:
-  """Returns the table of some runs, and below it how far seeds agree."""
+  """Returns the table of some runs, and below it the agreement of seeds."""
   head = ['', 'recorded', 'at 0', 'at 1', 'zero rows', 'entropy at']
   lines = _table(
     [*head, 'changed since', 'drift', 'reach', 'live'],
@@ -171,7 +184,12 @@ def markdown(runs: Sequence[Trajectory]) -> str:
 
 
 def draw(runs: Sequence[Trajectory], path: Path) -> None:
-  """Draws up to six runs as FILE.png, and beside it FILE.svg."""
+  """Draws up to six runs.
+
+  Args:
+    runs: one panel each.
+    path: FILE.png; FILE.svg is written beside it.
+  """
   panels = []
   for run in runs:
     blocks = np.unique(run.blocks)
@@ -195,13 +213,14 @@ def report(folders: Sequence[Path], figure: Path | None = None) -> str:
   """Returns the tables of the runs in some folders, and draws them.
 
   Args:
-    folders: each the workdir of a run, or a folder with such at any depth.
-    figure: FILE.png for a picture of up to six runs, with FILE.svg beside it;
-      None draws none.
+    folders: each the workdir of a run, or a folder that holds workdirs at any
+      depth.
+    figure: FILE.png for a figure of up to six runs, with FILE.svg beside it;
+      None draws no figure.
 
   Raises:
-    InputError: no real mask was recorded there, a run's files are damaged, or
-      there can be no such figure.
+    InputError: no run has a recorded real mask, a run's files are damaged, or
+      the figure cannot be drawn.
   """
   if figure:
     summarize.check_figure(figure)

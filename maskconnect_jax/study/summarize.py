@@ -34,7 +34,7 @@ _Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class Summary(msgspec.Struct):
-  """What the table reads of a summary.json: the schema of these fields."""
+  """The fields of summary.json that the table reads, with their bounds."""
 
   test_accuracy_pruned: _Share
   parameters: _Count
@@ -50,8 +50,8 @@ class Run:
   """A finished run.
 
   Attributes:
-    workdir: of the run.
-    seed: of the run.
+    workdir: the folder of the run.
+    seed: the seed of the run.
     fields: every other field of its config, by path.
     summary: the content of its summary.json.
     inputs: the content of its inputs.json, or None.
@@ -65,11 +65,14 @@ class Run:
 
   @property
   def device(self) -> str:
-    """Such as '1 x cpu'."""
+    """Number and kind of the devices, for example '1 x cpu'."""
     return f'{self.summary["num_devices"]} x {self.summary["device"]}'
 
   def same_but_for_seed(self, other: Run) -> bool:
-    """Whether they belong into one row; images are equal wherever they lie."""
+    """Whether two runs belong in one row.
+
+    Equal images in different folders count as the same images.
+    """
     ours, theirs = dict(self.fields), dict(other.fields)
     if self.inputs and other.inputs:
       ours['data.dir'] = self.inputs['data']
@@ -79,10 +82,10 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """Runs whose configs are equal but for the seed.
+  """Runs whose configs differ only in the seed.
 
   Attributes:
-    name: what tells this row from the others.
+    name: the config fields that tell this row from the others.
     runs: in the order of their seeds; at least one.
   """
 
@@ -90,12 +93,12 @@ class Row:
   runs: list[Run]
 
   def values(self, name: str) -> list[Any]:
-    """Returns a field of summary.json, one value per run."""
+    """Returns the values of a field of summary.json, one per run."""
     return [run.summary[name] for run in self.runs]
 
   @property
   def held_out(self) -> list[float]:
-    """Accuracies on held out training images; [] where none were."""
+    """Accuracies on held out training images; [] if none were held out."""
     if not self.runs[0].fields['data.validation']:
       return []
     return self.values('validation_accuracy')
@@ -138,18 +141,18 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """What there is to tell of some runs.
+  """The table of some runs.
 
   Attributes:
     rows: in the order in which their first runs were found.
-    unfinished: workdirs of runs without a summary; in no row.
+    unfinished: workdirs of runs without a summary; these runs are in no row.
   """
 
   rows: list[Row]
   unfinished: list[Path]
 
   def markdown(self) -> str:
-    """Returns the table to read, with what it counts below."""
+    """Returns the table in Markdown, with its caption below."""
     validated = ['validation'] * any(row.held_out for row in self.rows)
     head = ['', 'seeds', 'duration', *validated, 'test accuracy', 'best']
     head += ['parameters', 'after pruning', 'images/s', 'device']
@@ -181,12 +184,16 @@ class Table:
     return '\n'.join(lines) + '\n'
 
   def draw(self, path: Path) -> None:
-    """Draws the accuracies as FILE.png, and beside it FILE.svg.
+    """Draws the accuracies of the runs.
 
-    They are of held out images, or of the test images where a row has none.
+    They are those on the held out images if every row held out images, else
+    those on the test images.
+
+    Args:
+      path: FILE.png; FILE.svg is written beside it.
 
     Raises:
-      InputError: another suffix, or no run is finished.
+      InputError: the path has another suffix, or no run is finished.
     """
     check_figure(path)
     if not self.rows:
@@ -203,7 +210,7 @@ class Table:
     plots.save(figure, path.with_suffix(''))
 
   def csv(self) -> str:
-    """Returns the same rows to compute with, unrounded."""
+    """Returns the same rows as CSV, with unrounded numbers."""
     records = [row.record() for row in self.rows]
     text = io.StringIO()
     if records:
@@ -214,7 +221,12 @@ class Table:
 
 
 def check_figure(path: Path) -> None:
-  """Raises InputError for a name under which no figure can be drawn."""
+  """Checks the path of a figure.
+
+  Raises:
+    InputError: the path does not end in .png, or it or the .svg beside it
+      cannot be written.
+  """
   if path.suffix != '.png':
     raise InputError(f'--figure={path} must end in .png')
   for one in (path, path.with_suffix('.svg')):
@@ -225,7 +237,8 @@ def summarize(folders: Sequence[Path]) -> Table:
   """Makes the table of all runs in some folders.
 
   Args:
-    folders: each the workdir of a run, or a folder with such at any depth.
+    folders: each the workdir of a run, or a folder that holds workdirs at any
+      depth.
 
   Raises:
     InputError: a folder holds no run, a run's files cannot be read, or two
@@ -239,7 +252,8 @@ def summarize(folders: Sequence[Path]) -> Table:
       unfinished.append(workdir)
   groups: list[list[Run]] = []
   for run in finished:
-    # Nearest first: copies of the same images may be rows of their own.
+    # Groups of equal fields first: copies of the same images in another folder
+    # may form a row of their own.
     same = sorted(
       (group for group in groups if group[0].same_but_for_seed(run)),
       key=lambda group: group[0].fields != run.fields,
@@ -270,8 +284,12 @@ def summarize(folders: Sequence[Path]) -> Table:
 def find_runs(folders: Sequence[Path]) -> list[Path]:
   """Returns every workdir of a run in some folders, each once.
 
+  Args:
+    folders: each the workdir of a run, or a folder that holds workdirs at any
+      depth.
+
   Raises:
-    InputError: there is none in one of them.
+    InputError: a folder holds no run.
   """
   found: dict[Path, Path] = {}
   for folder in folders:
@@ -286,7 +304,11 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
 
 
 def read(workdir: Path) -> Run:
-  """Reads a finished run. Raises InputError if its files are damaged."""
+  """Reads a finished run.
+
+  Raises:
+    InputError: a file of the run is damaged.
+  """
   config, removed = config_lib.record_of(workdir)
   fields = config_lib.essential(config) | removed
   seed = fields.pop('seed')
@@ -306,7 +328,15 @@ def read(workdir: Path) -> Run:
 
 
 def names(rows: Sequence[dict[str, Any]]) -> list[str]:
-  """Names each config after the fields in which it differs from most."""
+  """Names each config by the fields in which it differs from most configs.
+
+  Args:
+    rows: the fields of each config, by path.
+
+  Returns:
+    'field=value ...' for each config; its network and rule if it differs in no
+    field.
+  """
   common = usual(rows)
   return [
     ' '.join(
@@ -320,9 +350,15 @@ def names(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def usual(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-  """Returns what most of some configs have in the fields that differ.
+  """Returns the usual values of the fields in which some configs differ.
 
-  Of three or more, a value is usual if more than half of them have it.
+  A value is usual if more than half of the configs have it.
+
+  Args:
+    rows: the fields of each config, by path.
+
+  Returns:
+    The usual values, by path; fields without a usual value are left out.
   """
   common = {}
   for path, values in _differing(rows).items():
@@ -333,7 +369,7 @@ def usual(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _differing(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-  """Returns the values of each field that is not the same in all configs."""
+  """Returns the values of each field in which the configs differ, by path."""
   columns = {
     path: [row.get(path) for row in rows]
     for path in dict.fromkeys(path for row in rows for path in row)
@@ -346,7 +382,7 @@ def _differing(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def short(path: str) -> str:
-  """Returns the last part of a field's path, if no other field has the same."""
+  """Returns the last part of a field's path if it is unique, else the path."""
   last = path.rpartition('.')[2]
   known = [p.rpartition('.')[2] for p in config_lib.flat(config_lib.default())]
   return last if known.count(last) <= 1 else path
@@ -356,7 +392,7 @@ def _runs_below(folder: Path) -> Iterator[Path]:
   for path, folders, names_here in os.walk(folder):
     folders.sort()
     if 'config.json' in names_here:
-      folders.clear()  # the many files of a run hold no other
+      folders.clear()  # the many files of a workdir hold no other run
       yield Path(path)
 
 

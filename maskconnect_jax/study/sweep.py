@@ -1,8 +1,9 @@
 """Many runs as one: every variant with every seed, resumable as a whole.
 
-Each member is a process of its own, `--mode=train` in a workdir of its own, so
-that what ends one leaves the others alone. It trains from the config.json that
-is put into its workdir, whatever becomes of the config file meanwhile.
+Each member is a process of its own: `--mode=train` in a workdir of its own. So
+a member that fails leaves the others alone. The sweep writes a config.json into
+each member's workdir, and the member trains from it. Later changes to the
+config file do not affect the member.
 """
 
 from __future__ import annotations
@@ -53,9 +54,10 @@ class Member:
   """One run of a sweep.
 
   Attributes:
-    name: the path of its workdir in that of the sweep, 'rule=learned/seed0'.
-    workdir: its own.
-    config: its own, with neither seeds nor variants.
+    name: path of its workdir inside the sweep's workdir, for example
+      'rule=learned/seed0'.
+    workdir: the folder of this run.
+    config: the config of this run, with neither seeds nor variants.
   """
 
   name: str
@@ -64,28 +66,28 @@ class Member:
 
   @property
   def finished(self) -> bool:
-    """Whether there is nothing left to train; the summary is written last."""
+    """Whether the run is finished: it writes its summary last."""
     return (self.workdir / 'summary.json').is_file()
 
 
 def sweep(
   config: ml_collections.ConfigDict, workdir: Path, parallel: int | None = None
 ) -> int:
-  """Trains what is not finished yet and makes the table of all members.
+  """Trains all unfinished members and makes the table of all members.
 
   Args:
-    config: see `maskconnect_jax/config.py`; its `seeds` and `variants` say what
-      there is to train.
-    workdir: where the workdirs of the members are, and table.md and table.csv.
+    config: see `maskconnect_jax/config.py`; each of its `variants` with each of
+      its `seeds` is a member.
+    workdir: the folder of the members' workdirs, table.md and table.csv.
     parallel: members at once, which share the devices evenly. None: one per
-      GPU; one on a CPU, and on a TPU one over all of its chips.
+      GPU; one on a CPU; on a TPU one over all of its chips.
 
   Returns:
     The exit status: 0, 1 if members failed, 128 + n if stopped by signal n.
 
   Raises:
-    InputError: a member cannot be trained as it is given, raised before
-      anything runs; or another process trains it already, or runs this sweep.
+    InputError: a member's config or workdir cannot be used, raised before
+      anything runs; or another process trains a member or runs this sweep.
   """
   config_lib.check(config)
   everyone = members(config, workdir)
@@ -104,7 +106,7 @@ def sweep(
     for member in everyone:
       if member.workdir.exists() and not member.finished:
         with locks.locked(member.workdir):
-          pass  # nobody trains it
+          pass  # raises if another process trains it
     return _sweep(everyone, workdir, parallel)
 
 
@@ -131,8 +133,12 @@ def _sweep(everyone: list[Member], workdir: Path, parallel: int | None) -> int:
 def members(config: ml_collections.ConfigDict, workdir: Path) -> list[Member]:
   """Returns every variant with every seed, variant by variant.
 
+  Args:
+    config: see `sweep`.
+    workdir: the folder of the sweep.
+
   Raises:
-    InputError: a variant or seed cannot be, or is given twice.
+    InputError: a variant cannot be used, or a variant or seed is given twice.
   """
   seeds = config.seeds or (config.seed,)
   for seed in seeds:
@@ -167,10 +173,11 @@ def members(config: ml_collections.ConfigDict, workdir: Path) -> list[Member]:
 def parse_variant(variant: str) -> dict[str, Any]:
   """Returns {'connectivity.fan_in': 4} for 'connectivity.fan_in=4'.
 
-  Values may hold spaces: a new override begins where a FIELD= follows one.
+  Values may hold spaces: a new override begins where FIELD= follows a space.
 
   Raises:
-    InputError: it names no field, or a value is not of the field's type.
+    InputError: the variant names no field, or a value is not of the field's
+      type.
   """
   known = config_lib.flat(config_lib.default())
   overrides = {}
@@ -204,7 +211,8 @@ def parse_variant(variant: str) -> dict[str, Any]:
 def folder_name(overrides: dict[str, Any]) -> str:
   """Returns 'rule=fixed_random,fan_in=4', or 'base' without overrides.
 
-  A name that is too long for a folder ends in a digest of all overrides.
+  A name that is too long for a folder is cut, and ends in a digest of all
+  overrides.
   """
   text = ','.join(
     f'{summarize.short(path)}={value}' for path, value in overrides.items()
@@ -215,24 +223,28 @@ def folder_name(overrides: dict[str, Any]) -> str:
     return name
   digest = hashlib.sha256(text.encode(errors='surrogateescape')).hexdigest()
   end = f'-{digest[:16]}'
-  # Of a character that is cut in two, nothing stays.
+  # A character that the cut splits is dropped.
   start = encoded[: fields.LONGEST_NAME - len(end)].decode(errors='ignore')
   return start + end
 
 
 def _as_one(name: str) -> str:
-  """Returns what is equal for names that some file system takes for one.
+  """Returns one text for all names that some file system takes for one name.
 
-  That of macOS tells neither cases nor Unicode's forms apart, that of Windows
-  no cases; and a sweep may be moved there.
+  The file system of macOS ignores case and Unicode's forms; that of Windows
+  ignores case. A sweep may be moved to either.
   """
   return unicodedata.normalize('NFC', name).casefold()
 
 
 def devices() -> tuple[str, int]:
-  """Returns the platform and its number of devices on this machine.
+  """Returns JAX's platform and the number of its devices on this machine.
 
-  Another process looks, since the one that does takes the devices.
+  JAX runs in another process, because the process that asks it for the devices
+  holds them until it ends.
+
+  Raises:
+    InputError: JAX cannot use the platform.
   """
   looked = subprocess.run(
     [
@@ -247,7 +259,7 @@ def devices() -> tuple[str, int]:
     check=False,
   )
   if looked.returncode:
-    # The last line of a traceback: the error's name and what it says.
+    # The last line of a traceback holds the error's name and message.
     said = last_line(looked.stderr)
     raise InputError(said.removeprefix(f'{InputError.__module__}.InputError: '))
   platform, count = last_line(looked.stdout).split()
@@ -257,12 +269,15 @@ def devices() -> tuple[str, int]:
 def environments(
   platform: str, count: int, parallel: int | None
 ) -> list[dict[str, str]]:
-  """Returns what each of the members that run at once has in its environment.
+  """Returns the environment variables for each member that runs at once.
 
   Args:
-    platform: of the devices.
-    count: how many there are.
-    parallel: members at once, or None for what suits the platform.
+    platform: JAX's name of the platform.
+    count: number of its devices.
+    parallel: members at once; None: one per GPU, or one on a CPU or TPU.
+
+  Raises:
+    InputError: several members at once would share a TPU.
   """
   if platform != 'gpu':
     if platform == 'tpu' and (parallel or 1) > 1:
@@ -278,7 +293,8 @@ def environments(
   for slot in range(parallel):
     first = slot * each % count
     result.append({'CUDA_VISIBLE_DEVICES': ','.join(names[first:][:each])})
-    if parallel > count:  # JAX would give the first three quarters of a GPU
+    # By default, JAX gives its first process three quarters of a GPU's memory.
+    if parallel > count:
       share = 0.9 / -(-parallel // count)
       result[-1]['XLA_PYTHON_CLIENT_MEM_FRACTION'] = f'{share:.2f}'
   return result
@@ -289,10 +305,16 @@ def run_members(
 ) -> tuple[list[str], int]:
   """Trains members, as many at once as there are slots.
 
-  A first signal asks those that run to save and stop; a second kills them.
+  A first signal asks the running members to save and stop. A second signal
+  kills them.
+
+  Args:
+    waiting: the members to train.
+    slots: environment variables for each member that runs at once.
 
   Returns:
-    A line for each that failed, and the signal that ended it all, or 0.
+    A line for each member that failed, and the signal that stopped the sweep,
+    or 0.
   """
   failures: list[str] = []
   left, done, told = list(waiting), 0, 0
@@ -322,7 +344,7 @@ def run_members(
             continue
           del running[slot]
           if not member.finished and caught:
-            continue  # it was told to stop
+            continue  # it stopped at the signal
           done += 1
           ended = outcome(member, status)
           if not member.finished:
@@ -345,11 +367,18 @@ def run_members(
 def start(
   member: Member, environment: dict[str, str]
 ) -> subprocess.Popen[bytes]:
-  """Starts a member, or lets it go on, in a process group of its own.
+  """Starts or resumes a member in a process group of its own.
 
-  So Ctrl-C does not reach it, which would lose what was done since the last
-  checkpoint; and it outlives a sweep that is killed. It has the lock of its
-  workdir for as long as it runs.
+  Ctrl-C on the terminal does not reach this group. At Ctrl-C the sweep sends a
+  signal instead, at which the member saves. The member goes on if the sweep is
+  killed. It holds the lock of its workdir while it runs.
+
+  Args:
+    member: the run to start.
+    environment: variables to add to this process's environment.
+
+  Raises:
+    InputError: the member's workdir cannot be used, or is locked.
   """
   with locks.locked(member.workdir):
     workdirs.check(member.config, member.workdir)
@@ -373,14 +402,19 @@ def start(
 
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
-  """Collects the signals that ask to stop, instead of stopping."""
+  """Collects the signals that ask to stop; the process goes on."""
   caught: list[int] = []
   with signals.caught(lambda number, frame: caught.append(number)):
     yield caught
 
 
 def outcome(member: Member, status: int) -> str:
-  """Returns the line that tells how a member ended."""
+  """Returns the line that tells how a member ended.
+
+  Args:
+    member: a run whose process has ended.
+    status: its exit status; -n if signal n ended it.
+  """
   if member.finished:
     accuracy = summarize.read(member.workdir).summary['test_accuracy_pruned']
     return f'{member.name} ends: test accuracy {accuracy:.2%}'
@@ -391,10 +425,10 @@ def outcome(member: Member, status: int) -> str:
 
 
 def last_line(text: str) -> str:
-  """Returns the last line that says something, or ''."""
+  """Returns the last line that is not blank, or ''."""
   return next((line for line in text.splitlines()[::-1] if line.strip()), '')
 
 
 def say(line: str) -> None:
-  """Prints a line of progress."""
+  """Prints a line of progress to stderr."""
   print(line, file=sys.stderr, flush=True)

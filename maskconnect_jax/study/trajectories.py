@@ -1,7 +1,7 @@
-"""What was recorded of a run's real mask while it was learned.
+"""The recorded real mask of a run over its connectivity phase.
 
-Only rows with more valid sources than K are kept: the others take all they
-have, whatever their entries are. `dynamics` says what the figures mean.
+Only rows with more valid sources than K are kept. The other rows take all their
+sources, for any entries. `dynamics` defines the figures.
 """
 
 from __future__ import annotations
@@ -28,19 +28,22 @@ from maskconnect_jax.run import plan as plan_lib
 class Trajectory:
   """The real mask of a run over its connectivity phase.
 
-  J are the rows with a choice, S the sources, T the records.
+  J is the number of rows with a choice, S that of sources, T that of records.
+  The first record is r before the first step.
 
   Attributes:
-    workdir: of the run.
-    seed: of the run.
+    workdir: the folder of the run.
+    seed: the seed of the run.
     fields: every other field of its config, by path.
     progress: float64 [T], the share of the phase done at each record, from 0.
     over: whether the records reach the end of the phase.
     masks: float32 [T, J, S], r at each record.
-    valid: bool [J, S].
-    chosen: bool [J, S], at the freeze; if it is to come, by the last record.
+    valid: bool [J, S], whether row j may take source i.
+    chosen: bool [J, S], the sources chosen at the freeze; before it, those that
+      the last record would choose.
     blocks: int64 [J], the block that each row belongs to, from 1.
-    live: of how many what the output depends on, in words.
+    live: in words, how many blocks or branches the output depends on, and of
+      how many.
   """
 
   workdir: Path
@@ -56,18 +59,25 @@ class Trajectory:
 
   @property
   def fan_in(self) -> int:
-    """K."""
+    """The fan-in K."""
     return int(self.fields['connectivity.fan_in'])
 
   def record(self, share: float) -> int | None:
-    """Returns the record nearest to a share of the phase; None: not yet."""
+    """Returns the index of the record nearest to a share of the phase.
+
+    Args:
+      share: of the connectivity phase, from 0 to 1.
+
+    Returns:
+      None if the run has not reached this share.
+    """
     if share > self.progress[-1] and not self.over:
       return None
     return int(np.argmin(np.abs(self.progress - share)))
 
   @functools.cached_property
   def entropies(self) -> np.ndarray:
-    """Entropy of p relative to its largest, float64 [T, J]."""
+    """Entropy of p, divided by that of a uniform draw, float64 [T, J]."""
     r = np.maximum(self.masks, connectivity.PROBABILITY_FLOOR, dtype=np.float64)
     last = WiringSpec(temperature=self.fields['connectivity.temperature'])
     temperature = last.temperature_at(self.progress)
@@ -79,16 +89,23 @@ class Trajectory:
     return np.asarray(entropy / np.log(self.valid.sum(-1)))
 
   def share_at(self, value: float) -> float:
-    """Returns the share of valid entries that end at a value exactly."""
+    """Returns the share of valid entries that end at exactly this value."""
     return float(np.mean(self.masks[-1][self.valid] == value))
 
   @property
   def zero_rows(self) -> int:
-    """How many rows end with all entries at 0."""
+    """The number of rows that end with all entries at 0."""
     return int(np.sum(~self.masks[-1].any(-1)))
 
   def changed(self, share: float) -> int | None:
-    """Returns how many of the chosen were not so at a share of the phase."""
+    """Returns how many chosen sources were not chosen at a share of the phase.
+
+    Args:
+      share: of the connectivity phase, from 0 to 1.
+
+    Returns:
+      None if the run has not reached this share.
+    """
     record = self.record(share)
     if record is None:
       return None
@@ -97,7 +114,7 @@ class Trajectory:
 
   @property
   def drift(self) -> float | None:
-    """Share of the rows' motion that is common to the row; None: no motion."""
+    """The drift, see `dynamics`; None if no entry moved."""
     moved = self.masks[-1].astype(np.float64) - self.masks[0]
     total = np.sum(moved**2)  # r is 0 where not valid, at all times
     common = np.sum(moved.sum(-1) ** 2 / self.valid.sum(-1))
@@ -105,7 +122,10 @@ class Trajectory:
 
   @property
   def reach(self) -> tuple[float, float] | None:
-    """Mean of j - i, chosen and uniform; None where sources are branches."""
+    """Mean of j - i, over the chosen sources and over a uniform choice.
+
+    None at branch level, where sources are branches.
+    """
     if self.fields['connectivity.level'] == 'branch':
       return None
     distance = self.blocks[:, None] - np.arange(self.valid.shape[-1])
@@ -114,11 +134,11 @@ class Trajectory:
 
 
 def read(workdir: Path) -> Trajectory:
-  """Reads a run of which a real mask was recorded.
+  """Reads the recorded real mask of a run.
 
   Raises:
-    InputError: its files are missing, damaged or of another network, or no row
-      has a choice.
+    InputError: a file of the run is missing, damaged or of another network, or
+      no row has a choice.
   """
   config, removed = config_lib.record_of(workdir)
   valid, start = _at_the_start(config)
@@ -127,7 +147,7 @@ def read(workdir: Path) -> Trajectory:
     later, recorded = metrics.read_masks(path)
     masks = np.stack([start, *recorded])
     steps = np.array([0, *later])
-  except ValueError as error:  # an InputError, or of another shape
+  except ValueError as error:  # an InputError, or masks of another shape
     raise InputError(
       f'{path} is missing, damaged or of another network than config.json'
       f' ({error}); train again, or leave the run out'
@@ -173,13 +193,13 @@ def read(workdir: Path) -> Trajectory:
 def _at_the_start(
   config: ml_collections.ConfigDict,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the valid sources, bool, and r before training, of r's shape."""
-  # Neither hangs on the data, nor on how many classes and channels it has.
+  """Returns the valid entries, bool, and r before training, of equal shape."""
+  # Neither depends on the images, nor on the numbers of classes and channels.
   architecture = experiment.architecture_of(config, 1, 3)
   spec = config_lib.wiring_spec(config)
   valid = []
 
-  # Under jit only r is computed: the weights, which nothing asks for, are not.
+  # Under jit only r is computed: the weights are no result, so XLA drops them.
   @jax.jit
   def start() -> jax.Array:
     stack = models.create_model(**architecture, spec=spec).stack
@@ -193,9 +213,9 @@ def _at_the_start(
 def _plan_of_log(
   workdir: Path, config: ml_collections.ConfigDict
 ) -> plan_lib.Plan:
-  """Returns the plan of a run of an earlier version, which wrote none.
+  """Returns the plan of a run of an earlier version, which wrote no plan.json.
 
-  Its log says how long an epoch is.
+  The log of the run gives the steps of an epoch.
   """
   records = [record for record in metrics.read(workdir) if record.get('epoch')]
   if not records:
@@ -210,7 +230,7 @@ def _plan_of_log(
 def _frozen(
   workdir: Path, shape: tuple[int, ...]
 ) -> topology.Topology | topology.BranchTopology | None:
-  """Returns what was frozen, if the run is finished."""
+  """Returns the frozen topology, or None if there is no topology.json."""
   path = workdir / 'topology.json'
   if not path.is_file():
     return None
