@@ -3,8 +3,8 @@
 python -m maskconnect_jax.main --config=configs/digits.py --workdir=runs/digits
 
 The images come with scikit-learn. A run takes 30 to 60 s on two CPU cores,
-compiling included. Test accuracy after pruning, seeds 0, 1, 2: 99.17, 99.17,
-98.89 %. Of the 9 blocks, 9, 8, 8 stay.
+compiling included. Test accuracy after pruning, seeds 0, 1, 2: 99.17, 99.44,
+99.44 %. Of the 9 blocks, 9, 9, 7 stay.
 """
 
 import ml_collections
