@@ -18,7 +18,7 @@ MOST = 2**31 - 1
 LARGEST_FLOAT32 = 3.4028234663852886e38
 
 LONGEST_NAME = 255  # bytes of a file's name, on most file systems
-# Linux allows 4,095 bytes. The rest is for the names of files in a folder.
+# Linux allows paths of 4,095 bytes. A folder's path leaves 512 to its files.
 LONGEST_PATH = 4095 - 512
 
 _DURATION = re.compile(

@@ -237,7 +237,7 @@ def parse(argv: Sequence[str], about: str) -> list[str]:
 
 
 def _quoted(argument: str) -> str:
-  """Quotes the value of a variant, which may hold spaces, for ml_collections."""
+  """Quotes a variant, so that ml_collections keeps its spaces."""
   flag, _, value = argument.partition('=')
   if flag.lstrip('-') != 'config.variants' or value[:1] in ('(', "'", '"'):
     return argument
