@@ -157,7 +157,7 @@ def default() -> ml_collections.ConfigDict:
   config.duration = '300 epochs'  # connectivity phase and fine-tuning together
   config.evaluate_every = '10 epochs'  # on validation images, else test images
   config.checkpoint_every = '10 epochs'
-  config.keep_checkpoints = 2  # the newest; the best is kept as well
+  config.keep_checkpoints = 2  # so many of the newest; the best stays too
   config.log_every = '50 steps'  # a line in metrics.jsonl and TensorBoard
 
   config.model = ml_collections.ConfigDict()
@@ -186,7 +186,7 @@ def default() -> ml_collections.ConfigDict:
   config.connectivity.scale = wiring.scale  # of the sum of K terms
   config.connectivity.adapter = 'pool'  # for a source of another shape
   config.connectivity.branch_identity = wiring.identity  # s, of branches
-  config.connectivity.batchnorm_batches = 50  # averages of the freeze; 0: off
+  config.connectivity.batchnorm_batches = 50  # averaged at the freeze; 0: off
 
   config.masks = ml_collections.ConfigDict()  # how the real masks are trained
   config.masks.learning_rate = 1.0
@@ -196,14 +196,14 @@ def default() -> ml_collections.ConfigDict:
   config.optimizer = ml_collections.ConfigDict()  # how the weights are trained
   config.optimizer.learning_rate = 0.1
   config.optimizer.schedule = 'step'
-  config.optimizer.warmup = '0 steps'  # of w steps: step s has rate (s + 1) / w
+  config.optimizer.warmup = '0 steps'  # step s of w: rate times (s + 1) / w
   config.optimizer.steps_at = ('50%', '75%')  # 'step': times 0.1 at each
   config.optimizer.momentum = 0.9
   config.optimizer.nesterov = True
   config.optimizer.weight_decay = 5e-4
   config.optimizer.decay_all = False  # True: BatchNorm and biases as well
   config.optimizer.label_smoothing = 0.0
-  config.optimizer.average = 0.0  # decay of averaged weights; 0: off
+  config.optimizer.average = 0.0  # decay of averaged weights; 0: not used
 
   config.data = _default_data()
   return config

@@ -65,7 +65,7 @@ def open_source(data: ml_collections.ConfigDict) -> Source:
     data: `config.data`.
 
   Returns:
-    The data source, of which nothing is decoded yet.
+    The data source; nothing is decoded yet.
 
   Raises:
     InputError: the data is missing, or damaged in a way that shows without
