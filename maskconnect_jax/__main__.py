@@ -6,7 +6,7 @@ from maskconnect_jax import command
 def main() -> None:
   """Runs the command line of `maskconnect_jax.main`."""
   command.begin()
-  from maskconnect_jax import main as program  # which takes seconds, for JAX
+  from maskconnect_jax import main as program  # takes seconds: JAX
 
   program.run()
 

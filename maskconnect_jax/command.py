@@ -1,7 +1,7 @@
-"""How every command of this package begins and ends.
+"""The beginning and the end of every command of this package.
 
-Imports the standard library alone: `begin` is to run before the seconds that
-importing JAX takes.
+This module imports the standard library alone, because `begin` must run before
+JAX is imported, which takes seconds.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from maskconnect_jax import signals
 
 
 class OutputError(OSError):
-  """Standard output takes no more: a closed pipe, a full disk."""
+  """Standard output cannot be written, as on a closed pipe or a full disk."""
 
 
 def begin() -> None:
-  """Makes the standard streams safe to use, and signals end in one line.
+  """Makes stdin, stdout and stderr safe to use; signals end in one line.
 
-  Characters that an encoding lacks are written as escapes. What standard error
-  does not take is dropped. What standard output does not take is an
-  `OutputError`, once.
+  A character that the encoding lacks is written as an escape. Text that
+  standard error cannot take is dropped. The first failed write to standard
+  output raises `OutputError`; later ones are dropped.
   """
-  # Else the next file that is opened takes the number, and with it the output.
-  # For reading only: what was asked for is not lost without a word.
+  # The next opened file would take a closed standard number, and the output
+  # would go into that file. Standard output is opened for reading, so that
+  # writing results fails, and no result is lost in silence.
   for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
     try:
       os.fstat(number)
@@ -44,10 +45,14 @@ def begin() -> None:
 
 @contextlib.contextmanager
 def results() -> Iterator[None]:
-  """Around what prints results: if they cannot be written, the status tells.
+  """Returns a context for printing results; exits if they cannot be written.
 
-  A reader that has gone, as `head` does, is no error to speak of: the status is
-  that of SIGPIPE, as of other programs.
+  If the reader has closed the pipe, as `head` does, nothing is printed and the
+  status is that of SIGPIPE, as of other programs. Any other failure is one line
+  on stderr and status 2.
+
+  Raises:
+    SystemExit: standard output cannot be written.
   """
   try:
     try:
@@ -65,7 +70,7 @@ def results() -> Iterator[None]:
 
 
 def tell(text: str) -> None:
-  """Prints what files say too: a closed standard output is no failure."""
+  """Prints text that files hold as well, so a failed output is no error."""
   with contextlib.suppress(OutputError):
     print(text, flush=True)
 
@@ -74,7 +79,7 @@ class _Output(io.FileIO):
   _failed = False
 
   def write(self, data: Any) -> int:
-    if self._failed:  # what was buffered is flushed once more at the exit
+    if self._failed:  # at exit Python flushes the buffer once more
       return len(data)
     try:
       return super().write(data)

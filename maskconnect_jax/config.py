@@ -1,11 +1,11 @@
-"""Every config field, its default and its meaning, and the check of them all.
+"""All config fields, with their defaults and meanings, and their check.
 
 An experiment (`configs/*.py`) starts from `default()` and sets what it needs.
 Any field can be overridden from the command line:
-`--config.connectivity.fan_in=4`. Durations are strings, in whatever unit reads
-best: '60 epochs', '400 steps', '1e6 examples' or '50%' of the whole run. An
-epoch is as many steps as whole batches fit into the training images; the images
-that are left over, others in each epoch, are not seen in it.
+`--config.connectivity.fan_in=4`. Durations are strings in one of four units:
+'60 epochs', '400 steps', '1e6 examples' or '50%' of the whole run. An epoch has
+as many steps as whole batches fit into the training images. The images left
+over are not seen in that epoch; each epoch leaves out other images.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from maskconnect_jax.fields import (
 )
 from maskconnect_jax.method import spec
 
-_FINITE = LARGEST_FLOAT32  # what is trained with is float32
+_FINITE = LARGEST_FLOAT32  # training computes these in float32
 
-# What each field of `default` takes. A new field is a line here and one there.
+# The kind of each field. A new field is one line here and one in `default`.
 FIELDS: dict[str, Field] = {
-  # jax.random.key keeps the lower 32 bits of a seed, so that 2**32 would be the
-  # same run as 0, and Grain's order of the images takes no others.
+  # jax.random.key keeps the lower 32 bits of a seed, so 2**32 would be the same
+  # run as 0. Grain, which orders the images, refuses larger seeds.
   'seed': whole(0, 2**32 - 1),
   'seeds': Several(whole(0, 2**32 - 1)),
   'variants': Several(Text()),
@@ -105,12 +105,13 @@ FIELDS: dict[str, Field] = {
   'data.randaugment': whole(0, 100),
   'data.randaugment_magnitude': Number(0, 10),
   'data.mixup': Number(0, 1000),
-  # On the 0..255 scale: numbers on the 0..1 scale show in a std below 1.
+  # On the 0..255 scale. A std below 1 reveals numbers on the 0..1 scale.
   'data.mean': Several(Number(0, 255), counts=(0, 1, 3)),
   'data.std': Several(Number(1, 255), counts=(0, 1, 3)),
 }
 
-# Fields that mean nothing unless another has this value.
+# Field -> (another field, value): the field does nothing unless the other has
+# this value.
 ONLY_WITH = {
   'model.remat': ('connectivity.level', 'block'),
   'connectivity.stem_source': ('connectivity.level', 'block'),
@@ -121,16 +122,17 @@ ONLY_WITH = {
   'data.randaugment': ('data.crop', 'resized'),
 }
 
-# Fields that version 0.1.0 had, and their defaults, under which nothing is lost
-# without them. In the study of docs/results.md they brought nothing.
+# Fields of version 0.1.0 that were removed, and their defaults. A config with
+# the defaults means the same without them. The study of docs/results.md found
+# no gain from other values.
 REMOVED: dict[str, Any] = {
   'connectivity.gradient_every': 1,
   'masks.start': '0%',
   'masks.relative': 0.0,
 }
 
-# What neither a run's weights nor its data depend on, but for how they are
-# recorded: it may be another each time a run goes on.
+# Fields that affect neither a run's weights nor its data, only how they are
+# recorded. They may change each time a run goes on.
 INCIDENTAL = (
   'checkpoint_every',
   'data.threads',
@@ -143,46 +145,46 @@ INCIDENTAL = (
 
 
 def default() -> ml_collections.ConfigDict:
-  """Returns the whole config with its defaults: the reference of all fields."""
+  """Returns the config with all defaults; the comments explain each field."""
   config = ml_collections.ConfigDict()
   config.seed = 0  # everything random is a function of (seed, step)
-  # Of --mode=sweep: every variant is trained with every seed. A variant is the
-  # overrides of one row of the table, 'connectivity.rule=learned model.width=8'
+  # --mode=sweep trains every variant with every seed. A variant gives the
+  # overrides of a row of the table: 'connectivity.rule=learned model.width=8'.
   config.seeds = ()  # (): the seed above
   config.variants = ()  # (): one row, without overrides
   config.batch_size = 128
   config.eval_batch_size = 500  # at most; rounded up to all devices
   config.duration = '300 epochs'  # connectivity phase and fine-tuning together
-  config.evaluate_every = '10 epochs'  # on validation, or test without one
+  config.evaluate_every = '10 epochs'  # on validation images, else test images
   config.checkpoint_every = '10 epochs'
-  config.keep_checkpoints = 2  # the newest so many; the best is kept beside
+  config.keep_checkpoints = 2  # so many of the newest; the best stays too
   config.log_every = '50 steps'  # a line in metrics.jsonl and TensorBoard
 
   config.model = ml_collections.ConfigDict()
-  config.model.name = 'resnet38'  # list_models() names them
+  config.model.name = 'resnet38'  # list_models() names the networks
   config.model.width = 0  # channels of the first stage; 0: the network's own
   config.model.dtype = 'float32'  # of the activations; the rest is float32
   config.model.matmul_precision = 'default'  # see `create_model`
-  config.model.remat = 'none'  # or 'block': computed again, not kept
+  config.model.remat = 'none'  # or 'block': blocks are recomputed, not kept
   config.model.version = '2'  # see `models.VERSION`; a workdir keeps its own
 
-  # The last table of docs/method.md explains these fields. docs/results.md
-  # picked phase, gradient, temperature and the masks' rate.
+  # The last table of docs/method.md explains these fields. The study of
+  # docs/results.md picked phase, gradient, temperature and the masks' rate.
   config.connectivity = ml_collections.ConfigDict()
-  wiring = spec.WiringSpec()  # has the defaults and meanings of its fields
+  wiring = spec.WiringSpec()  # has these defaults and their meanings
   config.connectivity.rule = wiring.rule
-  config.connectivity.topology = ''  # topology.json, of rule 'fixed_given'
-  config.connectivity.shuffled = False  # with its rows in a random order
+  config.connectivity.topology = ''  # 'fixed_given': path of a topology.json
+  config.connectivity.shuffled = False  # 'fixed_given': rows in random order
   config.connectivity.level = wiring.level  # or 'branch', for the ResNeXts
-  config.connectivity.fan_in = wiring.fan_in  # K: sources per block or branch
-  config.connectivity.phase = '25%'  # masks move for this long, then freeze
+  config.connectivity.fan_in = wiring.fan_in  # K, sources per block or branch
+  config.connectivity.phase = '25%'  # length of the connectivity phase
   config.connectivity.stem_source = True  # may later blocks take the stem?
   config.connectivity.gradient = wiring.gradient  # see `connectivity.proxy`
   config.connectivity.initial = wiring.initial  # r starts here, ...
   config.connectivity.initial_spread = wiring.initial_spread  # ... +- this
-  config.connectivity.temperature = wiring.temperature  # falls from 1 to it
-  config.connectivity.scale = wiring.scale  # of the K terms
-  config.connectivity.adapter = 'pool'  # between sources of unlike shape
+  config.connectivity.temperature = wiring.temperature  # T falls from 1 to this
+  config.connectivity.scale = wiring.scale  # of the sum of K terms
+  config.connectivity.adapter = 'pool'  # for a source of another shape
   config.connectivity.branch_identity = wiring.identity  # s, of branches
   config.connectivity.batchnorm_batches = 50  # averaged at the freeze; 0: off
 
@@ -194,14 +196,14 @@ def default() -> ml_collections.ConfigDict:
   config.optimizer = ml_collections.ConfigDict()  # how the weights are trained
   config.optimizer.learning_rate = 0.1
   config.optimizer.schedule = 'step'
-  config.optimizer.warmup = '0 steps'  # step s of w: times (s + 1) / w
+  config.optimizer.warmup = '0 steps'  # step s of w: rate times (s + 1) / w
   config.optimizer.steps_at = ('50%', '75%')  # 'step': times 0.1 at each
   config.optimizer.momentum = 0.9
   config.optimizer.nesterov = True
   config.optimizer.weight_decay = 5e-4
-  config.optimizer.decay_all = False  # also BatchNorm and biases
+  config.optimizer.decay_all = False  # True: BatchNorm and biases as well
   config.optimizer.label_smoothing = 0.0
-  config.optimizer.average = 0.0  # decay of averaged weights, used if not 0
+  config.optimizer.average = 0.0  # decay of averaged weights; 0: not used
 
   config.data = _default_data()
   return config
@@ -211,30 +213,30 @@ def _default_data() -> ml_collections.ConfigDict:
   data = ml_collections.ConfigDict()
   data.source = 'digits'
   data.name = ''  # the TFDS name, with source 'tfds'
-  data.dir = ''  # where the files are ('tfds': the data_dir)
-  data.image_size = 0  # pixels of a side; 0: as they are
-  data.eval_resize = 0  # the shorter side, then cropped; 0: squashed
+  data.dir = ''  # folder of the files ('tfds': its data_dir)
+  data.image_size = 0  # pixels of height and width; 0: as stored
+  data.eval_resize = 0  # shorter side before the crop; 0: squashed, no crop
   data.validation = 0  # training images held out for choosing settings
-  data.train_images = 0  # trained on, of the others; 0: all of them
+  data.train_images = 0  # how many of the others to train on; 0: all
   data.skip_errors = False  # count and skip images that do not decode
-  data.max_pixels = 128_000_000  # of one image; larger are refused
-  data.memory_gb = 8.0  # sets that need more are decoded while training
-  data.threads = 16  # that decode then, at most one for each core; ...
-  data.workers = 0  # ... in so many processes; 0: in this one
+  data.max_pixels = 128_000_000  # width times height; larger images are refused
+  data.memory_gb = 8.0  # in 1e9 bytes; larger sets are decoded in training
+  data.threads = 16  # of each decoding process, at most one per core
+  data.workers = 0  # processes that decode; 0: this one
   data.crop = 'pad'  # or 'resized', a random part of a random shape
-  data.crop_scale = (0.08, 1.0)  # 'resized': share of the image
-  data.pad = 4  # 'pad': random crop after so many pixels of padding
+  data.crop_scale = (0.08, 1.0)  # 'resized': share of the image's area
+  data.pad = 4  # 'pad': pixels of padding before a random crop
   data.flip = True  # random horizontal flip
-  data.randaugment = 0  # RandAugment's N, with 'resized'; 0: off
-  data.randaugment_magnitude = 9.0  # and its M, 0 to 10
+  data.randaugment = 0  # 'resized': RandAugment's N; 0: off
+  data.randaugment_magnitude = 9.0  # RandAugment's M, 0 to 10
   data.mixup = 0.0  # alpha of mixup; 0: off
-  data.mean = ()  # per channel on the 0..255 scale; (): measured
+  data.mean = ()  # of each channel, 0..255; (): measured
   data.std = ()
   return data
 
 
 def wiring_spec(config: ml_collections.ConfigDict) -> spec.WiringSpec:
-  """Returns how a config wires a network.
+  """Returns the `WiringSpec` of a config: how it wires a network.
 
   Raises:
     InputError: see `WiringSpec`.
@@ -254,7 +256,7 @@ def wiring_spec(config: ml_collections.ConfigDict) -> spec.WiringSpec:
 
 
 def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns {'optimizer.warmup': '0 steps', ...}, every leaf by its path."""
+  """Returns every leaf by its path: {'optimizer.warmup': '0 steps', ...}."""
   leaves: dict[str, Any] = {}
   for name in config:
     try:
@@ -271,7 +273,7 @@ def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def check(config: ml_collections.ConfigDict) -> None:
   """Raises InputError for a field or value that no run can use.
 
-  Whatever a config comes from, it is checked here before it is used.
+  Every config is checked here before it is used, wherever it comes from.
   """
   if not isinstance(config, ml_collections.ConfigDict):
     raise InputError(
@@ -300,11 +302,11 @@ def check(config: ml_collections.ConfigDict) -> None:
 
 
 def check_values(given: dict[str, Any]) -> None:
-  """Raises InputError for a field that is missing or not what FIELDS says.
+  """Raises InputError for a missing field, or a value that FIELDS forbids.
 
   Args:
-    given: every field by its path, as `flat` returns; unknown ones may be
-      among them.
+    given: every field by its path, as `flat` returns. It may hold unknown
+      fields.
   """
   for path, field in FIELDS.items():
     if path not in given:
@@ -316,7 +318,7 @@ def check_values(given: dict[str, Any]) -> None:
 
 
 def _check_data(data: ml_collections.ConfigDict) -> None:
-  """Raises InputError for fields of `config.data` that do not go together."""
+  """Raises InputError for fields of `config.data` that contradict others."""
   smaller, larger = data.crop_scale
   if smaller > larger:
     raise InputError(
@@ -336,7 +338,7 @@ def _check_data(data: ml_collections.ConfigDict) -> None:
 
 
 def check_is_one_run(config: ml_collections.ConfigDict) -> None:
-  """Raises InputError for a config that stands for several runs."""
+  """Raises InputError for a config of several runs."""
   for name in ('seeds', 'variants'):
     if config[name]:
       raise InputError(
@@ -346,7 +348,7 @@ def check_is_one_run(config: ml_collections.ConfigDict) -> None:
 
 
 def check_files(config: ml_collections.ConfigDict) -> None:
-  """Raises InputError if what a field names as a path is not there."""
+  """Raises InputError if the path in a field does not exist."""
   for path, value in flat(config).items():
     unused = path == 'data.dir' and config.data.source == 'digits'
     if not isinstance(FIELDS[path], File) or not value or unused:
@@ -359,11 +361,18 @@ def check_files(config: ml_collections.ConfigDict) -> None:
 def given_path(path: str | os.PathLike[str], name: str) -> Path:
   """Returns a path that a user gave, ~ expanded; see `fields.expanded`.
 
-  Fields keep what was given: it is expanded where it is used, so that
+  Config fields keep the given path, which is expanded only where it is used. So
   config.json means the same to another user.
 
+  Args:
+    path: the path as given.
+    name: the flag or field that holds the path, for the message.
+
+  Returns:
+    The path without a leading ~.
+
   Raises:
-    InputError: no file can have it; the message calls it `name`.
+    InputError: no file can have this path.
   """
   try:
     return expanded(path)
@@ -374,10 +383,12 @@ def given_path(path: str | os.PathLike[str], name: str) -> Path:
 def stored(workdir: Path) -> ml_collections.ConfigDict:
   """Returns the config that a workdir was written with.
 
-  Fields that did not exist yet have their defaults, but model.version is '1'.
+  A field that is newer than the workdir has its default, except model.version,
+  which is '1'.
 
   Raises:
-    InputError: there is none, it is damaged, or it sets a field of REMOVED.
+    InputError: there is no config, it is damaged, or it gives a field of
+      REMOVED another value than its default.
   """
   config, removed = record_of(workdir)
   if used := [path for path, v in removed.items() if v != REMOVED[path]]:
@@ -392,9 +403,12 @@ def stored(workdir: Path) -> ml_collections.ConfigDict:
 def record_of(
   workdir: Path,
 ) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
-  """Returns a workdir's config, and what it has for each field of REMOVED.
+  """Returns a workdir's config, and its values of the fields of REMOVED.
 
-  It is for whoever tells of runs and trains none; otherwise see `stored`.
+  It is for code that reports on runs; code that trains needs `stored`.
+
+  Returns:
+    The config, and {field: value} for each field of REMOVED.
 
   Raises:
     InputError: there is no config, or it is damaged.
@@ -430,16 +444,16 @@ def record_of(
 
 
 def essential(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns what makes a run another run: `flat` without INCIDENTAL fields.
+  """Returns the fields that tell runs apart: `flat` without INCIDENTAL.
 
-  As JSON keeps it: lists for tuples.
+  Values are as in JSON: lists for tuples.
   """
   plain = flat(ml_collections.ConfigDict(json.loads(config.to_json())))
   return {path: v for path, v in plain.items() if path not in INCIDENTAL}
 
 
 def unknown_field(path: str) -> str:
-  """Returns the message for a field that does not exist, with the nearest."""
+  """Returns the message for an unknown field; it names the nearest field."""
   if path in REMOVED:
     return (
       f'config.{path} is not a config field any more, since it brought nothing'

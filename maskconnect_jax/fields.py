@@ -1,7 +1,7 @@
-"""Kinds of config fields: which values each may have, and how that is said.
+"""Kinds of config fields: each checks values and describes the allowed ones.
 
-`wrong(value)` of each kind returns '' for a value that may be, else how the
-sentence "config.FIELD=VALUE ..." ends; `noun` is what the field takes.
+`noun` names the allowed values. `wrong(value)` returns '' for an allowed value,
+else the end of the sentence "config.FIELD=VALUE ...".
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import re
 from pathlib import Path
 from typing import Any, Protocol
 
-# Steps are counted in int32, as are most of the numbers that JAX is given.
+# Steps are int32, as are most of the integers that JAX gets.
 MOST = 2**31 - 1
 LARGEST_FLOAT32 = 3.4028234663852886e38
 
 LONGEST_NAME = 255  # bytes of a file's name, on most file systems
-# Linux takes paths of 4,095 bytes; what is written into a folder needs some.
+# Linux allows paths of 4,095 bytes. A folder's path leaves 512 to its files.
 LONGEST_PATH = 4095 - 512
 
 _DURATION = re.compile(
@@ -27,14 +27,14 @@ _DURATION = re.compile(
 
 
 class Field(Protocol):
-  """What a field takes."""
+  """The kind of a config field: which values it allows."""
 
   @property
   def noun(self) -> str:
-    """What it takes, in words: 'a number in [0, 1]'."""
+    """The allowed values in words, such as 'a number in [0, 1]'."""
 
   def wrong(self, value: Any) -> str:
-    """Returns '' for a value it takes, else the end of a sentence."""
+    """Returns '' for an allowed value, else the end of a sentence."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Number:
   """A number in an interval; never a bool, NaN or infinity.
 
   Attributes:
-    low: the lower end.
-    high: the upper end, at most what a float32 holds.
-    whole: whether it must be an int.
-    open: the ends that do not belong to it: '(', ')', '()' or ''.
+    low: the lower end of the interval.
+    high: the upper end of the interval, at most the largest float32.
+    whole: whether the number must be an int.
+    open: the ends that the interval excludes: '(', ')', '()' or ''.
   """
 
   low: float
@@ -90,7 +90,11 @@ class Switch:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-  """One of a few words."""
+  """One of a few words.
+
+  Attributes:
+    values: the words.
+  """
 
   values: tuple[str, ...]
 
@@ -107,7 +111,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-  """A name, or ''."""
+  """Text without a NUL character; '' is allowed."""
 
   noun: str = 'text'
 
@@ -137,17 +141,17 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Duration:
-  """A duration.
+  """A duration, such as '60 epochs'.
 
   Attributes:
-    part: whether it may be a per cent of another.
+    part: whether it may be a percentage of another duration.
   """
 
   part: bool = True
 
   @property
   def noun(self) -> str:
-    """With an example of each unit."""
+    """The allowed values in words, with an example of each unit."""
     last = "'1e6 examples' or '50%'" if self.part else "'1e6 examples'"
     return f"a duration; write '60 epochs', '400 steps', {last}"
 
@@ -165,11 +169,11 @@ class Duration:
 
 @dataclasses.dataclass(frozen=True)
 class Several:
-  """A tuple, or a list as JSON has it, of values of one kind.
+  """A tuple of values of one kind, or a list, which JSON has instead.
 
   Attributes:
-    of: what each of them is.
-    counts: how many there may be; () for any number.
+    of: the kind of each value.
+    counts: the allowed numbers of values; () for any number.
   """
 
   of: Field
@@ -207,12 +211,12 @@ def parse_duration(value: Any) -> tuple[float, str] | None:
 def expanded(path: str | os.PathLike[str]) -> Path:
   """Returns a path that a user gave; a ~ at its beginning is a home directory.
 
-  This is the one place where a ~ means anything. What is returned never begins
-  with one, so to expand it again changes nothing.
+  Only this function gives ~ a meaning. The result never begins with ~, so
+  expanding it again changes nothing.
 
   Raises:
     ValueError: no file can have this path. The message is the end of a
-      sentence, 'is too long ...'.
+      sentence, such as 'is too long ...'.
   """
   given = os.fspath(path)
   text = os.path.expanduser(given)
@@ -233,16 +237,16 @@ def expanded(path: str | os.PathLike[str]) -> Path:
         f'holds a name of {len(os.fsencode(part))} bytes; a file or folder has'
         f' at most {LONGEST_NAME}'
       )
-  if str(result).startswith('~'):  # it was ./~
+  if str(result).startswith('~'):  # the path was ./~
     return Path(os.path.abspath(text))
   return result
 
 
 def shown(value: Any) -> str:
-  """Returns a value as Python writes it, on one line and not without end."""
+  """Returns a value's repr on one line, of at most 200 characters."""
   try:
     text = repr(value)
-  except ValueError:  # an int of more digits than Python cares to write
+  except ValueError:  # Python refuses to write very long ints in decimal
     text = f'{"-" if value < 0 else ""}0x{abs(value):x}'
   text = ' '.join(text.split())
   return text if len(text) <= 200 else f'{text[:150]}...{text[-20:]}'

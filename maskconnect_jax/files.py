@@ -1,4 +1,4 @@
-"""Files that are either there whole or not at all."""
+"""Writes files that exist completely or not at all, and reads JSON files."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ import msgspec
 
 from maskconnect_jax.errors import InputError
 
-_MAX_JSON = 2**26  # bytes; a topology of 1,000 blocks that take all has 2**24
+_MAX_JSON = 2**26  # bytes; 1,000 blocks with every source need 2**24
 
-# After these it is not the path that is wrong.
+# Errors that mean a full disk or quota, not a wrong path.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def check_output(path: Path) -> None:
-  """Raises InputError if a file cannot be written, before there is work done.
+  """Raises InputError if a file cannot be written, before any work is done.
 
-  Missing folders are no fault: they are made when the file is written.
+  Missing folders are no error: writing the file makes them.
   """
   if path.is_dir():
     raise InputError(f'{path} is a folder; give the name of a file')
@@ -44,23 +44,27 @@ def check_output(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
-  """Yields a temporary path beside `path`, which takes its place at the end.
+  """Yields a temporary path, whose file replaces `path` at the end.
 
-  What is written there, a file or a folder, appears under `path` in one step,
-  or, if the block raises, not at all; what was there before then stays.
+  The block writes a file or a folder at the temporary path. It then appears as
+  `path` in one step. If the block raises, the old `path` stays unchanged.
 
   Args:
     path: of the file or folder.
-    size: bytes that the block writes, told if there is no room for them.
+    size: bytes that the block writes; the message names them if the disk is
+      full.
+
+  Yields:
+    The temporary path, beside `path`.
 
   Raises:
-    InputError: it cannot be written: a full or read-only disk, no permission,
-      a folder where a file belongs.
+    InputError: the file cannot be written, because of a full or read-only disk,
+      a missing permission, or a folder in the place of a file.
   """
   temporary, old = temporary_of(path), path.with_name(f'.{path.name}.old')
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove(temporary)  # what a killed run may have left
+    remove(temporary)  # a killed run may have left it
     try:
       yield temporary
       if temporary.is_dir():  # a folder can only be renamed to a free name
@@ -74,14 +78,15 @@ def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
 
 
 def temporary_of(path: Path) -> Path:
-  """Returns what `replacing` yields: the same for every process."""
+  """Returns the path that `replacing` yields, the same in every process."""
   return path.with_name(f'.{path.name}.tmp')
 
 
 def write_text(path: Path, text: str) -> None:
-  """Writes a text file atomically; a name that is no UTF-8 is escaped.
+  """Writes a text file atomically; bytes that are no UTF-8 are escaped.
 
-  Raises InputError as `replacing`.
+  Raises:
+    InputError: see `replacing`.
   """
   content = text.encode('utf-8', 'backslashreplace')
   with replacing(path, len(content)) as temporary:
@@ -89,7 +94,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def set_aside(path: Path) -> Path:
-  """Gives what is damaged another name, and returns that; keeps the newest."""
+  """Renames a damaged file or folder to NAME.damaged, and returns that path.
+
+  An older NAME.damaged is removed.
+  """
   kept = path.with_name(f'{path.name}.damaged')
   remove(kept)
   os.replace(path, kept)
@@ -97,31 +105,35 @@ def set_aside(path: Path) -> Path:
 
 
 def write_json(path: Path, record: Any) -> None:
-  """Writes readable JSON atomically; a NaN or infinity is an error."""
+  """Writes indented JSON atomically.
+
+  Raises:
+    InputError: see `replacing`.
+    ValueError: the record holds a NaN or an infinity.
+  """
   write_text(path, json.dumps(record, indent=2, allow_nan=False) + '\n')
 
 
 def read_json(path: Path, kind: Any = Any, *, remedy: str) -> Any:
-  """Reads a JSON file; whatever is wrong with it is one line.
+  """Reads a JSON file and checks its type.
 
-  Refused beside what is no JSON: NaN and infinities, a name that stands twice
-  in an object, and anything but a regular file of at most 64 MiB.
+  These are refused as well: NaN and infinities, a name that occurs twice in an
+  object, a file of more than 64 MiB, and a path that is no regular file.
 
   Args:
     path: of the file.
-    kind: the schema, a type as `msgspec.convert` takes them; Any: whatever it
-      is.
+    kind: the schema, a type that `msgspec.convert` accepts; Any accepts all.
     remedy: the end of the message, such as 'give another --workdir'.
 
   Returns:
-    What the file holds, as `kind`.
+    The content of the file, as `kind`.
 
   Raises:
-    InputError: it cannot be read, or is not of this kind; names the file and
-      what is wrong in it.
+    InputError: the file cannot be read, or its content is not of this kind. The
+      message is one line that names the file and the fault.
   """
   try:
-    if not path.is_file():  # to read a pipe could take for ever
+    if not path.is_file():  # reading a pipe could wait for ever
       why = 'is no file' if path.exists() else 'is not there'
       raise InputError(f'{path} {why}; {remedy}')
     with path.open('rb') as file:
@@ -150,14 +162,17 @@ def read_json(path: Path, kind: Any = Any, *, remedy: str) -> Any:
 
 
 def of_kind(record: Any, kind: Any) -> Any:
-  """Returns what JSON holds as a type, checked against it.
+  """Checks a JSON record against a type, and returns it as that type.
 
   Args:
-    record: of dicts, lists and so on, as `json.loads` gives it.
-    kind: a type as `msgspec.convert` takes them.
+    record: dicts, lists and values, as `json.loads` returns them.
+    kind: a type that `msgspec.convert` accepts.
+
+  Returns:
+    The record as `kind`.
 
   Raises:
-    InputError: the record is not of this kind; says where and why.
+    InputError: the record is not of this kind. The message says where and why.
   """
   try:
     return msgspec.convert(record, kind)
@@ -166,12 +181,12 @@ def of_kind(record: Any, kind: Any) -> Any:
     message = what[:1].lower() + what[1:]
     where = where.lstrip('.')
     raise InputError(f'{where}: {message}' if where else message) from error
-  except UnicodeEncodeError as error:  # a lone surrogate where a name belongs
+  except UnicodeEncodeError as error:  # a name holds a lone surrogate
     raise InputError(f'a name holds {error.object[:40]!a}') from error
 
 
 def finite(record: Any) -> Any:
-  """Returns a JSON record with None for each NaN and infinity in it."""
+  """Returns a copy of a JSON record with None for each NaN and infinity."""
   if isinstance(record, dict):
     return {name: finite(value) for name, value in record.items()}
   if isinstance(record, list | tuple):
@@ -204,12 +219,12 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def unwritten(
   path: Path, error: OSError, size: int | None = None
 ) -> InputError:
-  """Returns the one line that tells why `path` could not be written.
+  """Returns the error, of one line, that says why `path` cannot be written.
 
   Args:
-    path: what was to be written.
-    error: what the operating system said.
-    size: bytes that were to be written, if known.
+    path: the file or folder that could not be written.
+    error: the operating system's error.
+    size: bytes that were to be written; None: unknown.
   """
   why = error.strerror or str(error) or type(error).__name__
   for parent in path.parents:
@@ -228,7 +243,13 @@ def unwritten(
 
 
 def _swap(temporary: Path, path: Path, old: Path) -> None:
-  """Puts one folder in the place of another, which stays unless it succeeds."""
+  """Replaces the folder `path` by `temporary`; if that fails, keeps `path`.
+
+  Args:
+    temporary: the new folder.
+    path: the folder to replace, which need not exist.
+    old: a free place for `path` meanwhile.
+  """
   remove(old)
   try:
     if os.path.lexists(path):
@@ -242,7 +263,7 @@ def _swap(temporary: Path, path: Path, old: Path) -> None:
 
 
 def remove(path: Path) -> None:
-  """Removes a file or a folder, if it is there; of a link, the link."""
+  """Removes a file, folder or link if it exists; a link's target stays."""
   if path.is_dir() and not path.is_symlink():
     shutil.rmtree(path)
   else:

@@ -1,4 +1,4 @@
-"""The command line: its flags, and one line on each that cannot be."""
+"""The flags of the command line. A wrong flag gives a message of one line."""
 
 from __future__ import annotations
 
@@ -42,13 +42,14 @@ class PathParser(flags.ArgumentParser[Path]):
 
 
 class ConfigParser(flags.ArgumentParser[ml_collections.ConfigDict]):
-  """Parses FILE.py, or FILE.py:WORD, to what its get_config() returns.
+  """Parses FILE.py, or FILE.py:WORD, to the config that get_config() returns.
 
-  A file that is not there may be one of those that the package brings: 'digits'
-  and 'configs/digits.py' find it in any folder.
+  WORD is the argument of get_config(). If FILE.py does not exist, the package's
+  own configs are searched: 'digits' and 'configs/digits.py' find one from any
+  folder.
 
-  ml_collections has a parser of its own, which keeps some errors of a file to
-  itself until the config is used, and lets others through as they are.
+  The parser of ml_collections is not used: it delays some errors of a file
+  until the config is used, and lets others through unchanged.
   """
 
   def parse(self, path: str) -> ml_collections.ConfigDict:
@@ -62,10 +63,10 @@ class ConfigParser(flags.ArgumentParser[ml_collections.ConfigDict]):
       get_config = getattr(_imported(file), 'get_config', None)
       words = [word] if colon else []
       config = get_config(*words) if callable(get_config) else None
-    except InputError as error:  # such as a WORD that it does not know
+    except InputError as error:  # such as an unknown WORD
       text = ' '.join(str(error).split())
       raise InputError(f'--config={path}: {text}') from error
-    except (Exception, SystemExit) as error:  # it may do whatever Python may
+    except (Exception, SystemExit) as error:  # the file may run any code
       raise _no_config_file(path, _reason(error, file)) from error
     if not callable(get_config):
       raise _no_config_file(path, 'it has no get_config()')
@@ -82,7 +83,7 @@ _AS_TEXT: flags.ArgumentSerializer[Path] = flags.ArgumentSerializer()
 
 
 def _define_path(name: str, text: str) -> flags.FlagHolder[Any]:
-  """Defines a flag whose value is a Path, or None where it is not given."""
+  """Defines a flag whose value is a Path, or None without the flag."""
   return flags.DEFINE(_PATH, name, None, text, serializer=_AS_TEXT)
 
 
@@ -155,7 +156,11 @@ def the_config() -> ml_collections.ConfigDict:
 
 
 def the_config_or_stored() -> ml_collections.ConfigDict:
-  """Returns --config, or without it the one that --workdir was written with."""
+  """Returns --config, or without it the config stored in --workdir.
+
+  Raises:
+    InputError: there is neither, or the stored config cannot be used.
+  """
   if CONFIG.value is not None or not WORKDIR.value:
     return the_config()
   if (WORKDIR.value / 'config.json').exists():
@@ -187,14 +192,15 @@ def parse(argv: Sequence[str], about: str) -> list[str]:
   """Parses the command line.
 
   Args:
-    argv: of the process.
+    argv: the arguments of the process, its name first.
     about: the text that --help prints above the flags.
 
   Returns:
     `argv` without its flags.
 
   Raises:
-    InputError: a flag, or a field of the config, cannot be as it is given.
+    InputError: the value of a flag or config field is wrong, or there is no
+      such flag or field.
     SystemExit: after --help.
   """
   if any(argument in _HELP for argument in argv[1:]):
@@ -223,7 +229,7 @@ def parse(argv: Sequence[str], about: str) -> list[str]:
   except flags.Error as error:
     raise InputError(f'{_one_line(error)}; --help lists the flags') from error
   except (AttributeError, KeyError, TypeError) as error:
-    # An unknown --config.field; or a section as one.
+    # An unknown --config.FIELD, or the name of a section as FIELD.
     for field in overridden:
       if field not in known:
         raise InputError(config_lib.unknown_field(field)) from error
@@ -231,7 +237,7 @@ def parse(argv: Sequence[str], about: str) -> list[str]:
 
 
 def _quoted(argument: str) -> str:
-  """Makes a variant, which may hold spaces, one string to ml_collections."""
+  """Quotes a variant, so that ml_collections keeps its spaces."""
   flag, _, value = argument.partition('=')
   if flag.lstrip('-') != 'config.variants' or value[:1] in ('(', "'", '"'):
     return argument
@@ -243,9 +249,9 @@ def _one_line(error: Exception) -> str:
 
 
 def configs_folder() -> Path:
-  """Returns the folder of the configs that the package brings.
+  """Returns the folder of the package's own configs.
 
-  A wheel has them in the package, a checkout beside it.
+  A wheel has the folder in the package, a checkout beside the package.
   """
   package = Path(__file__).parent
   own = package / 'configs'
@@ -253,10 +259,10 @@ def configs_folder() -> Path:
 
 
 def _shipped(given: str, file: Path) -> Path:
-  """Returns the shipped config that a missing file stands for.
+  """Returns the package's own config that is meant by a missing file.
 
   Raises:
-    InputError: there is none.
+    InputError: the package has no such config.
   """
   folder = configs_folder()
   if file.parent in (Path(), Path('configs')) and file.name:
@@ -270,7 +276,7 @@ def _shipped(given: str, file: Path) -> Path:
 
 
 def _no_config_file(name: str, why: str) -> InputError:
-  """Returns the error for a --config that is none."""
+  """Returns the error for a --config that is no config file."""
   return InputError(
     f'--config={name} is no config file ({why}); give a Python file whose'
     ' get_config() returns a ConfigDict, such as configs/digits.py'
@@ -279,7 +285,7 @@ def _no_config_file(name: str, why: str) -> InputError:
 
 def _imported(file: Path) -> Any:
   """Runs a file, and returns it as a module."""
-  # Named, a loader takes a file without .py at its end, too.
+  # An explicit loader also takes a file whose name does not end in .py.
   loader = importlib.machinery.SourceFileLoader(_MODULE, str(file))
   spec = importlib.util.spec_from_loader(_MODULE, loader)
   assert spec is not None
@@ -290,9 +296,9 @@ def _imported(file: Path) -> Any:
 
 
 def _reason(error: BaseException, file: Path) -> str:
-  """Returns what went wrong in a config file, and where, on one line."""
+  """Returns a config file's error and its line number, on one line."""
   text = ' '.join(str(error).split()) or 'no message'
-  if isinstance(error, SyntaxError):  # which names its line
+  if isinstance(error, SyntaxError):  # its text names the line
     return text
   lines = [
     frame.lineno

@@ -1,4 +1,4 @@
-r"""Learns how the blocks of a network are wired: one mode a task.
+r"""Learns how the blocks of a network are wired. Each mode is one task.
 
   python -m maskconnect_jax.main --config=configs/digits.py \
       --workdir=runs/digits
@@ -14,16 +14,17 @@ r"""Learns how the blocks of a network are wired: one mode a task.
   python -m maskconnect_jax.main --mode=dynamics --workdirs=runs/rules
   python -m maskconnect_jax.main --mode=prepare --images=mini_imagenet
 
-pip also installs all this as the command `maskconnect`. The package brings its
-configs: --config=digits and --config=configs/digits.py find them in any folder.
+pip also installs this program as the command `maskconnect`. The package
+contains its configs: --config=digits and --config=configs/digits.py find them
+from any folder.
 
-Any config field is overridden by --config.FIELD=VALUE, such as
+--config.FIELD=VALUE overrides any config field, such as
 --config.connectivity.rule=fixed_random.
 """
 
 from __future__ import annotations
 
-if __name__ == '__main__':  # before the seconds that importing JAX takes
+if __name__ == '__main__':  # before JAX is imported, which takes seconds
   from maskconnect_jax import command
 
   command.begin()
@@ -67,7 +68,14 @@ from maskconnect_jax.study import dynamics, summarize, sweep
 
 
 def main(argv: Sequence[str]) -> None:
-  """Runs one mode, in this process and in those it joins."""
+  """Runs one mode; with --multihost, together with the other processes.
+
+  Args:
+    argv: the program's name; all flags have been parsed and removed.
+
+  Raises:
+    InputError: the input cannot be used.
+  """
   if len(argv) > 1:
     raise InputError(f'{argv[1]!r} is no flag; write --flag=value')
   if flags.MULTIHOST.value:
@@ -81,13 +89,13 @@ def main(argv: Sequence[str]) -> None:
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
-  """Parses the command line; --help shows what this file says of itself."""
+  """Parses the command line; --help prints this module's docstring."""
   return flags.parse(argv, __doc__)
 
 
 def run_mode() -> None:
-  """Runs what --mode says."""
-  # The others compute nothing in this process.
+  """Runs the mode that --mode names."""
+  # The excluded modes compute nothing in this process.
   if MODE.value not in ('sweep', 'summarize', 'prepare'):
     distributed.check_platform()
   {
@@ -103,7 +111,7 @@ def run_mode() -> None:
 
 
 def run_train() -> None:
-  """Trains and prints the result; a workdir brings its own config."""
+  """Trains and prints the result; without --config, uses the workdir's own."""
   workdir = the_workdir()
   result = train.train(the_config_or_stored(), workdir)
   if result.interrupted:
@@ -113,7 +121,7 @@ def run_train() -> None:
 
 
 def run_evaluate() -> None:
-  """Prints what a finished model scores on its test images, as JSON."""
+  """Prints the scores of a finished model on its test images, as JSON."""
   workdir = the_workdir()
   config = flags.CONFIG.value or config_lib.stored(workdir)
   config_lib.check(config)
@@ -123,15 +131,16 @@ def run_evaluate() -> None:
 
 
 def run_describe() -> None:
-  """Prints the network and what a step costs."""
+  """Prints the network and the cost of a step."""
   print(describe.describe(the_config_or_stored()))
 
 
 def run_predict() -> None:
   """Prints path, class and probability of each image, one line each.
 
-  An image that cannot be read is named on stderr, and does not stop the rest;
-  so is what a folder holds that is no image.
+  An image that cannot be read is named on stderr, does not stop the others, and
+  makes the status 2. The files of a folder that are no images are also named on
+  stderr.
   """
   if not IMAGES.value:
     raise InputError('--mode=predict needs --images, a file or a folder')
@@ -165,7 +174,7 @@ def run_predict() -> None:
     else:
       label = names.one_line(classes[best])
       line = f'{names.one_line(path)}\t{label}\t{row[best]:.4f}'
-    print(line, flush=True)  # a line is not lost to a signal
+    print(line, flush=True)  # so that no signal loses a line
   if unread:
     sys.exit(2)
 
@@ -192,12 +201,12 @@ def run_summarize() -> None:
 
 
 def run_dynamics() -> None:
-  """Prints what the real masks of the runs in --workdirs did."""
+  """Prints how the real masks of the runs in --workdirs moved."""
   print(dynamics.report(the_workdirs(), FIGURE.value), end='')
 
 
 def run_prepare() -> None:
-  """Prepares Mini-ImageNet for TFDS, and prints where it lies."""
+  """Prepares Mini-ImageNet for TFDS, and prints its folder."""
   try:
     from maskconnect_jax.data import mini_imagenet
   except ImportError as error:  # TFDS is an extra
@@ -215,8 +224,8 @@ def run() -> None:
   logging.set_verbosity(logging.WARNING)
   logging.use_absl_handler()
   compilation_cache.use()
-  # What imports have made stays: looking through it again and again is a fifth
-  # of the time that a step takes to trace.
+  # The objects of imports stay for ever. Without this, the collector's search
+  # through them would take a fifth of the time that tracing a step takes.
   gc.freeze()
   try:
     with command.results():
@@ -232,8 +241,8 @@ def run() -> None:
       ' takes less with config.model.remat=block'
     )
   except OSError as error:
-    # Of the system, not of the program: a folder that cannot be written to, a
-    # file that cannot be read.
+    # An error with a file's name comes from the system: a folder that cannot be
+    # written to, a file that cannot be read.
     if error.filename is None:
       raise
     _fail(f'{error.filename}: {error.strerror}')
@@ -245,9 +254,9 @@ def run() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-  """Ends with one line, and has the other processes of a run end with it."""
+  """Prints the message, and ends all processes of the run with status 2."""
   print(f'error: {message}', file=sys.stderr)
-  # What cannot be parsed may be wrong on this host alone.
+  # The flags may be unparsable, and on this host alone: so read sys.argv.
   joining = any(a.lstrip('-') == 'multihost' for a in sys.argv[1:])
   distributed.fail(message, joining=joining)
   sys.exit(2)

@@ -1,7 +1,8 @@
-"""How names of files and classes are written in a line of text.
+"""Writes the names of files and classes into a line of text.
 
-A file's name may be any bytes but 0 and '/': no UTF-8, a line break, what a
-terminal takes for a command. Shown here it is one line that any output takes.
+A file's name may hold any bytes except 0 and '/': bytes that are no UTF-8, a
+line break, or a terminal's commands. `encodable` returns text that any output
+can encode; the text of `one_line` and `distinct` also fits in one line.
 """
 
 from __future__ import annotations
@@ -10,15 +11,15 @@ import os
 import unicodedata
 from collections.abc import Iterable
 
-# What ends a line, steers a terminal, or cannot be encoded.
+# Unicode categories that end a line, steer a terminal or cannot be encoded.
 _ESCAPED = ('Cc', 'Cs', 'Zl', 'Zp')
 
 
 def encodable(name: str | os.PathLike[str]) -> str:
-  r"""Returns a name with its bytes that are no UTF-8 written as '\xe9'.
+  r"""Returns a name in which bytes that are no UTF-8 are written as '\xe9'.
 
-  Python holds such bytes as halves of surrogate pairs, which neither a strict
-  output nor another program's JSON reader takes.
+  Python represents these bytes by lone surrogates. Neither a strict output nor
+  another program's JSON reader accepts lone surrogates.
   """
   text = os.fspath(name)
   try:
@@ -28,9 +29,10 @@ def encodable(name: str | os.PathLike[str]) -> str:
 
 
 def one_line(name: str | os.PathLike[str]) -> str:
-  r"""Returns a name as text of one line: 'a\tb' for a tab, '\xe9' as above.
+  r"""Returns a name as text of one line: a tab becomes '\t'.
 
-  Every name without control characters stays as it is.
+  Bytes that are no UTF-8 become '\xe9', as by `encodable`. Every other name
+  without control characters stays the same.
   """
   return ''.join(
     repr(character)[1:-1]
@@ -41,15 +43,15 @@ def one_line(name: str | os.PathLike[str]) -> str:
 
 
 def distinct(name: str) -> str:
-  """Returns a name as it is, or quoted where that would not show all of it.
+  """Returns a name unchanged, or quoted if parts of it would be invisible.
 
-  A space at the end, for one, or a character that has no shape of its own.
+  A space at the end is invisible, and so is a character without a shape.
   """
   plain = name == name.strip() and name.isprintable()
   return name if plain else repr(name)
 
 
 def some(named: Iterable[str], most: int = 3) -> str:
-  """Returns the first few, separated by commas, and dots for the others."""
+  """Returns the first `most` names, separated by commas, and dots for more."""
   listed = list(named)
   return ', '.join(listed[:most]) + ', ...' * (len(listed) > most)

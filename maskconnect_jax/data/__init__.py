@@ -1,1 +1,1 @@
-"""From files to arrays. Imports no JAX."""
+"""Reads images from files into arrays. Imports no JAX."""

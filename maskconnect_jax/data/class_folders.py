@@ -1,4 +1,4 @@
-"""A folder of class folders, of which each holds the images of one class."""
+"""A folder of class folders. Each class folder holds one class's images."""
 
 from __future__ import annotations
 
@@ -15,16 +15,19 @@ from maskconnect_jax.errors import InputError
 def class_files(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
   """Returns the files of every class folder in `root`, by class, both sorted.
 
-  The name of a class is that of its folder in Unicode's form NFC: macOS may
-  give the same name in another form than other systems do. What is left out is
-  told in one warning.
+  The name of a class is its folder's name in Unicode's form NFC, because macOS
+  may give the same name in another form than other systems do. One warning
+  names the files that are left out.
 
   Args:
-    root: such as DIR/train.
+    root: the folder of class folders, such as DIR/train.
+
+  Returns:
+    {class name: its files}. Classes and files are sorted.
 
   Raises:
-    InputError: there are no class folders, one has no images, two have the
-      same name, or images lie beside them.
+    InputError: there are no class folders, a class folder has no images, two
+      class folders have the same name, or images lie beside the class folders.
   """
   folders: dict[str, pathlib.Path] = {}
   beside: list[pathlib.Path] = []
@@ -49,7 +52,7 @@ def class_files(root: pathlib.Path) -> dict[str, list[pathlib.Path]]:
   stray = [
     names.one_line(path.name)
     for path in beside
-    if not path.exists()  # a link that leads nowhere: it may be to a class
+    if not path.exists()  # a broken link: it may have led to a class
     or image_headers.is_image(path)
     or (image_headers.has_suffix(path) and path.is_file())
   ]

@@ -1,9 +1,10 @@
 """A data set: training, validation and test images, in memory or streamed.
 
-What fits is decoded once and kept (`Split`); the rest, and whatever is cropped
-at a scale of its own each time, is decoded as it is needed (`Stream`). The
-split into train, validation and test is fixed: it never depends on the seed, so
-runs of different seeds are measured on the same images.
+Images that fit into memory are decoded once and kept (`Split`). Larger sets,
+and sets that are cropped at a new scale each time, are decoded whenever they
+are needed (`Stream`). The split into train, validation and test is fixed: it
+does not depend on the seed, so runs of different seeds are measured on the same
+images.
 """
 
 from __future__ import annotations
@@ -23,14 +24,19 @@ from maskconnect_jax.data import images as images_lib
 from maskconnect_jax.data.sources import Source
 from maskconnect_jax.errors import InputError
 
-_MEASURED = 1024  # images of a stream that mean and std are measured on
-_TRIES = 100  # records in a row that may be damaged
+_MEASURED = 1024  # images of a `Stream` that give mean and std
+_TRIES = 100  # damaged records in a row that end the run
 _UNKNOWN = fingerprint.Identity(0, 0, (), '', str)
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-  """Images uint8 [N, H, W, C], 0..255, and their class indices int32 [N]."""
+  """Decoded images in memory, and their classes.
+
+  Attributes:
+    images: uint8 [N, H, W, C], 0..255.
+    labels: int32 [N], class indices.
+  """
 
   images: np.ndarray
   labels: np.ndarray
@@ -39,28 +45,30 @@ class Split:
     return len(self.labels)
 
   def read_labels(self) -> np.ndarray:
-    """Returns the class indices, int32 [N], which are here already."""
+    """Returns the class indices, int32 [N]; they are in memory already."""
     return self.labels
 
   def part(self, chosen: np.ndarray) -> Split:
-    """Returns the chosen ones, copied."""
+    """Returns copies of the images and labels that `chosen`, int [M], names."""
     return Split(self.images[chosen], self.labels[chosen])
 
   def sample(self) -> np.ndarray:
-    """Returns the images that mean and std are measured on: all."""
+    """Returns all images, uint8 [N, H, W, C]: they give mean and std."""
     return self.images
 
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-  """Records of a source, decoded one by one whenever they are asked for.
+  """Records of a data source, each decoded whenever it is asked for.
 
   Attributes:
-    source: where they are.
-    chosen: int64 [N], their numbers there.
-    augment: record and random generator -> uint8 [H, W, C] to train on.
-    decode: record -> uint8 [H, W, C] to evaluate on.
-    skip_errors: whether a damaged record is replaced by the next one.
+    source: the data source that holds the records.
+    chosen: int64 [N], the records' numbers in the data source.
+    augment: maps a record and a random generator to uint8 [H, W, C] to train
+      on.
+    decode: maps a record to uint8 [H, W, C] to evaluate on.
+    skip_errors: whether training replaces a damaged record by the next one,
+      and evaluation leaves it out.
   """
 
   source: Source
@@ -73,18 +81,25 @@ class Stream:
     return len(self.chosen)
 
   def read_labels(self) -> np.ndarray:
-    """Returns the class indices, int32 [N]; reads every record for them."""
+    """Returns the class indices, int32 [N]; reads every record to get them."""
     numbers = tqdm.tqdm(
       self.chosen, 'reading labels', delay=2, leave=False, disable=None
     )
     return np.array([self.source.read(int(i))[1] for i in numbers], np.int32)
 
   def part(self, chosen: np.ndarray) -> Stream:
-    """Returns the chosen ones."""
+    """Returns the records whose places in this one `chosen`, int [M], names."""
     return dataclasses.replace(self, chosen=self.chosen[chosen])
 
   def sample(self) -> np.ndarray:
-    """Returns the images that mean and std are measured on: evenly spread."""
+    """Returns up to 1,024 evenly spread images, which give mean and std.
+
+    Returns:
+      uint8 [M, H, W, C]; damaged records are left out.
+
+    Raises:
+      InputError: no record decodes, or one is damaged without `skip_errors`.
+    """
     count = min(len(self), _MEASURED)
     numbers = np.arange(count) * len(self) // count
     examples = map(self.evaluation_example, numbers.tolist())
@@ -98,7 +113,11 @@ class Stream:
     return np.stack(images)
 
   def check_decodes(self, what: str) -> None:
-    """Raises InputError if not one image decodes, calling them `what`."""
+    """Raises InputError if no image decodes.
+
+    Args:
+      what: the word for the images in the message, such as 'training'.
+    """
     errors = []
     for number in self.chosen.tolist():
       try:
@@ -112,10 +131,19 @@ class Stream:
   def training_example(
     self, i: int, rng: np.random.Generator
   ) -> tuple[np.ndarray, np.int32, np.int64]:
-    """Returns image, label and the record that was damaged, or -1.
+    """Reads and augments the i-th record.
+
+    Args:
+      i: from 0, counted in `chosen`.
+      rng: all randomness of `augment` comes from it.
+
+    Returns:
+      The image, uint8 [H, W, C]; its label; and the number of the last damaged
+      record that was skipped on the way, or -1.
 
     Raises:
-      InputError: the record is damaged, unless `skip_errors`.
+      InputError: the record is damaged and `skip_errors` is off, or 100 records
+        in a row are damaged.
     """
     damaged = -1
     for number in range(i, i + _TRIES):
@@ -133,10 +161,14 @@ class Stream:
     )
 
   def evaluation_example(self, i: int) -> tuple[np.ndarray, np.int32, bool]:
-    """Returns image, label and whether it is whole; if not, all zero.
+    """Reads the i-th record, counted in `chosen` from 0.
+
+    Returns:
+      The image, uint8 [H, W, C]; its label; and whether the record is whole. A
+      damaged record has an image of zeros.
 
     Raises:
-      InputError: the record is damaged, unless `skip_errors`.
+      InputError: the record is damaged and `skip_errors` is off.
     """
     record, label = self.source.read(int(self.chosen[i]))
     try:
@@ -147,7 +179,7 @@ class Stream:
 
   @functools.cached_property
   def image_shape(self) -> tuple[int, ...]:
-    """(height, width, channels) of every image."""
+    """(height, width, channels) of every image, height and width in pixels."""
     square = np.zeros((8, 8, self.source.channels), np.uint8)
     return self.decode(square).shape
 
@@ -161,16 +193,17 @@ class Stream:
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-  """The images to train, choose and test on.
+  """The images to train on, to choose settings on and to test on.
 
   Attributes:
-    train: what is trained on, without the validation images.
-    validation: images held out of train to choose settings on, or None.
-    test: what the result is measured on.
+    train: the training images, without the validation images.
+    validation: images held out of the training images to choose settings on;
+      None: none are held out.
+    test: the images that the result is measured on.
     classes: name of each label.
-    skipped: files left out because they do not decode.
-    identity: what tells the set from another; of all records, also of those
-      that are neither trained nor tested on here.
+    skipped: how many files were left out because they do not decode.
+    identity: tells the set from another. It covers all records of the data
+      source, also the records that are neither trained nor tested on here.
   """
 
   train: Split | Stream
@@ -192,7 +225,7 @@ class Dataset:
   def mean_and_std(self) -> tuple[np.ndarray, np.ndarray]:
     """Returns mean and standard deviation of the training images' channels.
 
-    Of a stream, they are measured on 1,024 images spread evenly over it.
+    A `Stream` is measured on up to 1,024 images, spread evenly over it.
 
     Returns:
       Two float64 [C] on the 0..255 scale. A constant channel has std 1, so
@@ -200,8 +233,8 @@ class Dataset:
     """
     images = self.train.sample()
     channels = images.shape[-1]
-    # 256 counts a channel hold all of it exactly; the images themselves are
-    # widened (8 bytes a value) only a chunk at a time.
+    # 256 counts per channel give both exactly. Counting widens a value to 8
+    # bytes, so it goes by chunks.
     counts = np.zeros((channels, 256), np.int64)
     for start in range(0, len(images), 1024):
       chunk = images[start : start + 1024]
@@ -222,12 +255,12 @@ def load(data: ml_collections.ConfigDict) -> Dataset:
     data: `config.data`.
 
   Returns:
-    Images in a fixed order, all of one size, in host memory if they take no
-    more than `data.memory_gb` and are not cropped at random scales.
+    Images in a fixed order, all of one size. They lie in host memory if they
+    take at most `data.memory_gb` and are not cropped at random scales.
 
   Raises:
-    InputError: the data is missing, damaged or inconsistent; one line that
-      names the folder, file or field.
+    InputError: the data is missing, damaged or inconsistent. The message is one
+      line that names the folder, file or field.
   """
   source = sources.open_source(data)
   for what, count in (
@@ -260,7 +293,7 @@ def load(data: ml_collections.ConfigDict) -> Dataset:
 
 
 def _streamed(source: Source, data: ml_collections.ConfigDict) -> Dataset:
-  """Leaves every record where it is."""
+  """Returns the data set as `Stream`s, which leave each record in its file."""
   if not data.image_size:
     raise InputError(
       f'{source.name} is decoded as it is needed, and so needs one size for'
@@ -303,7 +336,7 @@ def _streamed(source: Source, data: ml_collections.ConfigDict) -> Dataset:
 
 
 def _in_memory(source: Source, data: ml_collections.ConfigDict) -> Dataset:
-  """Decodes every record, once."""
+  """Decodes every record once, and returns the data set as `Split`s."""
   labels = np.full(len(source), -1, np.int32)
   side = data.image_size
 
@@ -379,7 +412,7 @@ def _check_labels(dataset: Dataset, name: str) -> None:
 def _evenly(
   field: str, split: Split | Stream, count: int
 ) -> tuple[Split | Stream, Split | Stream]:
-  """Returns the rest and `count` images drawn evenly from the classes."""
+  """Draws `count` images evenly from the classes; returns (the rest, drawn)."""
   labels = split.read_labels()
   if count >= len(labels):
     raise InputError(

@@ -1,4 +1,4 @@
-"""What a data set is, wherever it lies: told without decoding an image."""
+"""Tells data sets apart, wherever they lie, without decoding an image."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-# A network drive answers each request late, but many at once.
+# A network drive answers each request late, but answers many at once.
 _STAT_THREADS, _STAT_CHUNK = 16, 1024
 _T = TypeVar('_T')
 
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-  """What tells a data set from another, wherever it lies.
+  """The properties that tell a data set from another, wherever it lies.
 
   Attributes:
     num_train: how many records are for training.
-    num_test: how many are for testing.
+    num_test: how many records are for testing.
     classes: name of each class.
-    name: what to call it in a message.
-    digest: returns one of the records in their order, as hexadecimal: of what
-      they hold where that is in memory, else of their names and sizes.
+    name: the data set's name in a message.
+    digest: returns a hexadecimal digest of the records in their order. It
+      covers the content of records in memory; of files it covers the names and
+      sizes, and of a TFDS set the sizes of its splits.
   """
 
   num_train: int
@@ -38,7 +39,7 @@ class Identity:
   digest: Callable[[], str]
 
   def record(self) -> dict[str, Any]:
-    """Returns it as JSON keeps it."""
+    """Returns the record of it that JSON stores, without `name`."""
     return {
       'train': self.num_train,
       'test': self.num_test,
@@ -48,7 +49,7 @@ class Identity:
 
 
 def of_parts(parts: Iterable[bytes]) -> str:
-  """Returns a SHA-256, in hexadecimal, of parts whose borders count."""
+  """Returns the SHA-256 of the parts and of their lengths, in hexadecimal."""
   whole = hashlib.sha256()
   for part in parts:
     whole.update(len(part).to_bytes(8, 'little') + part)
@@ -56,7 +57,11 @@ def of_parts(parts: Iterable[bytes]) -> str:
 
 
 def of_arrays(arrays: Sequence[np.ndarray]) -> Callable[[], str]:
-  """Returns the digest of arrays, which it does not keep in memory."""
+  """Returns a function that returns the digest of the arrays.
+
+  The digest covers dtypes, shapes and values. The function does not keep the
+  arrays in memory.
+  """
   value = of_parts(
     part
     for array in arrays
@@ -72,8 +77,11 @@ def of_files(named: Iterable[tuple[str, str]]) -> str:
   """Returns the digest of the names and sizes of some files, in their order.
 
   Args:
-    named: for each what to call it, which must not depend on where the data
-      set lies, and its path.
+    named: a name and a path for each file. The name must not depend on where
+      the data set lies.
+
+  Returns:
+    SHA-256 in hexadecimal. A file that cannot be examined has the size -1.
   """
 
   def parts(chunk: Sequence[tuple[str, str]]) -> list[bytes]:
@@ -81,9 +89,9 @@ def of_files(named: Iterable[tuple[str, str]]) -> str:
     for name, path in chunk:
       try:
         size = os.path.getsize(path)
-      except OSError:  # it is named when it is read
+      except OSError:  # reading the file reports it
         size = -1
-      # File systems differ in how they write one letter, such as an umlaut.
+      # File systems differ in the bytes of one letter, such as an umlaut.
       name = unicodedata.normalize('NFC', name)
       found.append(f'{name}\0{size}'.encode('utf-8', 'surrogateescape'))
     return found

@@ -1,14 +1,13 @@
-"""Which files of a folder are images: for training and prediction alike.
+"""Finds the images in a folder, for training and for prediction alike.
 
-Every regular file counts, however it is called, except hidden ones and the
-litter that systems and network drives leave in folders. What else lies there,
-such as a named pipe, is left out and can be told by `Found.note`; nothing of
-it is opened. Links are followed, and a folder that is reached twice is read
-once.
+Every regular file counts as an image, by any name. Hidden files do not count,
+nor does the litter that systems and network drives leave in folders. Anything
+else, such as a named pipe, is left out without being opened, and `Found.note`
+names it. Links are followed, and a folder that is reached twice is read once.
 
-Whether a file's content is an image shows when it is decoded. Where images are
-trained on, one that is none is an error rather than silently less data; where
-they are predicted, `split` sets the others aside.
+Only decoding shows whether a file's content is an image. In training, a file
+that is no image is an error: leaving it out would silently train on less data.
+For prediction, `split` sets aside the files that are no images.
 """
 
 from __future__ import annotations
@@ -23,26 +22,26 @@ from maskconnect_jax.config import given_path
 from maskconnect_jax.data import image_headers
 from maskconnect_jax.errors import InputError
 
-# What Windows, macOS, network drives and tools leave in folders, in lower case.
+# Names that Windows, macOS, network drives and tools leave, in lower case.
 _LITTER = frozenset({
   '#recycle', '#snapshot', '$recycle.bin', '@eadir', '@recently-snapshot',
   '@recycle', '@tmp', '__macosx', '__pycache__', 'desktop.ini',
   'ehthumbs.db', 'ehthumbs_vista.db', 'icon\r', 'lost+found', 'picasa.ini',
   'recycled', 'recycler', 'system volume information', 'thumbs.db',
 })  # fmt: skip
-# Synology's drives put these behind a picture's name.
+# Synology's drives append these to an image's name.
 _LITTER_ENDS = ('@synoeastream', '@synoresource')
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-  """What a folder holds.
+  """The images that a folder holds, and the entries that are left out.
 
   Attributes:
     root: the folder, or the one file that was asked for.
-    files: the files to be read as images, sorted. A link that leads nowhere is
-      among them: that image is missing, and reading it says so.
-    left_out: what is no such file, and why.
+    files: the files to be read as images, sorted. A broken link is among them:
+      its image is missing, and reading it reports that.
+    left_out: every other entry with the reason why it is left out, sorted.
   """
 
   root: pathlib.Path
@@ -50,12 +49,12 @@ class Found:
   left_out: list[tuple[pathlib.Path, str]]
 
   def note(self) -> str:
-    """Returns one line on what was left out; '' if nothing was."""
+    """Returns one line that names `left_out`; '' if it is empty."""
     return note(self.root, self.left_out)
 
 
 def is_litter(name: str) -> bool:
-  """Whether a file or folder of this name is no part of a set of images."""
+  """Returns whether a file or folder of this name is hidden or litter."""
   lower = name.lower()
   return name[0] == '.' or lower in _LITTER or lower.endswith(_LITTER_ENDS)
 
@@ -64,8 +63,11 @@ def find(path: str | os.PathLike[str]) -> Found:
   """Finds the images at `path`.
 
   Args:
-    path: a file, taken whatever it is called, or a folder, searched with its
-      subfolders.
+    path: a file, which may have any name, or a folder, which is searched with
+      its subfolders.
+
+  Returns:
+    The images, and the entries that are left out.
 
   Raises:
     InputError: `path` does not exist, is neither file nor folder, or is a
@@ -84,14 +86,14 @@ def find(path: str | os.PathLike[str]) -> Found:
     )
   files: list[pathlib.Path] = []
   left_out: list[tuple[pathlib.Path, str]] = []
-  # A link to a folder that holds it would make the images around it, of other
-  # classes, those of this folder.
+  # A link may lead to a folder that holds the link. Following it would add the
+  # images of other classes to this class.
   around = {*root.absolute().parents, *root.resolve().parents}
   seen = {_identity(root), *map(_identity, around)}
   folders, linked = [root], list[pathlib.Path]()
   while folders or linked:
-    # Linked folders come last: a folder is called by its own name, if it is
-    # reached by that too.
+    # Linked folders come last, so that a folder that is also reached directly
+    # goes by its own name.
     folder = folders.pop() if folders else linked.pop(0)
     if folder != root and folder.is_symlink() and _identity(folder) in seen:
       left_out.append((folder, 'a link to a folder that is read already'))
@@ -105,8 +107,8 @@ def find(path: str | os.PathLike[str]) -> Found:
       continue
     if not entries and image_headers.has_suffix(folder):
       left_out.append((folder, 'an empty folder'))
-    # The listing itself says what an entry is, unless that is a link: to ask
-    # for each file would take minutes of a large set on a network drive.
+    # The listing tells files from folders, unless the entry is a link. Asking
+    # about each file would take minutes for a large set on a network drive.
     for entry in sorted(entries, key=lambda entry: entry.name):
       path, is_link = folder / entry.name, entry.is_symlink()
       if path.is_dir() if is_link else entry.is_dir():
@@ -124,7 +126,13 @@ def find(path: str | os.PathLike[str]) -> Found:
 
 
 def split(found: Found) -> Found:
-  """Leaves out the files that neither suffix nor content says are images.
+  """Leaves out the files that neither suffix nor content marks as images.
+
+  Args:
+    found: the result of `find`. A `root` that is a file stays.
+
+  Returns:
+    The same with fewer `files` and more `left_out`.
 
   Raises:
     InputError: no file is left.
@@ -159,8 +167,11 @@ def note(
   """Returns one line: 'photos: left out 2, a.txt (no image), p (a named pipe)'.
 
   Args:
-    root: what the names are relative to.
-    left_out: what was left out, and why.
+    root: the folder that the names are relative to.
+    left_out: each path that was left out, and the reason.
+
+  Returns:
+    The line; '' if nothing was left out.
   """
   named = [
     f'{names.one_line(path.relative_to(root))} ({why})'
@@ -174,6 +185,6 @@ def note(
 
 
 def _identity(folder: pathlib.Path) -> tuple[int, int]:
-  """Returns what is the same however a folder is reached."""
+  """Returns the device and inode of a folder: they are the same by any path."""
   status = folder.stat()
   return status.st_dev, status.st_ino

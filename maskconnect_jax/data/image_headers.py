@@ -1,7 +1,7 @@
-"""What a file is before it is decoded: an image or not, and how large.
+"""Tells whether a file is an image, and how large, before it is decoded.
 
-Kinds of images are those that Pillow decodes itself, for training and for
-prediction alike.
+A file is an image if Pillow itself decodes its format. This holds for training
+and for prediction alike.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from PIL import Image, UnidentifiedImageError
 
 from maskconnect_jax import config
 
-# Pixels of an image as it is stored, width times height: more are refused
-# before they are decoded. As RGB these take 384 MB.
+# Width times height of a stored image. Larger images are refused before they
+# are decoded. As RGB, so many pixels take 384 MB.
 MAX_PIXELS = 128_000_000
 
-# What Pillow names but does not decode itself: to others it leaves these, and
-# a PostScript file is a program, which it has run.
+# Formats that Pillow names but leaves to other programs. A PostScript file is
+# itself a program, which Pillow would have run.
 _NOT_DECODED = frozenset({'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'})
 
-# What stat says of a file that is no regular one.
+# The kinds of files, by their mode in stat, that are not regular files.
 _TYPES = {
   stat.S_IFIFO: 'a named pipe',
   stat.S_IFSOCK: 'a socket',
@@ -43,40 +43,43 @@ def open_header(
   formats: Sequence[str] = (),
   max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
-  """Opens an image without decoding it: its size, mode and metadata are known.
+  """Opens an image without decoding it: reads its size, mode and metadata.
 
-  This is `Image.open` with a bound of one's own. Pillow's holds for the whole
-  process, prints a warning below it, and cannot be lowered or raised for one
-  image.
+  This is `Image.open` with a bound for each call. Pillow's own bound holds for
+  the whole process and cannot change for one image. Pillow also warns from half
+  its bound on.
 
   Args:
-    file: open for reading.
-    formats: Pillow's names of those to try; none for all that are read.
+    file: a binary file, open for reading.
+    formats: Pillow's names of the formats to try; () for all of `all_formats`.
     max_pixels: width times height of the largest image to open.
 
+  Returns:
+    The image; its pixels are not loaded yet.
+
   Raises:
-    UnidentifiedImageError: it is none of these.
-    InputError: the image is larger.
+    UnidentifiedImageError: the file is an image of none of the formats.
+    InputError: the image has more than `max_pixels`.
   """
   Image.preinit()
-  # Some readers look once more at the size, with Pillow's bound.
+  # Some of Pillow's readers check the size again, against Pillow's bound.
   if Image.MAX_IMAGE_PIXELS is not None:
     Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
   try:
     file.seek(0)
-  except (AttributeError, OSError):  # no file of a disk
+  except (AttributeError, OSError):  # the file cannot seek
     file = io.BytesIO(file.read())
   prefix = file.read(16)
   for name in formats or all_formats():
     factory, accept = Image.OPEN[name]
     try:
       accepted = accept is None or accept(prefix)
-      if not accepted or isinstance(accepted, str):  # str: built without it
+      if not accepted or isinstance(accepted, str):  # str: not built in
         continue
       file.seek(0)
       image = factory(file, '')
     except (SyntaxError, IndexError, TypeError, struct.error):
-      continue  # as Image.open does: another format may be meant
+      continue  # like Image.open: another format may fit
     if math.prod(image.size) > max_pixels:
       width, height = image.size
       image.close()
@@ -88,7 +91,12 @@ def open_header(
 
 
 def too_large(what: str, max_pixels: int) -> str:
-  """Returns the message for an image beyond the bound on pixels."""
+  """Returns the message for an image beyond the bound on pixels.
+
+  Args:
+    what: the subject of the message, such as 'its 9x9 pixels'.
+    max_pixels: the bound, width times height.
+  """
   return (
     f'{what} are more than config.data.max_pixels={max_pixels}; save it'
     ' smaller, or allow more'
@@ -97,15 +105,15 @@ def too_large(what: str, max_pixels: int) -> str:
 
 @functools.cache
 def all_formats() -> tuple[str, ...]:
-  """Returns Pillow's names of what it decodes, the common ones first."""
-  Image.preinit()  # these are tried first
-  Image.init()  # imports all readers: 0.15 s, the first time
+  """Returns Pillow's names of the formats it decodes, common ones first."""
+  Image.preinit()  # registers the common formats first
+  Image.init()  # imports all readers, which takes 0.15 s the first time
   return tuple(name for name in Image.ID if name not in _NOT_DECODED)
 
 
 @functools.cache
 def _suffixes() -> frozenset[str]:
-  """Returns the suffixes of what is decoded, in lower case."""
+  """Returns the suffixes of all formats that are decoded, in lower case."""
   known, registered = all_formats(), Image.registered_extensions()
   return frozenset(
     suffix for suffix, name in registered.items() if name in known
@@ -113,9 +121,13 @@ def _suffixes() -> frozenset[str]:
 
 
 def kind_of(path: str | os.PathLike[str]) -> str | None:
-  """Returns what a path is if it is no regular file, such as 'a named pipe'.
+  """Returns the kind of a path that is no regular file, as 'a named pipe'.
 
-  Links are followed. What does not exist is None too: opening it says so.
+  Links are followed.
+
+  Returns:
+    The kind; None for a regular file, and for a path that does not exist, since
+    opening it reports that.
   """
   try:
     mode = os.stat(path).st_mode
@@ -127,15 +139,16 @@ def kind_of(path: str | os.PathLike[str]) -> str | None:
 
 
 def has_suffix(path: str | os.PathLike[str]) -> bool:
-  """Whether a file's name says that it is an image."""
+  """Returns whether a file's name has the suffix of an image format."""
   return os.path.splitext(path)[1].lower() in _suffixes()
 
 
 def is_image(path: str | os.PathLike[str]) -> bool:
-  """Whether a regular file's content says that it is an image.
+  """Returns whether a regular file's content begins as an image's does.
 
-  Nothing is decoded: the image may be damaged all the same. Formats that do
-  not begin with a mark of their own are known by their suffixes alone.
+  Nothing is decoded, so the image may still be damaged. A format whose files do
+  not begin with a mark of their own is known by its suffix alone: for such a
+  file this returns False.
   """
   if kind_of(path):
     return False
@@ -144,7 +157,7 @@ def is_image(path: str | os.PathLike[str]) -> bool:
     with open(path, 'rb') as file:
       open_header(file, formats=marked)
   except config.InputError:
-    return True  # too large an image
+    return True  # an image, if too large a one
   except Exception:
     return False
   return True

@@ -1,7 +1,8 @@
-"""What stands for a list of images: arrays of any library, any iterable.
+"""Takes images from arrays of any library and from any iterable.
 
-`each` goes through it one image at a time, so that a generator is never held
-whole. What has two readings is refused with the words that make it one.
+`each` takes one image at a time, so a generator is never held in memory as a
+whole. Input with two possible meanings is refused, and the message says how to
+make its meaning clear.
 """
 
 from __future__ import annotations
@@ -28,15 +29,19 @@ def each(given: Any, *, channels: int) -> Iterator[Item]:
   """Yields the images one by one.
 
   Args:
-    given: a path, a Pillow image, an array [H, W] or [H, W, C] with C up to 4;
-      or several of them: an array [N, H, W] or [N, H, W, C], an array of
-      paths, or any iterable. Arrays may be of any library that NumPy can read
-      from.
-    channels: of what the model takes; with 3, an array [3, H, W] has two
-      readings.
+    given: one image: a path, a Pillow image, or an array [H, W] or [H, W, C]
+      with C up to 4. Or several images: an array [N, H, W] or [N, H, W, C], an
+      array of paths, or any iterable. An array may come from any library whose
+      arrays NumPy can read.
+    channels: how many channels the model takes. With 3, an array [3, H, W] has
+      two meanings and is refused.
+
+  Yields:
+    A path, a Pillow image or an array, as `images.read` takes it.
 
   Raises:
-    InputError: it is none of these, or its meaning would have to be guessed.
+    InputError: `given` is none of these, or its meaning would have to be
+      guessed.
   """
   if isinstance(given, str | os.PathLike | Image.Image):
     yield given
@@ -75,10 +80,10 @@ def one(item: Any, name: str = 'the image') -> Item:
 
   Args:
     item: a path, a Pillow image or an array [H, W] or [H, W, C].
-    name: what to call it in a message.
+    name: the image's name in a message.
 
   Raises:
-    InputError: it is none of these.
+    InputError: `item` is none of these.
   """
   if isinstance(item, str | os.PathLike | Image.Image):
     return item
@@ -99,7 +104,7 @@ def one(item: Any, name: str = 'the image') -> Item:
 
 
 def _as_array(value: Any, name: str) -> np.ndarray | None:
-  """Returns an array of any library as NumPy's; None: it is no array."""
+  """Returns any library's array as NumPy's; None if `value` is no array."""
   ways: list[Callable[[Any], np.ndarray]] = []
   if isinstance(value, memoryview) or any(
     hasattr(value, way) for way in ('__array__', '__array_interface__')
@@ -111,7 +116,7 @@ def _as_array(value: Any, name: str) -> np.ndarray | None:
   for way in ways:
     try:
       return way(value)
-    except Exception as error:  # whatever a library raises
+    except Exception as error:  # each library raises errors of its own
       why = why or ' '.join(str(error).split())[:120]
   if ways:
     raise InputError(
@@ -153,7 +158,7 @@ def _of_array(array: np.ndarray, channels: int) -> Iterator[Item]:
 
 
 def _channels_first(shape: tuple[int, ...]) -> bool:
-  """Whether (a, b, c) are channels, height, width rather than H, W, C."""
+  """Returns whether a shape is [C, H, W] rather than [H, W, C]."""
   return shape[0] in (1, 3, 4) and shape[2] > _MOST_CHANNELS
 
 

@@ -1,19 +1,19 @@
-"""One way from a file, a PIL image or an array to uint8 [H, W, channels].
+"""Converts a file, a PIL image or an array to uint8 [H, W, channels].
 
-Training and inference both come through here, so that an image to predict is
-converted exactly as the images the network was trained on:
+Training and inference both use this module, so an image to predict is converted
+exactly as the images that the network was trained on:
 
-- EXIF orientation is applied: the array is what a viewer shows. EXIF that
-  makes no sense turns nothing.
-- Alpha is dropped, not composited: the stored colours are kept, as by
-  torchvision's and Keras' loaders.
-- 16 bits become 8 by taking the high byte, as Pillow itself does with 16-bit
-  RGB. Pillow's convert() would clip 16-bit grey at 255 instead: an all-white
-  image.
-- Grey from colour is ITU-R 601-2 luma; CMYK has no profile applied; of an
-  animation the first frame is taken.
-- Resizing is bilinear with antialiasing to exactly the size asked for. The
-  aspect ratio is kept only where a centre crop is asked for, with `resize`.
+- EXIF orientation is applied: the array is upright, as a viewer shows the
+  image. EXIF that makes no sense turns nothing.
+- Alpha is dropped, not composited. The stored colours are kept, as by the
+  loaders of torchvision and Keras.
+- 16 bits become 8: the high byte is kept, as Pillow itself does with 16-bit
+  RGB. Pillow's convert() would instead clip 16-bit grey at 255, which gives an
+  all-white image.
+- Grey from colour is ITU-R 601-2 luma. No profile is applied to CMYK. The
+  first frame of an animation is taken.
+- Resizing is bilinear with antialiasing, to exactly the size asked for. Only a
+  centre crop, which `resize` asks for, keeps the aspect ratio.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from maskconnect_jax import config, names
 from maskconnect_jax.data import image_headers
 
 _ORIENTATION = 0x0112  # the EXIF tag
-_TURNS = {  # its value -> what makes the image upright
+_TURNS = {  # the tag's value -> the transposition that turns it upright
   2: Image.Transpose.FLIP_LEFT_RIGHT,
   3: Image.Transpose.ROTATE_180,
   4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -41,7 +41,7 @@ _TURNS = {  # its value -> what makes the image upright
 }
 
 _MODES = {1: 'L', 3: 'RGB'}
-_WHOLE = 2**24  # pixels that a crop's image may be resized to
+_WHOLE = 2**24  # pixels up to which an image is resized before its crop
 
 
 def decode(
@@ -52,14 +52,14 @@ def decode(
   resize: int = 0,
   max_pixels: int = image_headers.MAX_PIXELS,
 ) -> np.ndarray:
-  """Reads an image file of any kind that Pillow reads.
+  """Reads an image file of any format that Pillow reads.
 
   Args:
     path_or_file: a path, or a binary file open for reading.
     channels: 1 (grey) or 3 (RGB).
-    size: (height, width) in pixels to resize to; None leaves it as stored.
-    resize: with `size`: resize the shorter side to so many pixels instead and
-      take the centre, `size`; 0 for no crop.
+    size: (height, width) in pixels of the result; None keeps the stored size.
+    resize: with `size`: pixels to resize the shorter side to before the centre
+      is cropped to `size`; 0 resizes to `size` without a crop.
     max_pixels: width times height of the largest image to decode.
 
   Returns:
@@ -67,7 +67,7 @@ def decode(
 
   Raises:
     InputError: the file is missing, no regular file, truncated, no image, or
-      too large; names the file.
+      too large. The message names the file.
   """
   if isinstance(path_or_file, (str, os.PathLike)):
     name = names.one_line(path_or_file)
@@ -88,13 +88,13 @@ def decode(
     raise config.InputError(
       f'{name} is not an image that Pillow can read; replace or remove it'
     ) from error
-  except Image.DecompressionBombError as error:  # an image within the image
+  except Image.DecompressionBombError as error:  # an image inside the file
     raise config.InputError(
       f'{name}: {image_headers.too_large("an image in it", max_pixels)}'
     ) from error
   except Exception as error:
-    # Pillow's readers raise whatever their parsing runs into on damaged data:
-    # OSError, SyntaxError, struct.error, EOFError ...
+    # On damaged data Pillow's readers raise errors of many types: OSError,
+    # SyntaxError, struct.error, EOFError ...
     reason = ' '.join(str(error).split()) or type(error).__name__
     fault = f'is damaged or cut short ({reason})'
     if isinstance(error, OSError) and error.strerror:  # from the file system
@@ -123,21 +123,23 @@ def read(
   resize: int = 0,
   max_pixels: int = image_headers.MAX_PIXELS,
 ) -> np.ndarray:
-  """Reads an image however it is given.
+  """Reads an image from a file, from a file's content or from memory.
 
   Args:
-    record: a file's content or path, see `decode`; or an image in memory, see
-      `to_array`.
+    record: a file's content or path, as for `decode`; or an image in memory, as
+      for `to_array`.
     channels: 1 (grey) or 3 (RGB).
-    size: (height, width) in pixels to resize to; None leaves it as it is.
-    resize: of the shorter side, before `size` is cropped; 0 for no crop.
-    max_pixels: of a file or its content; what is in memory is of any size.
+    size: (height, width) in pixels of the result; None keeps the image's size.
+    resize: with `size`: pixels to resize the shorter side to before the centre
+      is cropped to `size`; 0 resizes to `size` without a crop.
+    max_pixels: width times height of the largest file to decode. An image in
+      memory may be of any size.
 
   Returns:
     uint8 [H, W, channels], 0..255.
 
   Raises:
-    InputError: as `decode` and `to_array`.
+    InputError: see `decode` and `to_array`.
   """
   if not isinstance(record, (bytes, str, os.PathLike)):
     return to_array(record, channels=channels, size=size, resize=resize)
@@ -161,19 +163,20 @@ def to_array(
 
   Args:
     image: a PIL image of any mode, or an array [H, W] or [H, W, C]: uint8
-      0..255, uint16 0..65535 or bool, C being 1 (grey), 2 (grey, alpha), 3
-      (RGB) or 4 (RGB, alpha).
+      0..255, uint16 0..65535 or bool. C is 1 (grey), 2 (grey, alpha), 3 (RGB)
+      or 4 (RGB, alpha).
     channels: 1 (grey) or 3 (RGB).
-    size: (height, width) in pixels to resize to; None leaves it as it is.
-    resize: with `size`: resize the shorter side to so many pixels instead and
-      take the centre, `size`; 0 for no crop.
+    size: (height, width) in pixels of the result; None keeps the image's size.
+    resize: with `size`: pixels to resize the shorter side to before the centre
+      is cropped to `size`; 0 resizes to `size` without a crop.
 
   Returns:
     uint8 [H, W, channels], 0..255; `image` itself where nothing changes.
 
   Raises:
-    InputError: values or a shape whose meaning would have to be guessed; a
-      `resize` smaller than `size`.
+    InputError: the meaning of the values or of the shape would have to be
+      guessed, `channels` is neither 1 nor 3, or `resize` is smaller than
+      `size`.
   """
   if channels not in _MODES:
     raise config.InputError(
@@ -192,7 +195,7 @@ def to_array(
       return image
     pil = _from_array(image)
   else:
-    image.load()  # of a TIFF, Pillow turns the pixels then
+    image.load()  # while loading a TIFF, Pillow turns its pixels
     pil = _eight_bit(upright(image, turn_of(image)))
   pil = pil.convert(_MODES[channels])
   if size is not None and resize:
@@ -204,7 +207,7 @@ def to_array(
 
 
 def turn_of(image: Image.Image) -> Image.Transpose | None:
-  """Returns what makes an image upright by its EXIF; None for nothing."""
+  """Returns the transposition that EXIF asks for; None: it asks for none."""
   try:
     return _TURNS.get(image.getexif().get(_ORIENTATION, 1))
   except Exception:
@@ -212,7 +215,7 @@ def turn_of(image: Image.Image) -> Image.Transpose | None:
 
 
 def upright(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
-  """Returns an image turned; itself where there is nothing to turn."""
+  """Returns the image turned by `turn`; the image itself for None."""
   return image if turn is None else image.transpose(turn)
 
 
@@ -222,15 +225,14 @@ def _centre(
   """Resizes the shorter side and crops the centre, as torchvision does.
 
   The whole image is resized, which gives the pixels of torchvision's Resize and
-  CenterCrop. Of an image so long and thin that this would take more than
-  `_WHOLE` pixels and more than it has itself, only the centre is resized;
-  Pillow keeps its position in single precision, by which a value may be one
-  grey level off.
+  CenterCrop. A long, thin image might then have more than `_WHOLE` pixels, and
+  more than before: of it, only the centre is resized. Pillow keeps the centre's
+  position in single precision, so a value may be one grey level off.
 
   Args:
     image: of mode L or RGB.
-    size: height and width of the crop.
-    resize: the shorter side, resized.
+    size: (height, width) of the crop in pixels.
+    resize: the shorter side in pixels before the crop.
   """
   if resize < max(size):
     raise config.InputError(
@@ -282,8 +284,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
 def _eight_bit(image: Image.Image) -> Image.Image:
   """Returns a PIL image in a mode that convert() takes to grey and RGB."""
   if image.mode.startswith('I'):
-    # 'I' is 32 bits wide, but what Pillow reads into it from PGM and older
-    # PNG is 16 bits of grey.
+    # Mode 'I' has 32 bits, but Pillow also uses it for the 16 bits of grey of
+    # PGM and older PNG files.
     values = np.asarray(image)
     if values.min() < 0 or values.max() > 65535:
       raise config.InputError(
@@ -295,6 +297,6 @@ def _eight_bit(image: Image.Image) -> Image.Image:
       'floating-point grey has no fixed range; save it with 8 or 16 bits'
     )
   if image.mode in ('P', 'PA'):
-    # Straight to RGB, Pillow warns when the palette has transparency.
+    # Converting a palette with transparency straight to RGB makes Pillow warn.
     return image.convert('RGBA')
   return image

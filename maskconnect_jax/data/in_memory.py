@@ -1,4 +1,4 @@
-"""Many images as one array, decoded in parallel where that helps."""
+"""Reads many images into one array, in parallel if that is faster."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import tqdm
 
 from maskconnect_jax.errors import InputError
 
-_CHUNK = 64  # images a task reads: far more work than handing the task out
-_SLOW = 5e-4  # seconds an image takes from which on threads pay
+_CHUNK = 64  # images per task: reading them takes far longer than handing out
+_SLOW = 5e-4  # seconds per image above which threads are faster
 
 
 def read_all(
@@ -28,20 +28,21 @@ def read_all(
   """Reads many images into one array.
 
   Args:
-    read: called with i in [0, count), possibly from several threads and more
-      than once: uint8 [H, W, C]. Raises InputError where it cannot.
+    read: returns image i in [0, count) as uint8 [H, W, C], or raises
+      InputError. It may be called from several threads, and more than once for
+      an image.
     count: how many images there are.
-    name: what to call all of them in a message.
-    memory_gb: 1e9 bytes that the array may take.
-    skip_errors: leave out what cannot be read.
+    name: the name of the whole set in a message.
+    memory_gb: size that the array may have, in units of 1e9 bytes.
+    skip_errors: whether to leave out images that cannot be read.
 
   Returns:
-    uint8 [M, H, W, C] in the order of i; bool [count], which M of them these
-    are; the messages of the others, in order.
+    The M images that were read, uint8 [M, H, W, C], in the order of i; bool
+    [count], True for those M; and the other images' messages, in order.
 
   Raises:
-    InputError: an image cannot be read, none can, they differ in size, or they
-      take more than `memory_gb`.
+    InputError: an image cannot be read and `skip_errors` is off, no image can
+      be read, images differ in size, or they take more than `memory_gb`.
   """
   errors: dict[int, str] = {}
 
@@ -70,7 +71,7 @@ def read_all(
     for i in chunk:
       image = attempt(i)
       if image is not None and image.shape != first.shape:
-        # Looking at 100 of them is enough to suggest a size.
+        # 100 images are enough to suggest a size.
         some = map(attempt, range(0, count, -(-count // 100)))
         raise _differing(name, first, image, some)
       if image is not None:
@@ -113,11 +114,11 @@ def _differing(
 
 
 def _in_chunks(read_chunk: Callable[[int], int], count: int) -> None:
-  """Calls read_chunk(0), read_chunk(64), ..., and shows how far it is.
+  """Calls read_chunk(0), read_chunk(64), ..., and shows the progress.
 
-  Pillow decodes without the GIL but parses headers with it: two threads speed
-  photographs up by a third and slow 32x32 thumbnails down by a half (measured).
-  So the first chunk is timed and decides.
+  Pillow decodes without the GIL but parses headers with it. Two threads were
+  measured to speed photographs up by a third, and to slow 32x32 thumbnails down
+  by a half. So the time of the first chunk decides how many threads to use.
   """
   with tqdm.tqdm(
     total=count,

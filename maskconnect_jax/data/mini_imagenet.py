@@ -3,37 +3,38 @@ r"""Mini-ImageNet for ordinary classification, prepared for TFDS.
   pip install 'maskconnect_jax[tfds]'
   python -m maskconnect_jax.main --mode=prepare --images=DIR [--data_dir=DIR]
 
-makes the set that `config.data.source='tfds'`, `config.data.name=
-'mini_imagenet'` reads: 100 classes, 500 training and 100 test images of each.
-The usual splits of Mini-ImageNet are for few-shot learning and hold disjoint
-classes, so that nothing trained on one can be tested on another. Neither
-TensorFlow nor the network is needed, and no image is encoded anew: the set
-holds the bytes of the files.
+makes a set of 100 classes, with 500 training and 100 test images of each class.
+`config.data.source='tfds'` with `config.data.name='mini_imagenet'` reads it.
+The usual splits of Mini-ImageNet are for few-shot learning: their classes are
+disjoint, so a classifier trained on one split cannot be tested on another.
+Preparing needs neither TensorFlow nor the internet. No image is encoded anew:
+the set holds the bytes of the files.
 
-DIR is any of
+DIR has one of these layouts:
 
-  DIR/<wnid>/*                      a folder a class; also all 1,000 of ImageNet
+  DIR/<wnid>/*                      a folder per class; DIR may be all ImageNet
   DIR/{train,val,test}/<wnid>/*     few-shot distributions, 64/16/20 classes
   DIR/images/* and DIR/{train,val,test}.csv    Ravi and Larochelle's layout
 
-where DIR/images/ may hold the first two as well. <wnid> is a WordNet ID, such
-as n01532829.
+The first two layouts may also lie in DIR/images/. <wnid> is a WordNet ID, such
+as n01532829. ImageNet has 1,000 class folders; only the 100 are read.
 
-**The split.** The files of a class are put in the order of the SHA-256 of their
-names (`n0153282900000005.jpg`, without the folder). The first 100 are the test
-images, the next 500 the training images; more than 600 are left out. So the
-split depends on the names alone: not on the machine, the layout or the order of
-the folder, and no list has to be passed around. Sorted names would do as well,
-were they not the order in which ImageNet numbered a class's images, which
-nobody promises to be random; a hash has nothing to do with it. Copies that name
-the files otherwise give another split, and a copy of ImageNet itself, of whose
-about 1,300 images a class 600 are taken, other images than the 600 that Ravi
-and Larochelle drew.
+**The split.** The files of a class are sorted by the SHA-256 of their names
+(`n0153282900000005.jpg`, without the folder). The first 100 are the test
+images, the next 500 the training images; further files are left out. So the
+split depends on the names alone. It does not depend on the machine, the layout
+or the order of the folder, and nobody has to pass a list around. Files sorted
+by name would be in the order in which ImageNet numbered a class's images, which
+may not be random; the order of the hashes is unrelated to it. A copy with other
+file names gives another split. A copy of ImageNet itself has about 1,300 images
+per class, and the 600 taken from it are not the 600 that Ravi and Larochelle
+drew.
 
-**The checksum.** `manifest.csv`, stored with the set, has a line for each
+**The checksum.** `manifest.csv` is stored with the set. It has a line for each
 image: split, class, file name and SHA-256 of the file. The SHA-256 of the
-manifest is printed and stored in the set's metadata; two people who see the
-same one have the same images in the same split. --expect=SHA256 insists on one.
+manifest is printed, and stored in the set's metadata. Two people with the same
+SHA-256 have the same images in the same split. --expect=SHA256 fails for any
+other SHA-256.
 """
 
 from __future__ import annotations
@@ -59,9 +60,9 @@ from maskconnect_jax.data import images as images_lib
 from maskconnect_jax.errors import InputError
 
 # Ravi and Larochelle's classes ("Optimization as a Model for Few-Shot
-# Learning", ICLR 2017), training, validation and test together, sorted: the
-# index is the label. Vinyals et al. (2016), who made the first Mini-ImageNet,
-# did not publish theirs.
+# Learning", ICLR 2017): training, validation and test classes together, sorted.
+# The index is the label. Vinyals et al. (2016) made the first Mini-ImageNet but
+# did not publish its classes.
 WNIDS = (
     'n01532829', 'n01558993', 'n01704323', 'n01749939', 'n01770081',
     'n01843383', 'n01855672', 'n01910747', 'n01930112', 'n01981276',
@@ -97,14 +98,16 @@ class Entry(NamedTuple):
   sha256: str
 
 
-# Registered, the name would find this class instead of what it has prepared.
+# If it were registered, TFDS would find this class by the set's name, and not
+# the prepared set.
 class MiniImagenet(  # type: ignore[call-arg]  # TFDS has no types
   tfds.core.GeneratorBasedBuilder, skip_registration=True
 ):
   """Builds the TFDS set 'mini_imagenet' from a folder of images.
 
   Features: `image` (JPEG or PNG bytes of any size, decoded to uint8 [H, W, 3]),
-  `label` (index into `classes`) and `file_name`.
+  `label` (index into `classes`) and `file_name`. The module's docstring
+  describes the layouts of the folder, the split and the checksum.
   """
 
   VERSION = tfds.core.Version('1.0.0')
@@ -124,14 +127,17 @@ class MiniImagenet(  # type: ignore[call-arg]  # TFDS has no types
       images: the folder; the module's docstring has its layouts.
       data_dir: where TFDS keeps its sets; None is ~/tensorflow_datasets.
       classes: names of the class folders.
-      train: training images of a class.
-      test: test images of a class.
+      train: how many training images of each class to take.
+      test: how many test images of each class to take.
+
+    Raises:
+      InputError: no file can have the path `images` or `data_dir`.
     """
     self._images = given_path(images, '--images')
     self._classes, self._train, self._test = tuple(classes), train, test
     super().__init__(
       data_dir=given_path(data_dir, '--data_dir') if data_dir else None,
-      file_format='array_record',  # what is read without TensorFlow
+      file_format='array_record',  # can be read without TensorFlow
     )
 
   def _info(self) -> Any:
@@ -153,8 +159,8 @@ class MiniImagenet(  # type: ignore[call-arg]  # TFDS has no types
     """Every image of the set, by class, split and rank in its split.
 
     Raises:
-      InputError: a class is missing or has too few images, or a file is no
-        sound JPEG or PNG; names it.
+      InputError: a class is missing or has too few images, a file is damaged,
+        or a file is neither JPEG nor PNG. The message names the class or file.
     """
     chosen, needed = [], self._test + self._train
     for wnid, paths in find_files(self._images, self._classes).items():
@@ -190,7 +196,7 @@ class MiniImagenet(  # type: ignore[call-arg]  # TFDS has no types
 
   @functools.cached_property
   def manifest(self) -> bytes:
-    """The content of manifest.csv."""
+    """The content of manifest.csv: a heading, and a line for each `Entry`."""
     return os.fsencode(
       'split,class,file_name,sha256\n'
       + ''.join(
@@ -205,7 +211,7 @@ class MiniImagenet(  # type: ignore[call-arg]  # TFDS has no types
     return hashlib.sha256(self.manifest).hexdigest()
 
   def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-    # Until all is written, data_path is a temporary folder.
+    # data_path is a temporary folder until everything is written.
     (self.data_path / 'manifest.csv').write_bytes(self.manifest)
     self.info.metadata['manifest_sha256'] = self.digest
     return {name: self._generate_examples(name) for name in ('train', 'test')}
@@ -229,8 +235,8 @@ def rank(paths: Sequence[Path]) -> list[Path]:
   """Returns files in the order of the SHA-256 of their names.
 
   Raises:
-    InputError: two files have the same name, which would leave their order
-      open.
+    InputError: two files have the same name, so that their order would be
+      undefined.
   """
   names = [path.name for path in paths]
   if len(set(names)) < len(names):
@@ -248,14 +254,22 @@ def rank(paths: Sequence[Path]) -> list[Path]:
 def find_files(
   root: Path, classes: Sequence[str] = WNIDS
 ) -> dict[str, list[Path]]:
-  """Returns the files of each class, from any of the layouts above.
+  """Returns the files of each class, from any of the module's layouts.
 
-  The classes are in the order given, a class's files in any. As in other image
-  folders every file that `image_files` finds counts as an image.
+  As in other image folders, every file that `image_files` finds counts as an
+  image.
+
+  Args:
+    root: DIR of the module's docstring.
+    classes: names of the class folders.
+
+  Returns:
+    {class: its files}. The classes are in the order of `classes`; the files of
+    a class are in no particular order.
 
   Raises:
-    InputError: a class has no files, is in several parts of the folder, or
-      a CSV file has no columns filename and label.
+    InputError: a class has no files, a class is in several parts of the folder,
+      or a CSV file has no columns filename and label.
   """
   if not root.is_dir():
     raise InputError(
@@ -325,16 +339,16 @@ def checked_sha256(path: Path) -> str:
 def prepare(builder: MiniImagenet, expect: str | None = None) -> None:
   """Prepares the set, unless the same one is there already.
 
-  TFDS writes into a temporary folder and renames it at the end: killed in
-  between, nothing looks prepared.
+  TFDS writes into a temporary folder and renames it at the end. If the process
+  is killed before, nothing looks prepared.
 
   Args:
-    builder: what to prepare.
-    expect: the `digest` that the images must have; None takes any.
+    builder: the builder of the set.
+    expect: the `digest` that the images must have; None accepts any.
 
   Raises:
-    InputError: the images cannot be used or are not those expected, or a set of
-      others is in the way.
+    InputError: the images cannot be used, their digest is not `expect`, a set
+      with other images is in the way, or the set cannot be written.
   """
   digest = builder.digest  # checks all images before anything is written
   if expect and digest != expect.lower():
@@ -362,18 +376,22 @@ def prepare(builder: MiniImagenet, expect: str | None = None) -> None:
 def report(
   images: Path, data_dir: Path | None = None, expect: str | None = None
 ) -> str:
-  """Prepares the set as a command does, and returns what it prints.
+  """Prepares the set for --mode=prepare.
 
   Args:
     images: see `MiniImagenet`.
-    data_dir: see there.
+    data_dir: see `MiniImagenet`.
     expect: see `prepare`.
+
+  Returns:
+    The text that the command prints: the folder of the set, the counts of
+    images and the SHA-256 of the manifest.
 
   Raises:
     InputError: see `prepare`.
   """
   builder = MiniImagenet(images, data_dir=data_dir)
-  with signals.caught(_interrupt):  # TFDS removes what is half done
+  with signals.caught(_interrupt):  # TFDS removes the temporary folder
     prepare(builder, expect)
   splits = builder.info.splits
   return (

@@ -1,14 +1,15 @@
-"""Photographs for training and evaluation: from a file to uint8 [S, S, C].
+"""Reads photographs for training and evaluation as uint8 [S, S, C].
 
-A random crop is chosen from the header alone, before anything is decoded, so
-that a JPEG can be decoded at 1/2, 1/4 or 1/8 where the crop is that much larger
-than what is wanted: libjpeg then computes only that many DCT coefficients. The
-crop's edges are rounded to what becomes a pixel there.
+A random crop is chosen from the header alone, before anything is decoded. If
+the crop is at least 2, 4 or 8 times larger than the image to return, a JPEG is
+decoded at 1/2, 1/4 or 1/8 of its size: libjpeg then computes only the DCT
+coefficients that this size needs. The crop's edges are rounded to the pixels of
+the decoded image.
 
-JPEGs are decoded by OpenCV, which gives Pillow's pixels sooner and resizes in a
-third of the time (docs/notebook.md); what is no ordinary JPEG goes through
-`images.decode`, as does what OpenCV refuses, which thus gets its error message
-there. Images leave as uint8: flips and normalisation are the device's work.
+OpenCV decodes JPEGs: it gives Pillow's pixels sooner, and resizes in a third of
+the time (docs/notebook.md). `images.decode` reads every other format, and every
+JPEG that OpenCV refuses, so that its error messages serve all files. Flips and
+normalisation are left to the device.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ _ON_ITS_SIDE = (
   Image.Transpose.TRANSVERSE,
   Image.Transpose.ROTATE_90,
 )
-# n -> OpenCV's flag for decoding at 1 / n. GRAYSCALE stands for no colour flag:
-# IMREAD_COLOR_RGB joins it, where REDUCED_COLOR would mean BGR.
+# n -> OpenCV's flag for decoding at 1 / n. REDUCED_GRAYSCALE sets no colour bit
+# and is joined with IMREAD_COLOR_RGB; REDUCED_COLOR would mean BGR.
 _REDUCED = {
   1: 0,
   2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
@@ -61,21 +62,21 @@ def training_image(
 
   Args:
     record: the content of an image file, its path, or uint8 [H, W, C].
-    rng: all randomness comes from here.
-    size: pixels a side of what is returned.
-    channels: 1 (grey) or 3 (RGB).
+    rng: all randomness comes from it.
+    size: S, height and width of the result in pixels.
+    channels: C of the result, 1 (grey) or 3 (RGB).
     scale: smallest and largest area of the crop, as a share of the image's.
     ratio: smallest and largest width / height of the crop.
     randaugment_ops: how many operations of RandAugment to apply.
-    randaugment_magnitude: their strength, 0 to 10.
+    randaugment_magnitude: strength of the operations, 0 to 10.
     max_pixels: width times height of the largest image to decode.
 
   Returns:
     uint8 [size, size, channels], 0..255.
 
   Raises:
-    InputError: the record is missing, damaged, too large or no image; names
-      the file.
+    InputError: the record is missing, damaged, too large or no image. The
+      message names the file.
   """
   (height, width), decode = _open(record, max_pixels)
   top, left, tall, wide = random_box(
@@ -106,22 +107,22 @@ def evaluation_image(
   channels: int = 3,
   max_pixels: int = image_headers.MAX_PIXELS,
 ) -> np.ndarray:
-  """Returns the centre of an image: what `images.decode` gives, sooner.
+  """Returns the centre of an image, as `images.decode` does but sooner.
 
   Args:
     record: the content of an image file, its path, or uint8 [H, W, C].
-    size: pixels a side of what is returned.
+    size: S, height and width of the result in pixels.
     resize: pixels to resize the shorter side to before the crop; 0 resizes to
-      size x size without one.
-    channels: 1 (grey) or 3 (RGB).
+      size x size without a crop.
+    channels: C of the result, 1 (grey) or 3 (RGB).
     max_pixels: width times height of the largest image to decode.
 
   Returns:
     uint8 [size, size, channels], 0..255.
 
   Raises:
-    InputError: the record is missing, damaged, too large or no image, naming
-      the file; or 0 < resize < size.
+    InputError: the record is missing, damaged, too large or no image, and the
+      message names the file; or 0 < resize < size.
   """
   _, decode = _open(record, max_pixels)
   return images.to_array(
@@ -139,19 +140,20 @@ def random_box(
 ) -> tuple[int, int, int, int]:
   """Draws a crop: its area uniform, its aspect ratio log-uniform.
 
-  Szegedy et al., *Going deeper with convolutions*, arXiv 1409.4842, section 6,
-  as in torchvision's RandomResizedCrop: what does not fit is drawn again, and
-  after ten times the largest centre crop of an allowed ratio is taken.
+  The crop is that of Szegedy et al., *Going deeper with convolutions*, arXiv
+  1409.4842, section 6, drawn as by torchvision's RandomResizedCrop. A crop that
+  does not fit into the image is drawn again. After ten draws the crop is the
+  largest centre crop of an allowed ratio.
 
   Args:
     height: of the image, in pixels.
     width: of the image, in pixels.
-    rng: all randomness comes from here.
-    scale: smallest and largest area, as a share of the image's.
-    ratio: smallest and largest width / height.
+    rng: all randomness comes from it.
+    scale: smallest and largest area of the crop, as a share of the image's.
+    ratio: smallest and largest width / height of the crop.
 
   Returns:
-    top, left, height, width of the crop in pixels, within the image.
+    (top, left, height, width) of the crop in pixels, within the image.
   """
   for _ in range(10):
     area = height * width * rng.uniform(*scale)
@@ -170,10 +172,10 @@ def random_box(
 def _open(
   record: Record, max_pixels: int = image_headers.MAX_PIXELS
 ) -> tuple[tuple[int, int], Callable[[int], np.ndarray]]:
-  """Returns an image's height and width, and what decodes it at 1 / n.
+  """Returns an image's (height, width), and a function that decodes it.
 
-  What decodes takes one of `_REDUCED` as n and returns uint8
-  [ceil(height / n), ceil(width / n), 3].
+  The function takes n, a key of `_REDUCED`. It decodes the image at 1 / n and
+  returns uint8 [ceil(height / n), ceil(width / n), 3].
   """
   if jpeg := _read_jpeg(record, max_pixels):
     content, (width, height), turn = jpeg
@@ -195,9 +197,9 @@ def _open(
 def _read_jpeg(
   record: Record, max_pixels: int
 ) -> tuple[bytes, tuple[int, int], Image.Transpose | None] | None:
-  """Returns an ordinary JPEG's content, width and height, and turn.
+  """Returns an ordinary JPEG's content, (width, height) and EXIF turn.
 
-  None for all else: what is wrong with it, `images.decode` finds the words for.
+  Returns None for any other record; `images.decode` then reports its faults.
   """
   if isinstance(record, np.ndarray):
     return None
@@ -233,26 +235,27 @@ def _decode_any(record: Record, max_pixels: int) -> np.ndarray:
 
 
 def _reduce(pixels: np.ndarray, n: int) -> np.ndarray:
-  """Averages n x n pixels, much as decoding a JPEG at 1 / n does."""
+  """Averages n x n pixels, nearly as decoding a JPEG at 1 / n does."""
   return pixels if n == 1 else np.array(Image.fromarray(pixels).reduce(n))
 
 
 def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
   """Resizes uint8 [H, W, 3] to [size, size, 3], bilinearly and antialiased.
 
-  Pillow's antialiased bilinear filter reads through a triangle as wide as what
-  becomes one pixel: at a shrinking by s its variance is s^2 / 6, that of
-  ordinary bilinear interpolation 1 / 6 on average. Three taps (q, 1 - 2q, q)
-  of the missing variance 2q = (s^2 - 1) / 6 before an ordinary resize come
-  close, up to s = 2, in a third of the time.
+  Up to a shrinking by s = 2, this comes close to Pillow's filter in a third of
+  the time; beyond, Pillow resizes. Pillow's antialiased bilinear filter is a
+  triangle of variance s^2 / 6. Ordinary bilinear interpolation has the variance
+  1 / 6 on average. So a filter of three taps (q, 1 - 2q, q) adds the missing
+  variance, 2q = (s^2 - 1) / 6, before an ordinary resize.
   """
   shrinking = np.divide(pixels.shape[:2], size)
   if shrinking.max() > 2:
     image = Image.fromarray(pixels)
     return np.array(image.resize((size, size), Image.Resampling.BILINEAR))
   if shrinking.max() > 1:
-    # A Gaussian of 3 taps with exp(-1 / 2 sigma^2) = q / (1 - 2q); where there
-    # is nothing to shrink q is next to 0, as OpenCV has its own idea of 0.
+    # A Gaussian of 3 taps with exp(-1 / (2 sigma^2)) = q / (1 - 2q). A side
+    # that does not shrink gets a q just above 0, because OpenCV takes sigma 0
+    # for a request to choose its own.
     q = (np.maximum(shrinking, 1.001) ** 2 - 1) / 12
     sigma_y, sigma_x = np.sqrt(-0.5 / np.log(q / (1 - 2 * q)))
     pixels = cv2.GaussianBlur(

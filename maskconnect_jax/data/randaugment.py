@@ -1,10 +1,11 @@
 """RandAugment on Pillow images: one magnitude, operations drawn at random.
 
 Cubuk, Zoph, Shlens, Le, *RandAugment: Practical automated data augmentation
-with a reduced search space*, 2020, arXiv 1909.13719. The operations and ranges
-are torchvision's (posterize keeps at least 4 bits, enhancements scale by 1 -
-0.9 to 1 + 0.9); magnitude 10 is the end of a range, as in the paper's own code
-and in timm, where torchvision has 30. What comes in from outside is grey.
+with a reduced search space*, 2020, arXiv 1909.13719. The operations and their
+ranges are torchvision's: posterize keeps at least 4 bits, enhancements scale by
+1 - 0.9 to 1 + 0.9. Magnitude 10 is the end of a range, as in the paper's own
+code and in timm; in torchvision it is 30. Pixels that a shear, a translation or
+a rotation brings in from outside the image are grey.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ def randaugment(
 
   Args:
     image: of mode L or RGB.
-    rng: all randomness comes from here: which operations, and the direction of
-      those that have one.
-    ops: how many; the paper's N.
-    magnitude: from 0 (nothing but autocontrast, equalize and small effects of
-      rounding) to 10 (end of the ranges), or beyond; the paper's M.
+    rng: all randomness comes from it: the operations, and the direction of each
+      operation that has one.
+    ops: how many operations to apply; the paper's N.
+    magnitude: the paper's M, from 0 (only autocontrast, equalize and small
+      effects of rounding) to 10 (end of the ranges), or beyond.
 
   Returns:
     An image of the same mode and size.
@@ -71,7 +72,7 @@ def _rotate(image: Image.Image, level: float) -> Image.Image:
 def _enhance(
   kind: Callable[[Image.Image], ImageEnhance._Enhance],
 ) -> Callable[[Image.Image, float], Image.Image]:
-  # Beyond the end of the range some of the image is kept.
+  # The floor keeps some of the image beyond the end of the range.
   return lambda image, level: kind(image).enhance(max(1 + 0.9 * level, 0.1))
 
 
@@ -79,8 +80,8 @@ def _grey(image: Image.Image) -> tuple[int, ...]:
   return (128,) * len(image.getbands())
 
 
-# Name -> the operation at a signed level, 1 and -1 being the ends of the range.
-# Those without a direction take the absolute value.
+# Name -> the operation at a signed level. Levels 1 and -1 are the ends of its
+# range. An operation without a direction takes the absolute value.
 OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
   'identity': lambda image, level: image,
   'shear_x': lambda image, level: _affine(image, 1, 0.3 * level, 0, 0, 1, 0),

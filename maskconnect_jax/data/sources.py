@@ -1,6 +1,6 @@
-"""Where images come from: digits, IDX files, image folders and TFDS.
+"""Data sources: digits, IDX files, image folders and TFDS.
 
-Each source gives random access to its records as they are stored; nothing is
+A data source gives random access to its records as they are stored. Nothing is
 decoded here.
 """
 
@@ -26,16 +26,16 @@ from maskconnect_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """The records of a data set, those for training before those for testing.
+  """A data source: training records, followed by test records.
 
   Attributes:
-    read: record and class index of number i; may be called from several
+    read: returns record i and its class index; may be called from several
       threads.
-    num_train: how many are for training.
-    num_test: how many are for testing.
+    num_train: how many records are for training.
+    num_test: how many records are for testing.
     classes: name of each class.
     channels: 1 (grey) or 3 (RGB).
-    name: what to call it in a message, by the field that chose it.
+    name: the data set's name in a message: the field that chose it.
     digest: see `fingerprint.Identity`.
   """
 
@@ -52,7 +52,7 @@ class Source:
 
   @property
   def identity(self) -> fingerprint.Identity:
-    """What tells this data set from another; holds no records."""
+    """Tells this data set from another; holds no records."""
     return fingerprint.Identity(
       self.num_train, self.num_test, self.classes, self.name, self.digest
     )
@@ -61,9 +61,15 @@ class Source:
 def open_source(data: ml_collections.ConfigDict) -> Source:
   """Finds the data set that `config.data` describes.
 
+  Args:
+    data: `config.data`.
+
+  Returns:
+    The data source; nothing is decoded yet.
+
   Raises:
-    InputError: the data is missing, or damaged as far as can be told without
-      decoding it; one line that names the folder, file or field.
+    InputError: the data is missing, or damaged in a way that shows without
+      decoding. The message is one line that names the folder, file or field.
   """
   if data.source not in _SOURCES:
     raise InputError(
@@ -75,7 +81,20 @@ def open_source(data: ml_collections.ConfigDict) -> Source:
 def stratified(
   labels: np.ndarray, held_out: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the same sorted indices every time: (the rest, held out)."""
+  """Splits indices in two parts with equal shares of each class.
+
+  The split is the same every time.
+
+  Args:
+    labels: int [N], class indices.
+    held_out: how many indices the second part has.
+
+  Returns:
+    Two sorted int arrays: the rest, and the indices held out.
+
+  Raises:
+    ValueError: the classes are too few or too small for this split.
+  """
   import sklearn.model_selection
 
   rest, held = sklearn.model_selection.train_test_split(
@@ -85,7 +104,7 @@ def stratified(
 
 
 def _digits(data: ml_collections.ConfigDict) -> Source:
-  """scikit-learn's 1,797 digits [8, 8, 1], split 1,437 / 360."""
+  """Returns scikit-learn's 1,797 digits [8, 8, 1], split 1,437 / 360."""
   import sklearn.datasets
 
   bunch = sklearn.datasets.load_digits()
@@ -104,7 +123,7 @@ def _digits(data: ml_collections.ConfigDict) -> Source:
 
 
 def _idx(data: ml_collections.ConfigDict) -> Source:
-  """MNIST's file layout: four IDX files of unsigned bytes, plain or .gz."""
+  """Returns MNIST's four IDX files of unsigned bytes, plain or .gz."""
   folder = _folder_of(data, 'train-images-idx3-ubyte[.gz] and the other three')
   pixels, labels = [], []
   for part in ('train', 't10k'):
@@ -153,7 +172,7 @@ def _read_idx(path: pathlib.Path, rank: int) -> np.ndarray:
   content, whole = bytearray(), True
   with gzip.open(path) if path.suffix == '.gz' else path.open('rb') as file:
     try:
-      # read() would lose what it has read when it comes upon the damage.
+      # At a damaged place, read() would lose the bytes before it.
       while block := file.read1(1 << 20):
         content += block
     except (EOFError, gzip.BadGzipFile, zlib.error):
@@ -161,7 +180,7 @@ def _read_idx(path: pathlib.Path, rank: int) -> np.ndarray:
   header = np.frombuffer(
     content[: 4 + 4 * rank].ljust(4 + 4 * rank, b'\0'), '>u4'
   ).tolist()
-  # Two zero bytes, 8 for unsigned byte, and the number of dimensions.
+  # A header begins with two zero bytes, 8 for unsigned bytes, and the rank.
   if len(content) >= 4 and header[0] != 0x0800 + rank:
     raise InputError(
       f'{path} is not an IDX file of {rank} dimensions: it begins with'
@@ -185,10 +204,11 @@ def _read_idx(path: pathlib.Path, rank: int) -> np.ndarray:
 
 
 def _image_folder(data: ml_collections.ConfigDict) -> Source:
-  """DIR/train/<class>/* and DIR/test/<class>/* (else val/), always as RGB.
+  """Returns DIR/train/<class>/* and DIR/test/<class>/* (else val/) as RGB.
 
-  Every file that `image_files` finds counts as an image, whatever its suffix:
-  one that is none is an error rather than silently less data.
+  Every file that `image_files` finds counts as an image, with any suffix. A
+  file that is no image is an error: leaving it out would silently train on less
+  data.
   """
   root = _folder_of(data, 'train/<class>/*.jpg and test/<class>/*.jpg')
   test_root = next(
@@ -255,7 +275,7 @@ def _tfds_builder(
 
 
 def _tfds(data: ml_collections.ConfigDict) -> Source:
-  """A TFDS set prepared as ArrayRecord, read without TensorFlow."""
+  """Returns a TFDS set prepared as ArrayRecord, read without TensorFlow."""
   if not data.name:
     raise InputError(
       'config.data.name is empty; config.data.source='
@@ -298,7 +318,7 @@ def _tfds(data: ml_collections.ConfigDict) -> Source:
       for split in ('train', held_out)
     )
   except (AssertionError, NotImplementedError, ValueError) as error:
-    # Reading takes no TensorFlow, but encoding a set's images does.
+    # Reading a set needs no TensorFlow, but preparing it does.
     where = f', data_dir={data.dir!r}' if data.dir else ''
     raise InputError(
       f'{name} is not prepared as ArrayRecord; once, where tensorflow is'
@@ -353,6 +373,6 @@ def _folder_of(data: ml_collections.ConfigDict, needs: str) -> pathlib.Path:
 
 
 def _name_of(data: ml_collections.ConfigDict) -> str:
-  """Names the data set in a message, by the field that chose it."""
+  """Returns the data set's name in a message: the field that chose it."""
   field = 'dir' if data.dir else 'name' if data.name else 'source'
   return f'config.data.{field}={data[field]!r}'

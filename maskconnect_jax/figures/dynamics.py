@@ -1,4 +1,4 @@
-"""Pictures of how real masks moved: in one run by block, and in several."""
+"""Pictures of how real masks moved: block by block, or in several runs."""
 
 from __future__ import annotations
 
@@ -17,26 +17,28 @@ from maskconnect_jax.figures.masks import source_name
 from maskconnect_jax.figures.page import Page
 
 MOST = 6  # runs in a figure
-_WIDTH, _HEIGHT = 470, 226  # of a run, in points
-_SIDE = 158  # of a panel
-# Yellow, which nobody sees on white, is left out.
+_WIDTH, _HEIGHT = 470, 226  # of a run's two panels, in points
+_SIDE = 158  # of a panel, in points
+# The yellow end is left out: yellow is invisible on white.
 _DEPTH = colors.ListedColormap(colormaps['viridis'](np.linspace(0, 0.88, 256)))
 
-_STRIPS = 9  # blocks in a history
-_MOMENTS = 120  # steps in a strip
+_STRIPS = 9  # most blocks in a history
+_MOMENTS = 120  # most steps in a strip
 
 
 class Panel(NamedTuple):
-  """A run as it is drawn: T records, J rows with a choice, S sources.
+  """The data of a run's panels: T records, J rows with a choice, S sources.
 
   Attributes:
     title: one line.
-    progress: float [T], the share of the connectivity phase at each record.
-    entropy: float [T, B], of each of the B blocks, relative to uniform.
-    real_mask: float [J, S], r at the end.
-    valid: bool [J, S].
-    chosen: bool [J, S].
-    blocks: int [J], rising, the B blocks that the rows belong to.
+    progress: float [T], the share of the connectivity phase at each record, 0
+      to 1.
+    entropy: float [T, B], entropy of the draw in each of the B blocks, relative
+      to a uniform draw.
+    real_mask: float [J, S], r at the end of the connectivity phase.
+    valid: bool [J, S], whether the row may choose the source.
+    chosen: bool [J, S], whether the row chose the source.
+    blocks: int [J], the block of each row, never decreasing; B different ones.
   """
 
   title: str
@@ -49,19 +51,22 @@ class Panel(NamedTuple):
 
   @property
   def branches(self) -> bool:
-    """Whether rows are branches: a block has several of them."""
+    """Whether rows are branches, so that a block has several rows."""
     return len(np.unique(self.blocks)) < len(self.blocks)
 
 
 def figure(panels: Sequence[Panel]) -> Figure:
-  """Draws for each run how sure its draws became, and its last real mask.
+  """Draws for each run the entropy of its draws, and its last real mask.
 
-  All runs share the scale of the entropy, which begins below the least of all.
-  In the SVG, a line has the id `run-NUMBER-entropy-BLOCK` and the chosen
-  entries the id `run-NUMBER-chosen`; runs count from 1.
+  All runs share the scale of the entropy, which begins just below the smallest
+  entropy of all runs. In the SVG, a line has the id `run-NUMBER-entropy-BLOCK`
+  and the chosen entries have the id `run-NUMBER-chosen`. Runs count from 1.
 
   Args:
-    panels: one for each run, up to `MOST`.
+    panels: one for each run, from 1 to `MOST`.
+
+  Returns:
+    The figure.
   """
   columns = min(2, len(panels))
   rows = -(-len(panels) // columns)
@@ -115,11 +120,12 @@ def history_figure(
   stages: Ints | None,
   title: str,
 ) -> Figure:
-  """Draws how the real mask of a run moved, a strip over the steps by block.
+  """Draws how the real mask of a run moved: one strip over the steps per block.
 
-  Only blocks that had a choice are drawn, at most nine, spread evenly over the
-  depth. A line marks a source while it was among the K largest of its block
-  (of equals, the latest source first), a dot the sources that were frozen.
+  At most nine blocks are drawn, spread evenly over the blocks that had a
+  choice. A line marks a source while it was among the K largest of its block;
+  of equals, the latest source counts as larger. A dot marks a source that was
+  chosen at the freeze.
 
   Args:
     steps: `[T]` steps at which the mask was recorded, strictly increasing.
@@ -128,9 +134,12 @@ def history_figure(
     stages: `[L]` stage numbers from 0, never decreasing; None: unknown.
     title: the headline, one line.
 
+  Returns:
+    The figure.
+
   Raises:
-    ValueError: lengths or shapes differ, steps do not increase, or a source is
-      no earlier one.
+    ValueError: lengths or shapes differ, steps do not increase, stages
+      decrease, or a source is not earlier than its block.
   """
   layout.check_blocks(sources, stages, None)
   count = len(sources)
@@ -141,7 +150,7 @@ def history_figure(
     raise ValueError('steps must increase strictly')
   picked = np.linspace(0, time.size - 1, _MOMENTS).round().astype(int)
   time, real = time[np.unique(picked)], real[np.unique(picked)]
-  # A strip's color changes half way between two records.
+  # A strip's colour changes half way between two records.
   first = time[0] - 1 if time.size == 1 else time[0]
   bounds = np.array([first, *(time[1:] + time[:-1]) / 2, time[-1]])
   able = [t for t, row in enumerate(sources, start=1) if len(row) < t]
@@ -217,7 +226,7 @@ def _draw_entropy(
 def _draw_mask(
   page: Page, x: float, y: float, panel: Panel, name: str
 ) -> cm.ScalarMappable:
-  """Draws the right panel of the run at (x, y): r, the chosen marked."""
+  """Draws the right panel of the run at (x, y): r, with dots for the chosen."""
   left = x + 290
   axes = page.inset(left, y, _SIDE, _SIDE)
   source = 'branch before' if panel.branches else 'source'
@@ -242,7 +251,7 @@ def _draw_mask(
   axes.set_yticks(starts[shown], [str(blocks[i]) for i in shown])
   every = 1 if sources <= 8 else 4 if sources <= 24 else 10
   ticks = range(0, sources, every)
-  if panel.branches:  # they count from 1 in pictures
+  if panel.branches:  # which count from 1 in pictures
     axes.hlines(starts[1:] - 0.5, -0.5, sources - 0.5, color='white', lw=1)
     axes.set_xticks(ticks, [str(tick + 1) for tick in ticks])
   else:
@@ -259,19 +268,20 @@ def _draw_strip(
 
   Args:
     strip: the axes.
-    bounds: float [T + 1], the steps between which each value is drawn.
+    bounds: float [T + 1]; value t lies between steps bounds[t] and
+      bounds[t + 1].
     values: float [S, T], r of each source.
-    chosen: the sources that the freeze kept.
+    chosen: the sources that were chosen at the freeze.
 
   Returns:
-    The cells, for their scale of colours.
+    The cells, which a scale of colours needs.
   """
   count = len(values)
   cells = strip.pcolormesh(
     bounds, np.arange(count + 1) - 0.5, values, cmap=paper.REAL_MASK
   )
   cells.set(clim=(0, 1), rasterized=True)
-  # The source of each rank, [S, T]; the latest of equals comes first.
+  # The source of each rank, [S, T]. Of equals, the latest comes first.
   order = count - 1 - np.argsort(-values[::-1], axis=0, kind='stable')
   width = float(np.clip(36 / count, 0.9, 2.2))
   for source in range(count):

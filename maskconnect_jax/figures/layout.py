@@ -1,7 +1,7 @@
-"""Where the blocks, branches and edges of a topology stand on a page.
+"""Places the blocks, branches and edges of a topology on a page.
 
-Nothing is drawn here. Places and sizes are in points, from the lower left
-corner of the page.
+Nothing is drawn here. Places and sizes are in points; places are measured from
+the lower left corner of the page.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import numpy as np
 Ints = Sequence[int]
 BlockSources = Sequence[Ints]
 BranchSources = Sequence[Sequence[Ints]]
-Sources = Sequence[Sequence[Any]]  # one of the two
+Sources = Sequence[Sequence[Any]]  # BlockSources or BranchSources
 Point = tuple[float, float]
 
-STAGE = 47  # the height of the stages' names
-_LEFT, _WIDTH = 44, 632  # the stem's place, and the way to the head
+STAGE = 47  # y of the stages' names
+_LEFT, _WIDTH = 44, 632  # x of the stem, and distance from stem to head
 
 
 @dataclasses.dataclass(frozen=True)
 class Node:
-  """The stem, a block, a branch or the head, and where it stands.
+  """The stem, a block, a branch or the head, and its place.
 
   Attributes:
     name: 'stem', 'head', a block such as '3', or a branch such as '3.2'.
-    x: in points.
-    y: in points.
-    color: of the stage, or ink.
-    live: whether the output depends on it.
+    x: of the node's middle, in points.
+    y: of the node's middle, in points.
+    color: of its stage, or ink.
+    live: whether the network's output depends on the node.
   """
 
   name: str
@@ -42,12 +42,12 @@ class Node:
 
   @property
   def fixed(self) -> bool:
-    """Whether it is the stem or the head."""
+    """Whether the node is the stem or the head."""
     return self.name in ('stem', 'head')
 
   @property
   def gid(self) -> str:
-    """The id in the SVG."""
+    """The node's id in the SVG."""
     if self.fixed:
       return self.name
     kind = 'branch' if '.' in self.name else 'block'
@@ -56,13 +56,13 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Edge:
-  """A source that a target takes.
+  """An edge: a source that a target takes.
 
   Attributes:
-    source: where it begins.
-    target: where it ends.
-    curve: the four points of a Bézier curve from one to the other.
-    real: its entry of the real mask; None: unknown.
+    source: the node where the edge begins.
+    target: the node where the edge ends.
+    curve: the four points of a Bézier curve from source to target.
+    real: the edge's entry r of the real mask; None: unknown.
     chosen: False for an edge that every topology has.
   """
 
@@ -74,7 +74,7 @@ class Edge:
 
   @property
   def live(self) -> bool:
-    """Whether the output depends on it."""
+    """Whether the network's output depends on the edge."""
     return self.source.live and self.target.live
 
 
@@ -83,12 +83,12 @@ class Graph:
   """The nodes and edges of a topology, each in its place.
 
   Attributes:
-    nodes: all of them.
-    edges: all of them.
-    columns: [L + 2] the places of stem, blocks and head.
-    size: of a node, in points.
-    low: the lowest middle of a node.
-    high: where the drawing ends.
+    nodes: all nodes: first the stem, last the head.
+    edges: all edges.
+    columns: [L + 2], x of stem, blocks and head in points.
+    size: diameter of a node in points.
+    low: y of the lowest node's middle.
+    high: y of the top of the drawing.
     subtitle: the counts of nodes and edges.
   """
 
@@ -102,17 +102,17 @@ class Graph:
 
   @property
   def gap(self) -> float:
-    """Between the middles of two blocks."""
+    """Distance between the middles of neighbouring blocks, in points."""
     return self.columns[1] - self.columns[0]
 
   @property
   def boldness(self) -> float:
-    """Up to 1: many edges must be thin and light."""
+    """A factor up to 1 that makes many edges thin and light."""
     return min(1.0, (60 / len(self.edges)) ** 0.5)
 
 
 def has_branches(sources: Sources) -> bool:
-  """Returns whether sources are those of branches: rows of rows of numbers."""
+  """Returns whether sources are of branches: rows of rows of numbers."""
   return any(
     isinstance(one, Sequence | np.ndarray) for row in sources for one in row
   )
@@ -124,13 +124,13 @@ def check_blocks(
   """Checks a block-level topology.
 
   Args:
-    sources: `[L]` rows.
-    stages: `[L]` or None.
-    real_mask: `[L, L]` or None.
+    sources: `[L]` rows: `sources[t]` are the sources of block t + 1.
+    stages: `[L]` stage numbers; None: unknown.
+    real_mask: `[L, L]` (target block, source); None: unknown.
 
   Raises:
-    ValueError: lengths or shapes differ, stages decrease, or a source is no
-      earlier one.
+    ValueError: lengths or shapes differ, stages decrease, a row is empty or
+      names a source twice, or a source is not earlier than its block.
   """
   count = len(sources)
   _check_stages(stages, count)
@@ -146,13 +146,15 @@ def check_branches(
   """Checks a branch-level topology.
 
   Args:
-    sources: `[L-1][C]` rows.
-    stages: `[L]` or None.
-    real_mask: `[L-1, C, C]` or None.
+    sources: `[L-1][C]` rows: `sources[i][c]` are the sources of branch c of
+      block i + 2.
+    stages: `[L]` stage numbers; None: unknown.
+    real_mask: `[L-1, C, C]` (junction, target branch, source branch); None:
+      unknown.
 
   Raises:
-    ValueError: lengths or shapes differ, stages decrease, or a source is no
-      branch.
+    ValueError: lengths or shapes differ, stages decrease, a row is empty or
+      names a source twice, or a source is no branch.
   """
   branches = len(sources[0])
   _check_stages(stages, len(sources) + 1)
@@ -186,7 +188,17 @@ def row_of_blocks(
   tints: Sequence[str],
   real_mask: np.ndarray | None,
 ) -> Graph:
-  """Places blocks in a row and edges as arcs above it."""
+  """Places blocks in a row, and edges as arcs above the row.
+
+  Args:
+    sources: `[L]` rows, as in `check_blocks`.
+    live: `[L]`, whether the network's output depends on each block.
+    tints: `[L + 2]` colours of stem, blocks and head.
+    real_mask: `[L, L]` or None, as in `check_blocks`.
+
+  Returns:
+    The graph.
+  """
   count = len(sources)
   pairs = [(int(i), t) for t, row in enumerate(sources, start=1) for i in row]
   columns = _places(count)
@@ -205,7 +217,7 @@ def row_of_blocks(
   for source, target in pairs:
     curve = _level_curve(nodes[source], nodes[target])
     if target - source > 1:
-      # The power is below 1, or short arcs would vanish among 54 blocks.
+      # With a power of 1, short arcs would vanish among 54 blocks.
       rise = peak * 4 / 3 * ((target - source) / longest) ** 0.75
       start, end = starts[source, target], ends[source, target]
       bend = 0.12 * (end - start)
@@ -230,10 +242,10 @@ def row_of_blocks(
 def _arc_feet(
   pairs: Sequence[tuple[int, int]], columns: Sequence[float], size: float
 ) -> tuple[dict[tuple[int, int], float], dict[tuple[int, int], float]]:
-  """Returns where the arc of each (source, target) starts and where it ends.
+  """Returns x of the start and of the end of the arc of each (source, target).
 
-  Arcs leave a node on its right and come in on its left, the longest in the
-  middle, so that those of one node do not cross.
+  Arcs leave a node on its right and arrive on its left. The longest arc is the
+  nearest to the node's middle, so that the arcs of one node do not cross.
   """
   starts, ends = {}, {}
   for node, x in enumerate(columns):
@@ -252,7 +264,18 @@ def columns_of_branches(
   tints: Sequence[str],
   real_mask: np.ndarray | None,
 ) -> Graph:
-  """Places every block as a column of branches, the first one on top."""
+  """Places every block as a column of branches, the first branch on top.
+
+  Args:
+    sources: `[L-1][C]` rows, as in `check_branches`.
+    live: `[L]` rows: the branches of each block that the network's output
+      depends on.
+    tints: `[L + 2]` colours of stem, blocks and head.
+    real_mask: `[L-1, C, C]` or None, as in `check_branches`.
+
+  Returns:
+    The graph.
+  """
   blocks, branches = len(sources) + 1, len(sources[0])
   columns = _places(blocks)
   row = min(34.0, 330 / branches)
@@ -298,7 +321,7 @@ def columns_of_branches(
 
 
 def _places(blocks: int) -> list[float]:
-  """Returns the places of the stem, the blocks and the head."""
+  """Returns x of the stem, the blocks and the head, in points."""
   gap = _WIDTH / (blocks + 1)
   return [_LEFT + gap * i for i in range(blocks + 2)]
 
@@ -308,7 +331,7 @@ def _fixed_edge(source: Node, target: Node) -> Edge:
 
 
 def _level_curve(source: Node, target: Node) -> list[Point]:
-  """Returns a curve that leaves and arrives level."""
+  """Returns a Bézier curve that is horizontal at both ends."""
   middle = (source.x + target.x) / 2
   return [
     (source.x, source.y),
@@ -319,7 +342,7 @@ def _level_curve(source: Node, target: Node) -> list[Point]:
 
 
 def holds_text(size: float) -> bool:
-  """Returns whether a number of two digits fits into a node."""
+  """Returns whether a number of two digits fits into a node of this size."""
   return size >= 16
 
 
@@ -333,7 +356,7 @@ def _check_stages(stages: Ints | None, blocks: int) -> None:
 
 
 def _distinct(row: Ints, below: int) -> bool:
-  """Whether a row holds one number or more, all different, 0..below-1."""
+  """Returns whether a row is not empty, with distinct numbers in 0..below-1."""
   return 0 < len(set(row)) == len(row) and 0 <= min(row) <= max(row) < below
 
 

@@ -1,7 +1,7 @@
-"""The picture of a real mask and of the sources chosen by it.
+"""The picture of a real mask, with the chosen sources marked.
 
-At block level it is one triangle, a row for each block. At branch level it is a
-square for each junction between two blocks, a row for each branch.
+At block level it is one triangle with a row for each block. At branch level it
+is a square for each junction between two blocks, with a row for each branch.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from maskconnect_jax.figures.layout import (
 from maskconnect_jax.figures.page import Page
 
 _SIDE = 432  # of the triangle, in points
-_ACROSS = 4  # junctions side by side
-_MOST_CELLS = 5_000  # more of them are pixels in the SVG
+_ACROSS = 4  # most junctions side by side
+_MOST_CELLS = 5_000  # a mask with more cells is drawn as pixels in the SVG
 _SUBTITLE = 'real mask r: a row per'
 
 
@@ -40,14 +40,18 @@ def mask_figure(
 
   Args:
     real_mask: float in [0, 1]: `[L, L]` (target block, source), or
-      `[L-1, C, C]` (junction, target branch, source branch). Of blocks, the
+      `[L-1, C, C]` (junction, target branch, source branch). At block level,
       entries right of the diagonal do not exist and stay blank.
     sources: `[L]` or `[L-1][C]` rows, as in `topology.topology_figure`.
     stages: `[L]` stage numbers from 0, never decreasing; None: unknown.
     title: the headline, one line.
 
+  Returns:
+    The figure.
+
   Raises:
-    ValueError: lengths or shapes differ, or a source is no earlier one.
+    ValueError: lengths or shapes differ, stages decrease, or a source is not
+      earlier than its block.
   """
   real = np.asarray(real_mask)
   with style.context(paper.STYLE):
@@ -59,7 +63,12 @@ def mask_figure(
 
 
 def source_name(source: float, _: float = 0) -> str:
-  """Returns the name of a source of blocks, as a tick; 0 is the stem."""
+  """Returns the label of a block's source on an axis; source 0 is the stem.
+
+  Args:
+    source: the number of the source.
+    _: the tick's position, which matplotlib passes.
+  """
   return f'{source:g}' if source else 'stem'
 
 
@@ -84,7 +93,7 @@ def _triangle(
     left - 56, low + _SIDE / 2, 'block', ink=True, rotation=90, size=10
   )
   page.write(left + _SIDE / 2, low - 50, 'source', ink=True, size=10)
-  # The entries that do not exist leave room for the key.
+  # The key lies where entries do not exist.
   page.real_mask_bar(cells, left + _SIDE - 150, high - 30)
   page.legend(358, high - 76, {'chosen at the freeze': paper.DOT | {'ms': 9}})
   return page
@@ -93,14 +102,14 @@ def _triangle(
 def _mark_stages(
   page: Page, grid: Axes, stages: Ints, left: float, low: float
 ) -> None:
-  """Draws the bars of the stages, and steps where a stage ends."""
+  """Draws a bar for each stage, and a stepped line where a stage begins."""
   count = len(stages)
   cell = _SIDE / count
   for stage, first, last in layout.runs_of(stages):
     top = low + _SIDE - cell * (first - 1)
     bottom = low + _SIDE - cell * last
     page.stage_bar(stage, bottom, top, left - 28, upright=True)
-    if first < count:  # The last block is nobody's source.
+    if first < count:  # The last block is no block's source.
       start = left + cell * first
       page.stage_bar(stage, start, left + cell * min(last + 1, count), low - 22)
     if first > 1:
@@ -113,7 +122,7 @@ def _mark_stages(
 def _squares(
   real: np.ndarray, sources: BranchSources, stages: Ints | None, title: str
 ) -> Page:
-  """Draws the masks between branches, the junctions in reading order."""
+  """Draws a square for each junction, in reading order."""
   junctions, branches, _ = real.shape
   across = min(_ACROSS, junctions)
   pad = 40
@@ -160,14 +169,14 @@ def _draw_cells(
 
   Args:
     grid: the axes of the panel.
-    side: its width and height in points.
-    real: float [N, N] (target, source).
-    exists: bool [N, N]; other entries stay blank.
-    edges: (source, target) of the chosen entries. Targets count from 1.
+    side: width and height of the panel in points.
+    real: float [N, N] (target, source), r.
+    exists: bool [N, N]; entries that do not exist stay blank.
+    edges: (source, target) of each chosen entry. Targets count from 1.
     first: the number of the first source.
 
   Returns:
-    The cells, for their scale of colours.
+    The cells, which a scale of colours needs.
   """
   rows, columns = np.nonzero(exists)
   size = len(real)
@@ -189,7 +198,7 @@ def _draw_cells(
     ylim=(size + 0.5, 0.5),
     frame_on=False,
   )
-  # Small cells need dots that fill more of them to be seen at all.
+  # In small cells, only dots that fill more of the cell are visible.
   dot = float(np.clip(0.42 * cell, min(3.4, 0.75 * cell), 13))
   across, down = np.transpose(edges)
   grid.plot(

@@ -1,8 +1,8 @@
 """The page that every picture is drawn on, and how a picture is saved.
 
-A page is measured in points, 72 an inch, from its lower left corner.
+A page is measured in points from its lower left corner; an inch has 72 points.
 
-  with style.context(STYLE):  # or the user's own style would show
+  with style.context(STYLE):  # replaces the user's own style
     page = Page(720, 300, 'a title', 'a line below it')
     page.write(24, 100, 'some text')
   save(page.figure, 'figures/text')  # text.png and text.svg
@@ -25,7 +25,7 @@ from maskconnect_jax import files
 
 Look = dict[str, Any]
 
-# Text stays text in the SVG. The salt fixes ids that would be random.
+# Text stays text in the SVG. Without the salt, ids would be random.
 STYLE: Any = [
   'default',
   {
@@ -48,7 +48,8 @@ class Theme:
     ink: the title, and lines that belong to no stage.
     soft: all other text.
     faint: pruned parts, and frames.
-    tints: of the stages, in turn. Colour-blind readers tell them apart.
+    tints: the colours of the stages, used in turn. Colour-blind readers can
+      tell them apart.
     band: the opacity of a stage's band.
   """
 
@@ -69,7 +70,7 @@ class Theme:
     return {'color': self.faint, 'lw': 0.8, 'ls': (0, (3, 2))}
 
 
-# The colours of Okabe and Ito without the orange, which marks a choice.
+# The colours of Okabe and Ito, except the orange: it marks a choice.
 LIGHT = Theme(
   paper='#FFFFFF',
   ink='#262626',
@@ -90,19 +91,20 @@ DARK = Theme(
 
 CHOSEN = '#F0A000'
 DOT: Look = {'ls': '', 'marker': 'o', 'color': CHOSEN, 'mec': 'white'}
-# Starts off white, so that 0 differs from an entry that does not exist.
+# The first colour is no pure white, so that r = 0 differs from an entry that
+# does not exist.
 REAL_MASK = colors.LinearSegmentedColormap.from_list(
   'real_mask', ['#E8EEF5', '#9DBEDD', '#4382BA', '#08306B']
 )
 
 
 class Page:
-  """A titled figure, and axes all over it whose units are points.
+  """A titled figure with axes that cover it, in units of points.
 
   Attributes:
     figure: the figure; `save` writes it.
-    axes: the axes all over it.
-    theme: the colours.
+    axes: the axes that cover the figure.
+    theme: the colours of the page.
   """
 
   def __init__(
@@ -128,14 +130,14 @@ class Page:
   def write(
     self, x: float, y: float, text: str, *, ink: bool = False, **look: Any
   ) -> None:
-    """Writes text with its middle at (x, y), in ink or else softly.
+    """Writes text with its middle at (x, y).
 
     Args:
       x: in points.
       y: in points.
       text: one line.
-      ink: whether in the colour of the title.
-      **look: properties of matplotlib's Text that replace these.
+      ink: whether the text has the colour `theme.ink` or `theme.soft`.
+      **look: properties of matplotlib's Text, which override these.
     """
     usual: Look = {
       'ha': 'center',
@@ -145,7 +147,14 @@ class Page:
     self.axes.text(x, y, text, **(usual | look))
 
   def inset(self, x: float, y: float, width: float, height: float) -> Axes:
-    """Returns axes for a panel, with quiet ticks; in points."""
+    """Returns axes for a panel, without tick marks.
+
+    Args:
+      x: left edge in points.
+      y: lower edge in points.
+      width: in points.
+      height: in points.
+    """
     panel = self.axes.inset_axes(
       (x, y, width, height), transform=self.axes.transData
     )
@@ -158,11 +167,12 @@ class Page:
     """Draws the bar of a stage and writes its name beside it.
 
     Args:
-      stage: counts from 0.
-      low: where the bar begins.
-      high: where it ends.
-      at: its height; of an upright one, its distance from the left.
-      upright: the bar goes up and its name stands on the left, not below.
+      stage: the stage's number, from 0.
+      low: where the bar begins, in points: x, or y of an upright bar.
+      high: where the bar ends, in points: x, or y of an upright bar.
+      at: y of the bar in points, or x of an upright bar.
+      upright: whether the bar is vertical, with its name on the left. The name
+        of a horizontal bar is below it.
     """
     along, across = [low + 2, high - 2], [at, at]
     middle = (low + high) / 2
@@ -180,7 +190,13 @@ class Page:
     )
 
   def legend(self, x: float, y: float, keys: dict[str, Look]) -> None:
-    """Draws a key of lines and markers at (x, y), side by side."""
+    """Draws a key of lines and markers, side by side.
+
+    Args:
+      x: left edge in points.
+      y: lower edge in points.
+      keys: {name: properties of its matplotlib Line2D}.
+    """
     handles = [
       lines.Line2D([], [], label=name, **look) for name, look in keys.items()
     ]
@@ -206,9 +222,9 @@ class Page:
     """Draws a scale of colours.
 
     Args:
-      cells: the artist that has these colours.
+      cells: the artist that is drawn in these colours.
       box: left, bottom, width and height in points.
-      ticks: the names of some values.
+      ticks: {value: its label}.
     """
     panel = self.inset(*box)
     bar = self.figure.colorbar(cells, cax=panel, orientation='horizontal')
@@ -225,7 +241,12 @@ class Page:
 
 
 def stage_name(stage: int, room: float) -> str:
-  """Returns the name of a stage, which counts from 0, as room (points) has."""
+  """Returns the name of a stage, short enough for its place.
+
+  Args:
+    stage: the stage's number, from 0; the name counts from 1.
+    room: width of the place in points.
+  """
   return f'stage {stage + 1}' if room > 42 else f'{stage + 1}'
 
 
@@ -234,11 +255,11 @@ def save(
 ) -> list[Path]:
   """Writes a figure as PNG and SVG; equal figures give equal bytes.
 
-  Each file is complete or not there at all. Missing folders are made.
+  Each file is written completely or not at all. Missing folders are made.
 
   Args:
     figure: the figure.
-    path_without_suffix: where to; `.png` and `.svg` are added.
+    path_without_suffix: path of the files; `.png` and `.svg` are added.
 
   Returns:
     The paths of the PNG and of the SVG.
@@ -248,7 +269,7 @@ def save(
   """
   target = Path(path_without_suffix)
   rendered: dict[Path, bytes] = {}
-  # Without the version of matplotlib in the PNG and the date in the SVG.
+  # The PNG would hold matplotlib's version, and the SVG the date.
   for suffix, changing in (('png', 'Software'), ('svg', 'Date')):
     buffer = io.BytesIO()
     with style.context(STYLE):

@@ -13,27 +13,32 @@ from matplotlib.figure import Figure
 from maskconnect_jax.figures import page as paper
 from maskconnect_jax.figures.page import Page
 
-_ROW, _PANEL, _LETTER = 19, 330, 5.1  # in points; of a letter about
-_LONGEST = 64  # letters of a name
-_FOOT = 48  # below the panel, in points
+# Height of a row, width of the panel, mean width of a letter; in points.
+_ROW, _PANEL, _LETTER = 19, 330, 5.1
+_LONGEST = 64  # most letters of a name
+_FOOT = 48  # room below the panel, in points
 
 
 def figure(
   names: Sequence[str], accuracies: Sequence[Sequence[float]], title: str
 ) -> Figure:
-  """Draws accuracies, and the mean of each row as a bar across its line.
+  """Draws accuracies as dots, and the mean of each row as a bar.
 
   A row far below the others, as of a network that learned nothing, is written
   in numbers. The middle of a long name is left out. In the SVG, the dots of a
-  row have the id `row-NUMBER` and its mean the id `row-NUMBER-mean`.
+  row have the id `row-NUMBER` and its mean has the id `row-NUMBER-mean`.
 
   Args:
-    names: of the rows, drawn from top to bottom.
-    accuracies: of each row one or more, as fractions.
+    names: names of the rows, drawn from top to bottom.
+    accuracies: one or more for each row, as fractions in [0, 1].
     title: one line.
 
+  Returns:
+    The figure.
+
   Raises:
-    ValueError: not as many rows as names, none at all, or an empty one.
+    ValueError: the numbers of rows and names differ, there are no rows, or a
+      row is empty.
   """
   if len(names) != len(accuracies) or not all(map(len, accuracies)):
     raise ValueError(f'{len(names)} names for {len(accuracies)} rows')
@@ -53,7 +58,7 @@ def figure(
     panel = page.inset(left, _FOOT, _PANEL, _ROW * len(names))
     for row, values in enumerate(accuracies):
       percent = 100 * np.asarray(values)
-      if min(percent) < low:  # it would press all others together
+      if min(percent) < low:  # drawing it would squeeze all other rows
         text = ', '.join(f'{one:.1f} %' for one in percent)
         y = _FOOT + _ROW * (len(names) - row - 0.5)
         page.write(left + 4, y, f'◂ {text}', ink=True, ha='left')
@@ -64,7 +69,7 @@ def figure(
 
 
 def _shortened(name: str) -> str:
-  """Returns a name of up to `_LONGEST` letters."""
+  """Returns a name of up to `_LONGEST` letters, its middle left out if long."""
   if len(name) <= _LONGEST:
     return name
   half = _LONGEST // 2
@@ -91,7 +96,7 @@ def _draw_row(panel: Axes, row: int, percent: np.ndarray) -> None:
 
 
 def _set_scales(panel: Axes, names: Sequence[str]) -> None:
-  """Names the rows, and draws a grid of per cent behind them."""
+  """Labels the rows, and draws a grid of percentages behind them."""
   panel.set_yticks(range(len(names)), names)
   panel.set_ylim(len(names) - 0.5, -0.5)
   panel.margins(x=0.04)

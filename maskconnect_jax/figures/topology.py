@@ -1,4 +1,4 @@
-"""The picture of a topology, at block level and at branch level.
+"""The picture of a topology, at block level or at branch level.
 
 At block level the blocks stand in a row, and an edge is an arc over the blocks
 that it skips. At branch level every block is a column of branches, and an edge
@@ -19,9 +19,9 @@ from maskconnect_jax.figures import page as paper
 from maskconnect_jax.figures.layout import Edge, Graph, Ints, Sources
 from maskconnect_jax.figures.page import Look, Page, Theme
 
-_LEGEND = 12  # the height of the key, in points
+_LEGEND = 12  # y of the key, in points
 _CUBIC = [path.Path.MOVETO, *[path.Path.CURVE4] * 3]
-_UNKNOWN = 0.6  # the strength that an edge is drawn with where there is no r
+_UNKNOWN = 0.6  # the r that the strength of an edge stands for if r is unknown
 
 
 def topology_figure(
@@ -35,28 +35,33 @@ def topology_figure(
 ) -> Figure:
   """Draws which sources every block, or every branch, takes.
 
-  An edge has the colour of the stage that it feeds; where there is a real mask,
-  its width and strength follow its entry r. Pruned blocks and branches are
-  hollow and their edges dashed. Ten inches wide.
+  An edge has the colour of its target's stage. With a real mask, the width and
+  opacity of an edge grow with its entry r. Pruned blocks and branches are
+  hollow, and their edges are dashed. The figure is ten inches wide.
 
   In the SVG, a block has the id `block-NUMBER`, a branch the id
-  `branch-BLOCK.BRANCH`, and an edge the id `edge-SOURCE-TARGET` of two such
-  numbers, `stem` or `head`. The ids of pruned things end in `-pruned`.
+  `branch-BLOCK.BRANCH`, and an edge the id `edge-SOURCE-TARGET`. SOURCE and
+  TARGET are NUMBER, BLOCK.BRANCH, `stem` or `head`. The id of a pruned block,
+  branch or edge ends in `-pruned`.
 
   Args:
     sources: at block level `[L]` rows: `sources[t]` are the sources of block
       t + 1. At branch level `[L-1][C]` rows: `sources[i][c]` are the branches
       of block i + 1 that branch c of block i + 2 takes.
     stages: `[L]` stage numbers from 0, never decreasing; None: unknown.
-    live: `[L]`. At block level whether the output depends on the block, at
-      branch level on which of its branches it does.
+    live: `[L]`. At block level: whether the network's output depends on each
+      block. At branch level: the branches of each block that it depends on.
     title: the headline, one line.
     real_mask: float in [0, 1]: `[L, L]` (target block, source), or
       `[L-1, C, C]` (junction, target branch, source branch).
     theme: the colours; `page.DARK` is for dark slides.
 
+  Returns:
+    The figure.
+
   Raises:
-    ValueError: lengths or shapes differ, or a source is no earlier one.
+    ValueError: lengths or shapes differ, stages decrease, or a source is not
+      earlier than its block.
   """
   if layout.has_branches(sources):
     layout.check_branches(sources, stages, real_mask)
@@ -88,7 +93,7 @@ def _tints(
 
 
 def _draw_bands(page: Page, graph: Graph, stages: Ints) -> None:
-  """Draws a band behind the blocks of every stage, its name at the foot."""
+  """Draws a band behind the blocks of every stage, with its name below."""
   for stage, first, last in layout.runs_of(stages):
     left = graph.columns[first] - graph.gap / 2 + 1.5
     right = graph.columns[last] + graph.gap / 2 - 1.5
@@ -116,7 +121,7 @@ def _draw_bands(page: Page, graph: Graph, stages: Ints) -> None:
 
 
 def _draw_edges(page: Page, graph: Graph) -> None:
-  """Draws every edge, the long and the weak ones below the others."""
+  """Draws every edge: long edges behind short ones, weak ones behind strong."""
   for edge in sorted(graph.edges, key=_depth):
     color = edge.target.color if edge.chosen else page.theme.soft
     look = {'color': color, **_strength(edge.real, graph.boldness)}
@@ -136,12 +141,12 @@ def _draw_edges(page: Page, graph: Graph) -> None:
 
 
 def _depth(edge: Edge) -> tuple[float, float]:
-  """Sorts edges from the back to the front."""
+  """Returns a key that sorts edges from the back to the front."""
   return edge.source.x - edge.target.x, edge.real or 0
 
 
 def _strength(real: float | None, boldness: float) -> Look:
-  """Returns the width and opacity of an edge of entry r, or of an unknown."""
+  """Returns the width and opacity of an edge with entry r; None: unknown."""
   share = _UNKNOWN if real is None else real
   return {
     'lw': (0.6 + 2.8 * share) * (0.3 + 0.7 * boldness),
@@ -150,7 +155,7 @@ def _strength(real: float | None, boldness: float) -> Look:
 
 
 def _draw_nodes(page: Page, graph: Graph) -> None:
-  """Draws stem, head and every block or branch, and writes their numbers."""
+  """Draws stem, head and every block or branch, and writes their names."""
   inside = layout.holds_text(graph.size)
   for node in graph.nodes:
     look: Look = {'color': node.color, 'mec': page.theme.paper, 'mew': 1.2}
@@ -176,7 +181,7 @@ def _draw_nodes(page: Page, graph: Graph) -> None:
         va='center_baseline',
         zorder=5,
       )
-  # Flush with the squares, so that no edge and no band runs into the words.
+  # The words are flush with the squares, so that no edge or band meets them.
   half = max(graph.size, 12) / 2
   stem, head = graph.nodes[0], graph.nodes[-1]
   page.write(stem.x + half, stem.y - half - 10, 'stem', ha='right')
@@ -185,7 +190,7 @@ def _draw_nodes(page: Page, graph: Graph) -> None:
 
 
 def _write_blocks(page: Page, graph: Graph) -> None:
-  """Writes the numbers of the blocks below them, unless they hold theirs."""
+  """Writes the blocks' numbers below them, unless the nodes hold them."""
   by_branches = any('.' in node.name for node in graph.nodes)
   if layout.holds_text(graph.size) and not by_branches:
     return
@@ -199,7 +204,7 @@ def _write_blocks(page: Page, graph: Graph) -> None:
 
 
 def _draw_key(page: Page, graph: Graph, edge: str, tint: str) -> None:
-  """Draws the key: an edge, its strengths if known, and pruned parts."""
+  """Draws the key: an edge, the strengths of r if known, and pruned parts."""
   bold = max(graph.boldness, 0.6)
   keys: dict[str, Look] = {edge: {'color': tint, **_strength(None, bold)}}
   if any(edge.real is not None for edge in graph.edges):
