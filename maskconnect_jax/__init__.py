@@ -20,8 +20,8 @@ __all__ = [
   'prune',
 ]
 
-# Imported at their first use: a command is to answer signals before the
-# seconds that importing JAX takes.
+# The module of each public name, imported at the name's first use. Importing
+# JAX takes seconds, and a command must answer signals before they are over.
 _MODULES = {
   'MaskedStack': 'method.stack',
   'create_model': 'networks.models',
@@ -33,7 +33,11 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-  """Returns what `__all__` names."""
+  """Imports and returns a name of `__all__`.
+
+  Raises:
+    AttributeError: `__all__` does not hold the name.
+  """
   if name not in _MODULES:
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
   value = getattr(importlib.import_module(f'{__name__}.{_MODULES[name]}'), name)

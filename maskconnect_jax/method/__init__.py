@@ -1,1 +1,1 @@
-"""What the papers say: draw, sum, freeze, prune. No config, no data."""
+"""The papers' method: draw, sum, freeze, prune. It reads no config, no data."""

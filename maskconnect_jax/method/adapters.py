@@ -1,4 +1,4 @@
-"""A, the adapters: they bring a source to the shape of a block's input."""
+"""The adapters A: each brings a source to the shape of a block's input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from maskconnect_jax import backend
 
 
 def zero_pad_channels(x: jax.Array, features: int) -> jax.Array:
-  """Returns [..., C] with zero channels appended up to `features`."""
+  """Returns x, [..., C], with zero channels appended: [..., features]."""
   missing = features - x.shape[-1]
   if missing == 0:
     return x
@@ -21,10 +21,11 @@ def zero_pad_channels(x: jax.Array, features: int) -> jax.Array:
 
 
 def average_pool_to(x: jax.Array, height: int, width: int) -> jax.Array:
-  """Average-pools [N, H, W, C] to [N, height, width, C], windows side by side.
+  """Average-pools x, [N, H, W, C], to [N, height, width, C].
 
-  At the border of a size that does not divide, the mean is over the pixels
-  that are there.
+  The windows lie side by side and have ceil(H / height) by ceil(W / width)
+  pixels. A window that reaches beyond the border is averaged over its pixels
+  inside the image.
   """
   window = (math.ceil(x.shape[1] / height), math.ceil(x.shape[2] / width))
   if window == (1, 1):
@@ -33,12 +34,24 @@ def average_pool_to(x: jax.Array, height: int, width: int) -> jax.Array:
 
 
 class PoolAdapter(nnx.Module):
-  """A without parameters: average pool; the stack appends zero channels."""
+  """The adapter without parameters: an average pool.
+
+  It keeps the channels; the stack appends zero channels.
+  """
 
   def __call__(
     self, x: jax.Array, shape: tuple[int, ...], source: int
   ) -> jax.Array:
-    """Returns source `source`, x [N, H, W, C], as [N, h, w, C]."""
+    """Returns the source pooled to a block's height and width.
+
+    Args:
+      x: the source, [N, H, W, C].
+      shape: the shape of the block's input, [N, h, w, c].
+      source: the number of the source; not used.
+
+    Returns:
+      [N, h, w, C], in x's dtype.
+    """
     del source
     return average_pool_to(x, *shape[1:3])
 
@@ -46,14 +59,19 @@ class PoolAdapter(nnx.Module):
 def pooled_furthest(
   forms: Sequence[jax.Array], shape: tuple[int, ...]
 ) -> jax.Array:
-  """Returns the form of a source that is to be pooled on.
+  """Returns the smallest form of a source that can be pooled to a shape.
 
-  Where windows of one size cover a form, the mean of their means is the mean
-  of the form's pixels. The last such form has the fewest pixels to read.
+  A form is the source pooled to one shape. Where windows of equal size cover a
+  form, the mean of the windows' means is the mean of the form's pixels. So a
+  form can be pooled again in place of the source. The last form that fits has
+  the fewest pixels to read.
 
   Args:
-    forms: the source, [N, H, W, C], and the forms it was pooled to so far.
-    shape: [N, h, w, c], the shape that is wanted.
+    forms: the source, [N, H, W, C], then its forms in the order they were made.
+    shape: the shape to pool to, [N, h, w, c].
+
+  Returns:
+    One of `forms`.
   """
   found, *others = forms
   for form in others:
@@ -63,14 +81,14 @@ def pooled_furthest(
 
 
 def _tiles(small: tuple[int, ...], large: tuple[int, ...]) -> bool:
-  """Returns whether windows of one size cover `large`, one for each pixel."""
+  """Returns whether equal windows cover `large`, one per pixel of `small`."""
   return large[1] % small[1] == 0 and large[2] % small[2] == 0
 
 
 class ProjectionAdapter(nnx.Module):
-  """A with parameters: average pool, then a 1x1 convolution.
+  """The adapter with parameters: an average pool, then a 1x1 convolution.
 
-  There is one for each source and each wider shape it is brought to.
+  Each pair of a source and a larger number of channels has its own convolution.
   """
 
   def __init__(
@@ -80,7 +98,8 @@ class ProjectionAdapter(nnx.Module):
 
     Args:
       features: channels of sources 0..L.
-      projection: makes a module from so many channels to so many.
+      projection: called with a source's channels and a block's channels; it
+        returns the module that maps the first to the second.
     """
     self.features = tuple(features)
     self.projections = nnx.Dict(
@@ -94,7 +113,13 @@ class ProjectionAdapter(nnx.Module):
   def __call__(
     self, x: jax.Array, shape: tuple[int, ...], source: int
   ) -> jax.Array:
-    """Returns source `source`, x [N, H, W, C], in the shape [N, h, w, c]."""
+    """Returns the source in the shape of a block's input.
+
+    Args:
+      x: the source, [N, H, W, C].
+      shape: the shape of the block's input, [N, h, w, c].
+      source: the number of the source.
+    """
     if x.shape == shape:
       return x
     return self.projections[f'source{source}_to{shape[-1]}'](
@@ -102,7 +127,12 @@ class ProjectionAdapter(nnx.Module):
     )
 
   def prune(self, edges: set[tuple[int, int]]) -> None:
-    """Drops the projections that no (source, target source) edge uses."""
+    """Drops the projections that no edge uses.
+
+    Args:
+      edges: pairs (source, target). The target is the number of the source
+        before the block; the block's input has that source's shape.
+    """
     used = {
       f'source{source}_to{self.features[target]}' for source, target in edges
     }

@@ -4,10 +4,10 @@
   dloss/dy_i = sum_j w[j, i] * g_j,   g_j = dloss/dx_j             backward
   dloss/dw[j, i] = <g_j, y_i>, for drawn and undrawn i alike
 
-Autodiff would compute the last line entry by entry, and read a g and a y for
-each. Here the entries of a block are computed when the backward pass comes to
-the block. They are accumulated in float32 also where the activations are
-bfloat16, whose 8 bits would lose nearly all of it.
+Autodiff would compute the last line entry by entry, and would read one g and
+one y for each entry. Here all entries of a block are computed when the backward
+pass reaches the block. They are accumulated in float32 even if the activations
+are bfloat16: its 8 bits of precision would lose nearly all of the sum.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ def masked_sum(
   """Returns the sum of the sources, each times its weight.
 
   Args:
-    weights: float32 [n, batch], a weight of each source in each image; see
+    weights: float32 [n, batch], the weight of each source in each image; see
       `backend.rows_for_images`.
     sources: n arrays of one shape and dtype, [batch, ...].
 
   Returns:
-    An array of a source's shape, in float32 or better. The caller adds other
-    sums to it before it rounds.
+    An array of a source's shape, in float32, or in float64 for float64. The
+    caller adds other sums to it before rounding to the sources' dtype.
   """
   return backend.sum_in_parts(_traced_once, weights, sources)
 
@@ -76,24 +76,30 @@ _traced_once = backend.traced_once()(_sum)
 
 
 def _beside(weights: jax.Array, x: jax.Array) -> jax.Array:
-  """Returns weights [n, batch] such that each multiplies x, [batch, ...]."""
+  """Returns weights, [n, batch], with axes of length 1 appended.
+
+  Each row then multiplies x, [batch, ...].
+  """
   return weights.reshape(*weights.shape, *[1] * (x.ndim - 1))
 
 
 def _exact(dtype: DTypeLike) -> jnp.dtype:
-  """Returns float32, or float64 for float64: what sums are accumulated in."""
+  """Returns the dtype that sums are accumulated in: float32 or float64."""
   return jnp.promote_types(dtype, jnp.float32)
 
 
 def static_sum(sources: Sequence[jax.Array], scale: float) -> jax.Array:
-  """Returns the scaled sum of the sources of a frozen block.
+  """Returns c * sum_i y_i, the scaled sum of the sources of a frozen block.
 
-  One source with scale 1 is returned as it is: Fixed-Prev is the ordinary
-  network to the bit.
+  One source with scale 1 is returned unchanged. So Fixed-Prev equals the
+  ordinary network to the bit.
 
   Args:
-    sources: at least one array, all of one shape and dtype.
+    sources: the y_i, at least one array, all of one shape and dtype.
     scale: c, 1 or 1/k.
+
+  Returns:
+    An array of a source's shape and dtype.
   """
   if len(sources) == 1:
     return sources[0] if scale == 1 else sources[0] * scale

@@ -1,4 +1,4 @@
-"""The method: which earlier blocks feed each block, learned by gradient.
+"""The method: gradients learn which sources feed each block.
 
 Karim Ahmed, Lorenzo Torresani, "MaskConnect: Connectivity Learning by Gradient
 Descent", ECCV 2018, arXiv 1807.11473.
@@ -11,18 +11,18 @@ only, so `valid[t, i]` is False wherever i > t.
 The real mask begins as r = initial(key, valid, center, spread). One step of the
 connectivity phase is, in the names used below:
 
-  b   = draw(key, r, valid, K, T)               K of p ∝ r^(1/T) for each row
+  b   = draw(key, r, valid, K, T)               K sources a row, p ∝ r^(1/T)
   p   = proxy(r, b, valid, 'normalized')        r / sum(r)
   b   = straight_through(p, b)                  b; its gradient goes to p
   x_j = c * sum_i b[j, i] * A(y_i),   y_j = F_j(x_j)
   r   = project(r - rate * dloss/dr, valid)     into the box [0, 1]
 
 `Wiring.draw` runs the first three lines, `MaskedStack` the fourth and the
-optimizer the last. T falls from 1 during the phase. At its end
-`top_k(r, valid, K)` is the mask that is fine-tuned, as a static `topology`.
+optimizer the last. T falls from 1 during the phase. At its end the mask
+`top_k(r, valid, K)` becomes a static `topology`, which is then fine-tuned.
 
-All functions take leading axes: a branch-level r is [L-1, C, C], a matrix for
-each two consecutive blocks, and all of its entries are valid.
+The functions of masks accept leading axes. A branch-level r is [L-1, C, C]: one
+matrix for each two consecutive blocks. All of its entries are valid.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Below it an entry draws as if it stood here, so that k_j distinct sources
-# can be drawn from every row, also from one that is all zero.
+# An entry below the floor is drawn as if it were the floor. So k_j distinct
+# sources can be drawn from every row, even from a row of zeros.
 PROBABILITY_FLOOR = 1e-6
 
 
@@ -45,17 +45,20 @@ def valid_sources(
   stem_source: bool = True,
   stages: Sequence[int] | None = None,
 ) -> tuple[tuple[bool, ...], ...]:
-  """Returns which sources each block may take, as an [L, L] table.
+  """Returns which sources each block may take.
 
   Args:
     num_blocks: L.
     stem_source: whether blocks after the first may take the stem (source 0).
-    stages: the shape class of sources 0..L-1; if given, block j may only take
-      sources that have the class of its input, which is that of source j-1.
+    stages: the shape class of each source 0..L-1. If given, block j may take
+      only sources of the same class as source j-1, whose shape its input has.
+
+  Returns:
+    A table of bool, [L, L]: row j-1 belongs to block j, column i to source i.
   """
 
   def allowed(target: int, source: int) -> bool:
-    if source == target:  # the block before: always there, so no row is empty
+    if source == target:  # the block before is always valid: no row is empty
       return True
     return (
       source < target
@@ -72,19 +75,42 @@ def valid_sources(
 def valid_branches(
   num_blocks: int, branches: int
 ) -> tuple[tuple[tuple[bool, ...], ...], ...]:
-  """Returns the same for branches, [L-1, C, C]: any of the block before."""
+  """Returns which branches each branch may take: all of the block before.
+
+  Args:
+    num_blocks: L.
+    branches: C.
+
+  Returns:
+    A table of bool, [L-1, C, C], all True.
+  """
   return (((True,) * branches,) * branches,) * (num_blocks - 1)
 
 
 def fan_in_of(valid: Any, fan_in: int) -> np.ndarray:
-  """Returns k_j = min(K, valid sources of block j), int [..., L]."""
+  """Returns k_j = min(K, number of valid sources of row j), int [..., rows].
+
+  Args:
+    valid: bool [..., rows, sources].
+    fan_in: K.
+  """
   return np.minimum(fan_in, np.sum(valid, -1, dtype=np.int64))
 
 
 def initial(
   key: jax.Array, valid: Any, *, center: float, spread: float
 ) -> jax.Array:
-  """Returns r before training, float32: center +- spread, projected."""
+  """Returns r before training: uniform in center ± spread, then projected.
+
+  Args:
+    key: a PRNG key.
+    valid: bool [..., rows, sources].
+    center: the mean of the entries.
+    spread: half the width of the uniform noise.
+
+  Returns:
+    float32, of `valid`'s shape.
+  """
   valid = jnp.asarray(valid)
   noise = jax.random.uniform(key, valid.shape, minval=-spread, maxval=spread)
   return project(center + noise, valid)
@@ -99,16 +125,17 @@ def draw(
 ) -> jax.Array:
   """Draws k_j distinct sources per row, without replacement, p ∝ r^(1/T).
 
-  Perturbing log r by Gumbel noise and keeping the k largest is the same as
-  drawing one source after the other from r / sum(r) of those that are left
-  (Kool, van Hoof, Welling, "Stochastic Beams and Where to Find Them", 2019).
+  Gumbel noise is added to log(r) / T, and the k_j largest scores of each row
+  are kept. This equals drawing one source after another, each from the sources
+  that are left, with p ∝ r^(1/T) (Kool, van Hoof, Welling, "Stochastic Beams
+  and Where to Find Them", 2019).
 
   Args:
-    key: a PRNG key; one draw serves every example of a step.
+    key: a PRNG key. One draw serves all images of a step.
     real_mask: r, float [..., rows, sources].
     valid: bool, of r's shape.
     fan_in: K.
-    temperature: T; 1 draws by r itself, less sharpens the draw.
+    temperature: T > 0. T = 1 draws with p ∝ r; a smaller T sharpens the draw.
 
   Returns:
     b, of r's shape and dtype, with exactly k_j ones in row j.
@@ -121,17 +148,21 @@ def draw(
 def top_k(scores: jax.Array, valid: Any, fan_in: int) -> jax.Array:
   """Returns ones at the k_j largest valid scores of each row, else zeros.
 
-  Of equal scores the latest source is kept: clipping makes ties at 0 and 1 of
-  a real mask common.
+  Of equal scores the latest source is kept. Ties are common in a real mask:
+  clipping leaves many entries at 0 or 1.
 
   Args:
-    scores: float [..., rows, sources]; a real mask, say.
+    scores: float [..., rows, sources], such as a real mask.
     valid: bool, of the same shape.
     fan_in: K.
+
+  Returns:
+    A mask of the scores' shape and dtype.
   """
   valid = jnp.asarray(valid)
   num_sources = scores.shape[-1]
-  # lax.top_k prefers the lower index among equals: turned round, the latest.
+  # Of equal scores lax.top_k keeps the lowest index. In a reversed row the
+  # lowest index is the latest source.
   backwards = jnp.flip(jnp.where(valid, scores, -jnp.inf), -1)
   _, picked = jax.lax.top_k(backwards, min(fan_in, num_sources))
   ones = jax.nn.one_hot(
@@ -144,9 +175,9 @@ def top_k(scores: jax.Array, valid: Any, fan_in: int) -> jax.Array:
 def proxy(
   real_mask: jax.Array, mask: jax.Array, valid: Any, gradient: str
 ) -> jax.Array:
-  """Returns the function of r that `straight_through` hands the gradient to.
+  """Returns the function of r to which `straight_through` gives the gradient.
 
-  With g = dloss/db, an entry of r then gets
+  With g = dloss/db, the gradient of an entry of r is
 
     'all':         g
     'drawn':       g where drawn, else 0
@@ -158,11 +189,14 @@ def proxy(
     real_mask: r, float [..., rows, sources], 0 where not valid.
     mask: b, drawn, of r's shape.
     valid: bool, of r's shape.
-    gradient: one of the above.
+    gradient: 'all', 'drawn', 'centered' or 'normalized'.
+
+  Returns:
+    float, of r's shape.
   """
   valid = jnp.asarray(valid)
   total = jnp.sum(real_mask, -1, where=valid, keepdims=True)
-  # Only their gradients are used: a compiled step computes none of the values.
+  # Only the gradients are used: a compiled step computes none of these values.
   return {
     'all': real_mask,
     'drawn': real_mask * mask,
@@ -177,8 +211,13 @@ def proxy(
 def straight_through(proxy: jax.Array, mask: jax.Array) -> jax.Array:
   """Returns `mask`; backward, dloss/db goes to `proxy` unchanged.
 
-  Bengio, Léonard, Courville, "Estimating or Propagating Gradients Through
-  Stochastic Neurons", 2013. An undrawn source can thus earn its way in.
+  So the entry of an undrawn source gets a gradient, too. Bengio, Léonard,
+  Courville, "Estimating or Propagating Gradients Through Stochastic Neurons",
+  2013.
+
+  Args:
+    proxy: a function of r, of b's shape; see `proxy`.
+    mask: b, drawn.
   """
   del proxy
   return mask
@@ -194,21 +233,24 @@ def project(real_mask: jax.Array, valid: Any) -> jax.Array:
   return jnp.where(jnp.asarray(valid), jnp.clip(real_mask, 0, 1), 0)
 
 
-# Rules to compare with, as masks of the same kind.
+# The masks of the fixed rules, with which the learned wiring is compared.
 
 
 def fixed_prev(valid: Any) -> jax.Array:
-  """Each block takes the one before: the ordinary network."""
+  """Returns the mask in which block j takes source j-1: the ordinary network.
+
+  At the branch level, each branch takes the branch of the same number.
+  """
   valid = jnp.asarray(valid)
   return jnp.broadcast_to(jnp.eye(valid.shape[-1]), valid.shape)
 
 
 def fixed_random(key: jax.Array, valid: Any, fan_in: int) -> jax.Array:
-  """Each block takes k_j sources drawn uniformly, once."""
+  """Returns a mask in which block j takes k_j uniformly drawn sources."""
   valid = jnp.asarray(valid)
   return draw(key, jnp.ones(valid.shape, jnp.float32), valid, fan_in)
 
 
 def fixed_all(valid: Any) -> jax.Array:
-  """Each block takes every valid source."""
+  """Returns the mask in which each block takes every valid source."""
   return jnp.asarray(valid, jnp.float32)

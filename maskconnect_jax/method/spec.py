@@ -1,7 +1,7 @@
-"""What is chosen of a wiring: one object, the one place of each default.
+"""The choices of a wiring and their defaults, in one object.
 
 A config becomes a `WiringSpec`, `create_model` and the stacks take one, and
-model.json stores one. The tuples below name what there is to choose from.
+model.json stores one. The tuples below list the values of each choice.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ GRADIENTS = ('all', 'drawn', 'centered', 'normalized')
 SCALES = ('mean', 'sum')  # of the K terms
 IDENTITIES = ('1/K', '1/C')  # s, at the branch level
 
-# Of the network around the wiring.
+# Choices of the network around the wiring.
 ADAPTERS = ('pool', 'projection', 'same_stage')
 REMATS = ('none', 'block')
 VERSIONS = ('1', '2')
@@ -47,21 +47,24 @@ class WiringSpec:
   """How a stack of blocks is wired.
 
   Attributes:
-    level: 'block', where each block picks earlier blocks, or 'branch', where
-      each branch of a ResNeXt picks branches of the block before.
-    fan_in: K, sources per block or branch; a block with fewer takes them all.
-    rule: 'learned'; 'fixed_prev', the block before, or the branch of the same
-      number; 'fixed_random', K drawn once; 'fixed_all', every valid source; or
-      'fixed_given', those of the topology that is given beside the spec.
+    level: 'block': each block picks sources; or 'branch': each branch of a
+      ResNeXt picks branches of the block before.
+    fan_in: K >= 1, the sources of each block or branch. A block with fewer
+      valid sources takes all of them.
+    rule: which sources a block or branch takes. 'learned': the learned ones;
+      'fixed_prev': the block before, or the branch of the same number;
+      'fixed_random': K sources, drawn once; 'fixed_all': every valid source;
+      'fixed_given': the sources of a topology that is passed beside the spec.
     gradient: how dloss/db reaches the real mask; see `connectivity.proxy`.
     temperature: T of the last draws, in [1e-6, 1]; see `temperature_at`.
-    initial: where the entries of the real mask start, in [0, 1].
-    initial_spread: half the width of the uniform noise added there.
+    initial: the first value of the real mask's entries, in [0, 1].
+    initial_spread: half the width of the uniform noise added to `initial`.
     scale: c, at level 'block': 'mean' (1/k_j) or 'sum' (1).
     identity: s, at level 'branch': '1/K' or '1/C'.
 
   Raises:
-    InputError: a value is not one of the above, or is of the other level.
+    InputError: a value is not allowed, or a field of the other level is not at
+      its default.
   """
 
   level: str = 'block'
@@ -78,7 +81,7 @@ class WiringSpec:
     for name, known in _CHOICES.items():
       limits.choice(name, getattr(self, name), known)
     number = limits.whole('fan_in', self.fan_in, 1, limits.MAX_FAN_IN)
-    object.__setattr__(self, 'fan_in', number)  # of Python, for JSON
+    object.__setattr__(self, 'fan_in', number)  # a Python int, for JSON
     for name, bounds in _BOUNDS.items():
       value = limits.number(name, getattr(self, name), *bounds)
       object.__setattr__(self, name, value)
@@ -91,7 +94,7 @@ class WiringSpec:
         )
 
   def temperature_at(self, progress: Any) -> Any:
-    """Returns T, which falls geometrically from 1 to `temperature`.
+    """Returns T = temperature^progress, which falls from 1 to `temperature`.
 
     Args:
       progress: the share of the connectivity phase that is over, in [0, 1]; a
@@ -100,7 +103,7 @@ class WiringSpec:
     return self.temperature**progress
 
   def to_dict(self) -> dict[str, Any]:
-    """Returns the fields that this level has, plain enough for JSON."""
+    """Returns the fields of the spec's level by name, as JSON values."""
     return {name: getattr(self, name) for name in fields_of(self.level)}
 
 

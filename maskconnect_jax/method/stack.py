@@ -1,4 +1,4 @@
-"""Any list of blocks, each fed by the masked sum of earlier outputs."""
+"""Blocks of any kind in a row, each fed by a masked sum of sources."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from maskconnect_jax.method.wiring import Wiring
 
 
 class Pruned(nnx.Module):
-  """What is left of a pruned block: no parameter, but its output's shape.
+  """The place of a pruned block: no parameters, only its output's shape.
 
-  The block after a pruned one still adapts its sources to that shape.
+  The next block still adapts its sources to that shape.
   """
 
   def __init__(self, block: nnx.Module) -> None:
     graphdef, state = nnx.split(block)
     leaves, tree = jax.tree.flatten(state)
-    # Static, hence hashable: tuples all the way down.
+    # Static attributes must be hashable: hence tuples, not lists.
     self.graphdef = nnx.static(graphdef)
     self.tree = nnx.static(tree)
     self.leaves = nnx.static(
@@ -37,7 +37,10 @@ class Pruned(nnx.Module):
     )
 
   def __call__(self, x: jax.Array, **options: Any) -> jax.Array:
-    """Called under `jax.eval_shape` only, and so never computed."""
+    """Returns the block's output for parameters of zeros.
+
+    It is called under `jax.eval_shape` only, so nothing is computed.
+    """
     state = jax.tree.unflatten(
       self.tree, [jnp.zeros(shape, dtype) for shape, dtype in self.leaves]
     )
@@ -45,19 +48,20 @@ class Pruned(nnx.Module):
 
 
 class MaskedStack(Wiring):
-  """Blocks in a row, each fed by the masked sum of earlier outputs.
+  """Blocks in a row, each fed by a masked sum of sources.
 
   x_j = c · Σ_i b[j,i] · A(y_i),   y_j = F_j(x_j),   j = 1..L,   y_0 = the input
 
-  A brings source i to the shape of y_{j-1}, once per source and shape; where it
-  returns fewer channels, the rest are zeros. With a topology, the sums and the
-  blocks that nothing reads are left out of the program; without one, every
-  valid source is read and the mask is data.
+  The adapter A brings source i to the shape of y_{j-1}, once per source and
+  shape. If A returns fewer channels, zero channels are appended. Without a
+  topology the program reads every valid source, and the mask is an argument.
+  With a topology the program reads only the sources that are taken. It leaves
+  out the blocks on which the output does not depend.
 
   Attributes:
     blocks: the L blocks, each called as `block(x, **options)`.
     adapter: A.
-    spec, valid, topology, real_mask: see `Wiring`; [L, L].
+    spec, valid, topology, real_mask: see `Wiring`; the masks are [L, L].
   """
 
   def __init__(
@@ -76,19 +80,23 @@ class MaskedStack(Wiring):
 
     Args:
       blocks: modules that map one array to one array.
-      spec: how they are wired, at level 'block'; default `WiringSpec()`.
-      valid: [L, L], the sources each block may take; default all earlier ones.
-      adapter: A(x, shape, source), which brings source number `source` to
-        the shape or to fewer channels of it; default `adapters.PoolAdapter()`.
-      topology: the sources that the blocks take; no real mask is made then.
-      remat: 'none'; or 'block', whose inside the backward pass computes again
-        instead of keeping it: a third more arithmetic, less memory.
+      spec: the wiring, of level 'block'; default `WiringSpec()`.
+      valid: bool [L, L], the sources that each block may take; default all
+        earlier ones.
+      adapter: A(x, shape, source) brings x, the source of number `source`, to
+        the shape or to fewer channels; default `adapters.PoolAdapter()`.
+      topology: the sources that each block takes. If given, no real mask is
+        made.
+      remat: 'none'; or 'block': the backward pass computes the activations
+        inside a block again, and they are not kept. This takes a third more
+        arithmetic and less memory.
       rngs: its 'connectivity' stream draws r and the random topology.
-      **wiring: fields of the spec, such as fan_in=2, in place of its own.
+      **wiring: fields of the spec to replace, such as fan_in=2.
 
     Raises:
-      InputError: no block, a value that `WiringSpec` refuses, a `valid` that
-        lets a block take a source that does not come before it, or a topology
+      InputError: no block or too many, a value that `WiringSpec` refuses, a
+        level other than 'block', a `valid` of another shape, a `valid` in which
+        a block has no source or one that does not come before it, or a topology
         that `valid` does not allow.
     """
     limits.whole('the number of blocks', len(blocks), 1, limits.MAX_BLOCKS)
@@ -108,7 +116,7 @@ class MaskedStack(Wiring):
     )
 
   def scale_of(self, num_terms: int) -> float:
-    """Returns c for a sum of so many terms."""
+    """Returns c, 1 / num_terms or 1, for a sum of `num_terms` sources."""
     return 1 / num_terms if self.spec.scale == 'mean' else 1.0
 
   def __call__(
@@ -118,9 +126,15 @@ class MaskedStack(Wiring):
 
     Args:
       x: y_0, [batch, ...]; all outputs have the same first axis.
-      mask: b, [L, L], from `draw`; None takes the topology, or without one
-        the top-K of r.
+      mask: b, [L, L], from `draw`; None takes the top K of r. A topology takes
+        the place of both.
       **options: passed on to every block, such as train=True.
+
+    Returns:
+      The last block's output, [batch, ...].
+
+    Raises:
+      ValueError: the adapter returned a wrong shape.
     """
     if self.topology is not None:
       return self._run_frozen(x, self.topology, options)
@@ -135,7 +149,7 @@ class MaskedStack(Wiring):
     return sources.outputs[-1]
 
   def _weights(self, mask: jax.Array) -> jax.Array:
-    """Returns the mask times the scale of each row's terms, [L, L]."""
+    """Returns the weight c_j * b[j, i] of each source in each sum, [L, L]."""
     valid = np.array(self.valid)
     scale = np.array(
       [self.scale_of(int(k)) for k in self.row_fan_in], np.float32
@@ -173,7 +187,7 @@ class MaskedStack(Wiring):
 
 
 def _check_valid(valid: Any, num_blocks: int) -> None:
-  """Raises InputError if blocks in a row cannot take these sources."""
+  """Raises InputError unless each block has sources, all of them before it."""
   table = np.asarray(valid)
   if table.shape != (num_blocks, num_blocks):
     raise InputError(
@@ -191,11 +205,11 @@ def _runner(
 ) -> Callable[[nnx.Module, jax.Array], jax.Array]:
   """Returns the function that runs a block on its input.
 
-  It splits a block into its graph, which is static, and its arrays. Of blocks
-  with equal graphs only the first is traced.
+  The function splits a block into its graph, which is static, and its arrays.
+  Of blocks with equal graphs only the first is traced.
 
   Args:
-    options: of every block's call.
+    options: the options of every block's call.
     remat: see `MaskedStack`.
   """
   plain = {
@@ -214,7 +228,7 @@ def _runner(
     graph, state = nnx.split(block)
     try:
       hash(graph)
-    except TypeError:  # as of a user's block that holds a list
+    except TypeError:  # such as that of a user's block that holds a list
       return call(block, tuple(plain.items()), x, arrays)
     y, changed = run(graph, tuple(plain.items()), state, x, arrays)
     if changed:
@@ -255,20 +269,20 @@ def _call(
 
 
 class _Outputs:
-  """The sources so far, each adapted to a shape once however often it is read.
+  """The sources so far; each is adapted to a shape once, for all readers.
 
-  The zero channels that widen sources are appended to the sum of all sources
-  of one width. So no zero is read, kept, or multiplied for the mask's gradient.
+  Sources of one width are added first, then zero channels are appended to their
+  sum. So no zero is read, kept, or multiplied for the mask's gradient.
   """
 
   def __init__(self, x: jax.Array, adapter: Any) -> None:
     self.outputs: list[Any] = [x]
     self._adapter = adapter
-    # Of each source, its forms by shape, in the order they were made.
+    # The forms of each source by shape, in the order they were made.
     self._forms: dict[int, dict[tuple[int, ...], jax.Array]] = {}
 
   def static_sum(self, picked: Sequence[int], scale: float) -> jax.Array:
-    """Returns the scaled sum of the picked sources, like the newest output."""
+    """Returns the picked sources' scaled sum, in the newest output's shape."""
     width = self.outputs[-1].shape[-1]
     return static_sum(
       [adapters.zero_pad_channels(self._take(i), width) for i in picked], scale
@@ -278,8 +292,8 @@ class _Outputs:
     """Returns the sum that a block reads, of the newest output's shape.
 
     Args:
-      valid: which of the sources 0..L-1 it may take.
-      weights: float32 [L, batch], a weight of each source in each image.
+      valid: which of the sources 0..L-1 the block may take.
+      weights: float32 [L, batch], the weight of each source in each image.
     """
     newest = self.outputs[-1]
     taken = {i: self._take(i) for i, ok in enumerate(valid) if ok}
@@ -296,7 +310,7 @@ class _Outputs:
     return sum(sums[1:], start=sums[0]).astype(newest.dtype)
 
   def _take(self, i: int) -> jax.Array:
-    """Returns source i in the newest output's shape, or narrower."""
+    """Returns source i in the newest output's shape, or with fewer channels."""
     x, shape = self.outputs[i], self.outputs[-1].shape
     if x.shape == shape:
       return x

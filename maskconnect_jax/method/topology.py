@@ -1,7 +1,7 @@
 """A frozen mask as plain Python: known before anything is compiled.
 
-`from_mask` makes one of a binary mask; `to_dict` and `from_dict` are its JSON
-form, which docs/running.md documents.
+`from_mask` makes a topology from a binary mask. `to_dict` writes its JSON form,
+which docs/running.md documents, and `from_dict` reads it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ Valid = Sequence[Any]
 SCHEMA = 'maskconnect_jax.topology/1'
 
 
-# The schema of the JSON form. What else stands there follows from these.
+# The schema of the JSON form. Its other fields follow from these and are not
+# read.
 
 _Sources = list[Annotated[int, msgspec.Meta(ge=0, lt=limits.MAX_BLOCKS)]]
 _Number = Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_BLOCKS)]
@@ -61,6 +62,10 @@ class Topology:
 
   Attributes:
     sources: for each block j = 1..L the sources it takes, in rising order.
+
+  Raises:
+    ValueError: a block has no source, one that is no whole number or does not
+      come before it, or sources that are not distinct and in rising order.
   """
 
   sources: tuple[tuple[int, ...], ...]
@@ -81,7 +86,7 @@ class Topology:
 
   @property
   def num_links(self) -> int:
-    """How many sources all blocks take together."""
+    """The number of edges (source, block)."""
     return sum(map(len, self.sources))
 
   @property
@@ -95,17 +100,19 @@ class Topology:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of the mask: (L, L)."""
+    """The shape of the mask, (L, L)."""
     return len(self.sources), len(self.sources)
 
   def check(self, valid: Valid) -> None:
-    """Checks that a network can be wired so.
+    """Checks that a network can have this topology.
 
     Args:
-      valid: [L, L], the sources that each of its blocks may take.
+      valid: bool [L, L], the sources that each of the network's blocks may
+        take.
 
     Raises:
-      InputError: it has another number of blocks, or one takes what it may not.
+      InputError: the network has another number of blocks, or a block takes a
+        source that is not valid.
     """
     _check_shape(self.shape, valid)
     for j, row in enumerate(self.sources):
@@ -117,11 +124,16 @@ class Topology:
           )
 
   def shuffled(self, rng: np.random.Generator, valid: Valid) -> Topology:
-    """Returns the same rows in a random order, as distances to their block.
+    """Returns a topology with the rows in a random order, as distances.
 
-    Block j gets the distances j' - i of another block j'. A distance that leads
-    to a source that is not valid, or is taken already, becomes the nearest
-    other.
+    Block j gets the distances j' - i of the sources i of another block j', the
+    shortest first. A distance may lead to a source that is not valid or is
+    already taken; then block j takes the nearest free source. Block j keeps its
+    number of sources: it drops the last ones, or adds the latest free ones.
+
+    Args:
+      rng: draws the order.
+      valid: bool [L, L], the sources that each block may take.
     """
     rows = []
     for j, other in enumerate(rng.permutation(len(self.sources))):
@@ -131,7 +143,7 @@ class Topology:
         if free:
           row.append(min(free, key=lambda f: (abs(f - (j - other + i)), -f)))
           free.remove(row[-1])
-      # As many as before: those that a row too short to keep them gave up.
+      # The other row was shorter: block j takes the latest free sources, too.
       while len(row) < len(self.sources[j]):
         row.append(max(free))
         free.remove(row[-1])
@@ -160,6 +172,11 @@ class BranchTopology:
   Attributes:
     sources: `sources[i][c]` are the branches of block i + 1 that branch c of
       block i + 2 takes, in rising order; i = 0..L-2, branches from 0.
+
+  Raises:
+    ValueError: there are fewer than two blocks, blocks differ in their number
+      of branches, or a branch takes none, one that is not there, or branches
+      that are not distinct whole numbers in rising order.
   """
 
   sources: tuple[tuple[tuple[int, ...], ...], ...]
@@ -185,28 +202,29 @@ class BranchTopology:
 
   @property
   def shape(self) -> tuple[int, ...]:
-    """Of the mask: (L - 1, C, C)."""
+    """The shape of the mask, (L - 1, C, C)."""
     return len(self.sources), len(self.sources[0]), len(self.sources[0])
 
   @property
   def fan_in(self) -> int:
-    """K, the most branches that one takes."""
+    """K, the largest number of branches that a branch takes."""
     return max(len(row) for rows in self.sources for row in rows)
 
   def check(self, valid: Valid) -> None:
-    """Checks that a network can be wired so.
+    """Checks that a network can have this topology.
 
     Args:
-      valid: [L-1, C, C]; a branch may take any of the block before.
+      valid: bool [L-1, C, C], all True: a branch may take any branch of the
+        block before.
 
     Raises:
-      InputError: it has another number of blocks or branches.
+      InputError: the network has another number of blocks or branches.
     """
     _check_shape(self.shape, valid)
 
   def shuffled(self, rng: np.random.Generator, valid: Valid) -> BranchTopology:
-    """Returns each block's rows in a random order."""
-    del valid  # as any branch of the block before is
+    """Returns a topology with each block's rows in a random order."""
+    del valid  # every branch of the block before is valid
     return BranchTopology(
       tuple(
         tuple(rows[c] for c in rng.permutation(len(rows)))
@@ -216,12 +234,12 @@ class BranchTopology:
 
   @property
   def num_links(self) -> int:
-    """How many sources all branches take together."""
+    """The number of edges between branches."""
     return sum(len(row) for rows in self.sources for row in rows)
 
   @property
   def live(self) -> tuple[bool, ...]:
-    """For each block True: a block always keeps a branch."""
+    """True for each block: every block keeps at least one branch."""
     return (True,) * (len(self.sources) + 1)
 
   @property
@@ -260,7 +278,7 @@ class BranchTopology:
 
 
 def from_dict(record: Any) -> Topology | BranchTopology:
-  """Reads what a topology's `to_dict` wrote.
+  """Returns the topology of a JSON form that `to_dict` wrote.
 
   Raises:
     InputError: another schema or form, or an impossible topology.
@@ -288,11 +306,11 @@ def read(path: Path, *, remedy: str) -> Topology | BranchTopology:
   """Reads a topology.json.
 
   Args:
-    path: of the file.
-    remedy: the end of the message, as of `files.read_json`.
+    path: the file.
+    remedy: the end of the error's message; see `files.read_json`.
 
   Raises:
-    InputError: it cannot be read or is no topology.
+    InputError: the file cannot be read or holds no topology.
   """
   record = files.read_json(path, remedy=remedy)
   try:
@@ -318,7 +336,7 @@ def _check_shape(own: tuple[int, ...], valid: Valid) -> None:
 
 
 def _check_order(what: str, found: list[int | None], first: int) -> None:
-  """Checks the numbers that rows have, where they have some."""
+  """Checks that the numbers count up from `first`; None is no number."""
   for expected, number in enumerate(found, first):
     if number not in (None, expected):
       raise InputError(
@@ -335,5 +353,5 @@ def _check_whole(name: str, row: tuple[int, ...]) -> None:
 
 
 def _ones_of(matrix: np.ndarray) -> tuple[tuple[int, ...], ...]:
-  """Returns, for each row of a binary matrix, where its ones are."""
+  """Returns the columns of the ones in each row of a binary matrix."""
   return tuple(tuple(np.flatnonzero(row).tolist()) for row in matrix)

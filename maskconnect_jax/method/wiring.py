@@ -1,7 +1,8 @@
 """The wiring of a stack of blocks, at either level: drawn, frozen, pruned.
 
-A `Wiring` holds the real mask while it is learned, and the topology afterwards;
-`freeze` and `prune` turn a model that has some into a smaller, static one.
+A `Wiring` holds the real mask while it is learned, and the topology once it is
+frozen. `freeze` and `prune` make a smaller, static copy of a model that holds
+wirings.
 """
 
 from __future__ import annotations
@@ -20,17 +21,18 @@ from maskconnect_jax.method.topology import BranchTopology, Topology
 
 
 class RealMask(nnx.Variable[jax.Array]):
-  """The real-valued mask r, trained by an optimizer group of its own."""
+  """The real mask r, which an optimizer group of its own trains."""
 
 
 class Wiring(nnx.Module):
-  """What the stacks of both levels share: the real mask and the topology.
+  """The base of both levels' stacks: the real mask and the topology.
 
   Attributes:
     spec: how the stack is wired.
     valid: which sources each row may take, bool, of the shape of r.
-    topology: the frozen mask, or None while the connectivity is learned.
-    real_mask: r, float32; only there when it is learned.
+    topology: the frozen mask, or None while the wiring is learned.
+    real_mask: r, float32; absent if a topology was given, under a fixed rule,
+      and after `prune`.
   """
 
   def __init__(
@@ -41,7 +43,13 @@ class Wiring(nnx.Module):
     topology: Topology | BranchTopology | None,
     rngs: nnx.Rngs,
   ) -> None:
-    """Takes the topology that is given, or makes r or that of a fixed rule.
+    """Takes the given topology, or makes r or the topology of a fixed rule.
+
+    Args:
+      spec: how the stack is wired.
+      valid: which sources each row may take, bool [..., rows, sources].
+      topology: if given, the spec's rule is not used.
+      rngs: its 'connectivity' stream draws r and the random topology.
 
     Raises:
       InputError: see `Topology.check`; or rule 'fixed_given' has no topology.
@@ -63,7 +71,7 @@ class Wiring(nnx.Module):
     elif spec.rule == 'fixed_given':
       raise InputError("rule='fixed_given' needs a topology")
     else:
-      # Python must see the mask, also where only shapes are asked for.
+      # The mask becomes numbers of Python, even under `jax.eval_shape`.
       with jax.ensure_compile_time_eval():
         if spec.rule == 'fixed_random':
           mask = connectivity.fixed_random(
@@ -77,23 +85,25 @@ class Wiring(nnx.Module):
 
   @property
   def fan_in(self) -> int:
-    """K, as the spec says."""
+    """K, the fan-in of the spec."""
     return self.spec.fan_in
 
   @property
   def row_fan_in(self) -> np.ndarray:
-    """k_j, the sources of each row while it is learned; int [..., rows]."""
+    """k_j, the number of sources each row draws; int [..., rows]."""
     return connectivity.fan_in_of(self.valid, self.fan_in)
 
   def draw(
     self, key: jax.Array, temperature: jax.Array | float | None = None
   ) -> jax.Array | None:
-    """Returns a step's mask b, straight-through to r; None if frozen.
+    """Returns the mask b of one step, or None if the wiring is frozen.
+
+    The gradient of b passes straight through to r; see `connectivity.proxy`.
 
     Args:
-      key: a PRNG key, another for each step.
-      temperature: T of the draw, float32 []; None is the spec's, that of the
-        last draws. `spec.temperature_at` makes it fall from 1.
+      key: a PRNG key, another one for each step.
+      temperature: T of the draw, float32 []. None takes the spec's temperature,
+        which is T of the last draws. `spec.temperature_at` gives T of any draw.
 
     Returns:
       b, of r's shape and dtype, with k_j ones in row j.
@@ -111,7 +121,10 @@ class Wiring(nnx.Module):
     )
 
   def freeze(self, topology: Topology | BranchTopology | None = None) -> None:
-    """Makes the wiring static: as given, or else the top K of r.
+    """Makes the wiring static.
+
+    Args:
+      topology: the topology to freeze to; default the top K of r.
 
     Raises:
       InputError: see `Topology.check`.
@@ -124,7 +137,7 @@ class Wiring(nnx.Module):
     self.topology = nnx.static(topology)
 
   def prune(self) -> None:
-    """Drops what the output does not depend on, and the real mask.
+    """Drops the real mask and the parts on which the output does not depend.
 
     Raises:
       ValueError: the wiring is not frozen.
@@ -147,15 +160,15 @@ def wirings_of(model: nnx.Module) -> list[Wiring]:
 def freeze(
   model: Any, topology: Topology | BranchTopology | None = None
 ) -> Any:
-  """Returns a copy whose wiring is static.
+  """Returns a copy of a model with a static wiring.
 
   Args:
-    model: any module with a `MaskedStack` in it, or one itself.
-    topology: what to freeze to; default the top-K of each real mask, or the
-      topology a stack already has.
+    model: a stack, or any module that holds stacks.
+    topology: the topology to freeze to. By default a stack keeps the topology
+      it already has, and any other stack gets the top K of its real mask.
 
   Raises:
-    InputError: the topology cannot be this model's; see `Topology.check`.
+    InputError: the topology does not fit the model; see `Topology.check`.
   """
   model = nnx.clone(model)
   for wiring in wirings_of(model):
@@ -165,10 +178,13 @@ def freeze(
 
 
 def prune(model: Any) -> Any:
-  """Returns a copy of a frozen model without what the output ignores.
+  """Returns a copy of a frozen model without the parts its output ignores.
 
-  The output does not change. What only training needs, the real mask, goes
-  too.
+  The output does not change. The real mask is dropped, too: only the
+  connectivity phase needs it.
+
+  Args:
+    model: a frozen stack, or any module that holds frozen stacks.
 
   Raises:
     ValueError: the model is not frozen.

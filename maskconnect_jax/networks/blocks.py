@@ -15,9 +15,10 @@ from maskconnect_jax.networks import layers
 class BasicBlock(nnx.Module):
   """Two 3x3 convolutions and a shortcut without parameters (option A).
 
-  y = relu(F(x) + S(x)), where S is the identity, or where the block opens a
-  stage every second pixel with zero channels appended. He et al., "Deep
-  Residual Learning for Image Recognition", 2016, section 4.2.
+  y = relu(F(x) + S(x)). S is the identity. In a block that opens a stage, S
+  takes every second pixel and appends zero channels. The first convolution
+  carries the stride. He et al., "Deep Residual Learning for Image Recognition",
+  2016, section 4.2.
   """
 
   def __init__(
@@ -51,11 +52,14 @@ class BasicBlock(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
-  """1x1, 3x3 in groups, 1x1, and a shortcut projected where shapes change.
+  """Convolutions 1x1, 3x3 in groups and 1x1, and a shortcut.
 
-  y = relu(F(x) + S(x)). One group: He et al., 2016. Many: Xie et al.,
-  "Aggregated Residual Transformations for Deep Neural Networks", 2017, form
-  (c) of figure 3. The 3x3 convolution carries the stride.
+  y = relu(F(x) + S(x)). S is the identity. In a block whose output has another
+  shape than its input, S is a 1x1 convolution with BatchNorm. The 3x3
+  convolution carries the stride.
+
+  With one group: He et al., 2016. With many: Xie et al., "Aggregated Residual
+  Transformations for Deep Neural Networks", 2017, form (c) of figure 3.
   """
 
   def __init__(
@@ -77,7 +81,7 @@ class Bottleneck(nnx.Module):
       inner: channels between the 1x1 convolutions, of all groups together.
       features: channels of the output.
       groups: C, the cardinality.
-      stride: of the 3x3 convolution and the shortcut.
+      stride: s, of the 3x3 convolution and the shortcut.
       zero_init: whether the last BatchNorm's scale starts at 0, so that the
         block starts as its shortcut.
       dtype: of the activations.

@@ -1,47 +1,48 @@
-"""Branch-level connectivity: every branch of a ResNeXt block picks its sources.
+"""Branch-level connectivity: each branch of a ResNeXt block picks branches.
 
 Between blocks i-1 and i lies one C x C mask b. Branch c of block i computes
 
   x_c = sum_k b[c, k] * y_k         over the branches k of block i-1
   y_c = F_c(x_c) + s * A(x_c)       s = 1/K; F_c is a whole bottleneck
 
-The branches of the first block all take the stem's output, and share it: there
-s = 1/C. The head reads the sum of the last block's branches. Ahmed, Torresani,
-"Connectivity Learning in Multi-Branch Networks", 2017, arXiv 1709.09582.
+All branches of the first block take the stem's output; there s = 1/C. The head
+reads the sum of the last block's branches. Ahmed, Torresani, "Connectivity
+Learning in Multi-Branch Networks", 2017, arXiv 1709.09582.
 
-Scales. The sum of a block's C branches holds the stem's output once, for any K
-and C: it does so in the first block, and s = 1/K keeps it. With s = 1/K in the
-first block, too, the sum held it C/K times. The curvature of the loss in the
-head's kernel grows with the square of that: at the start, on CIFAR-10 with
-C = 8 and 32 channels, it was 0.8 for K = 8, 3.8 for K = 4, 20 for K = 2 and 79
-for K = 1; now it is 0.7 for each. SGD with Nesterov's momentum of 0.9 and a
-rate of 0.1 is stable below 2 (1 + 0.9) / ((1 + 2 * 0.9) 0.1) = 13.6. A fixed
-wiring still settled from there. With K = 1 and masks that are drawn, each step
-takes other chains of branches, on which the head was not yet corrected, and the
-loss was not finite after about 90 to 140 steps.
+The scale s. The sum of a block's C branches holds the stem's output once, for
+any K and C: s = 1/C makes it so in the first block, and s = 1/K keeps it so in
+the later ones. With s = 1/K in the first block, too, the sum would hold it C/K
+times. The curvature of the loss in the head's kernel grows with the square of
+C/K. At the start, on CIFAR-10 with C = 8 and 32 channels, the curvature was 0.8
+for K = 8, 3.8 for K = 4, 20 for K = 2 and 79 for K = 1. With s = 1/C it is 0.7
+for each K. SGD with Nesterov's momentum of 0.9 and a rate of 0.1 is stable
+below 2 (1 + 0.9) / ((1 + 2 * 0.9) 0.1) = 13.6. Above this bound a fixed wiring
+still settled. A drawn wiring with K = 1 did not: each step takes other chains
+of branches, and the head was not yet corrected on them. The loss was not finite
+after about 90 to 140 steps (docs/notebook.md).
 
-Within a branch, BatchNorm's output is multiplied by sqrt(1/C): see
-`BranchBlock`. C such terms, added up, are as large as the one of the ordinary
-block, and SGD moves their sum as fast.
+The scale of F_c. Within a branch, BatchNorm's output is multiplied by
+sqrt(1/C): see `BranchBlock`. The sum of C such terms is as large as the one
+term of the ordinary block, and SGD moves the sum as fast.
 
-What is held. An x_c and a y_c are as wide as the block's output, and each block
-has C of both; written down as they stand they take C times the memory of the
-ordinary ResNeXt. But F_c ends in a 1x1 convolution V_c and BatchNorm, and
-begins with a 1x1 convolution W_c; all between the narrow activations h_c (w
-channels) of one block and those of a later one is linear. So a stream is kept
-as its factors, never as their product:
+Memory. An x_c and a y_c are as wide as the block's output, and each block has C
+of both. Stored at full width they take C times the memory of the ordinary
+ResNeXt. But F_c begins with a 1x1 convolution W_c, and it ends in a 1x1
+convolution V_c and BatchNorm. Let h_c be the narrow activations (w channels)
+before V_c. From the h of one block to W_c of a later one, all is linear. So x_c
+is kept as its factors, never as their product:
 
   x_c = sum_j sum_k P_j[c, k] * V_j,k h_j,k  +  a_c * stem  +  bias_c
 
-with P_j = b (s b) ... (s b) a small matrix, and a block reads it through
+P_j = b (s b) ... (s b) is a small matrix. A block reads x_c through
 
   W_c x_c = sum_j sum_k (P_j[c, k] * W_c V_j,k) h_j,k  +  ...
 
-one dense 1x1 convolution from narrow to narrow for each earlier block j. The
-statistics that BatchNorm needs of V h are those of h: mean V m, variance
-diag(V Cov(h) V^T). No activation of full width exists anywhere, and the
-gradient of every b[c, k], drawn or not, is a by-product of the gradient of
-these small kernels.
+This is one dense 1x1 convolution, from narrow to narrow activations, for each
+earlier block j. BatchNorm needs the statistics of V h, which follow from those
+of h: the mean is V m with m = mean(h), the variance is diag(V Cov(h) V^T). No
+activation of full width exists anywhere. The gradient of every b[c, k], drawn
+or not, is a by-product of the gradient of these small kernels.
 """
 
 from __future__ import annotations
@@ -67,22 +68,25 @@ from maskconnect_jax.networks.layers import EPSILON, MOMENTUM
 
 @dataclasses.dataclass
 class Term:
-  """What one earlier block adds to the streams: P, V and h of the equation."""
+  """The term of one block in x_c or y_c: P, V and h of the equation.
 
-  paths: jax.Array  # P, [streams, C]
+  B is the number of the x_c or y_c, C the number of that block's branches.
+  """
+
+  paths: jax.Array  # P, [B, C]
   expand: jax.Array  # V, [C, w, features]
   narrow: jax.Array  # h, [N, H, W, C * w]
 
 
 @dataclasses.dataclass
 class Streams:
-  """The inputs x_c, or outputs y_c, of a block's branches, in factors.
+  """The inputs x_c, or the outputs y_c, of a block's B branches, as factors.
 
   Attributes:
-    terms: of the earlier blocks.
+    terms: one for each block so far.
     stem: source 0, [N, H, W, features of the stem].
-    stem_share: a, [streams].
-    bias: [streams, features].
+    stem_share: a, float32 [B].
+    bias: float32 [B, features].
   """
 
   terms: list[Term]
@@ -91,7 +95,11 @@ class Streams:
   bias: jax.Array
 
   def mixed(self, mask: jax.Array) -> Streams:
-    """Returns sum_k mask[c, k] * stream k, for each c."""
+    """Returns x_c = sum_k mask[c, k] * y_k for each c; self holds the y_k.
+
+    Args:
+      mask: float32 [number of the x_c, B].
+    """
     return Streams(
       [
         Term(_exact('ck,kj->cj', mask, term.paths), term.expand, term.narrow)
@@ -103,10 +111,15 @@ class Streams:
     )
 
   def adapted(self, height: int, width: int, features: int) -> Streams:
-    """Returns A of every stream: average-pooled, with zero channels added.
+    """Returns A(x_c) for each c: average-pooled, with zero channels appended.
 
-    Both are linear, so the pool acts on the narrow activations and the zeros
-    are appended to the kernels.
+    Both operations are linear. So the pool acts on the narrow activations, and
+    the zeros are appended to the kernels.
+
+    Args:
+      height: H after the pool.
+      width: W after the pool.
+      features: channels with the zeros.
     """
     return Streams(
       [
@@ -123,14 +136,14 @@ class Streams:
     )
 
   def read(self, reduce: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Returns W_c x_c of every stream.
+    """Returns W_c x_c for each c.
 
     Args:
-      reduce: W, float32 [streams, features, w].
+      reduce: W, float32 [B, features, w].
       dtype: of the activations.
 
     Returns:
-      [N, H, W, streams * w].
+      [N, H, W, B * w], in `dtype`.
     """
     streams, _, width = reduce.shape
     own = reduce[:, : self.stem.shape[-1]] * self.stem_share[:, None, None]
@@ -146,7 +159,7 @@ class Streams:
     return total + bias.astype(dtype)
 
   def pooled(self, features: int) -> jax.Array:
-    """Returns the sum of all streams, averaged over space, [N, D]."""
+    """Returns sum_c y_c, averaged over space, float32 [N, features]."""
     stem = jnp.mean(layers.widened(self.stem), (1, 2))
     total = adapters.zero_pad_channels(
       stem * self.stem_share.sum(), features
@@ -164,11 +177,11 @@ class Streams:
 
 
 def _exact(equation: str, *operands: jax.Array) -> jax.Array:
-  """An einsum in float32 also where an accelerator's default is narrower.
+  """Returns an einsum in float32, even if an accelerator's default is narrower.
 
-  For masks and statistics: a variance from a covariance in bfloat16 may come
-  out below 0. The large kernels of `Streams.read` are no more exact than the
-  convolutions that they are for.
+  Masks and statistics need it: a variance from a covariance in bfloat16 may
+  come out below 0. The large kernels of `Streams.read` do not need it: the
+  convolutions that use them are no more exact.
   """
   return jnp.einsum(equation, *operands, precision=jax.lax.Precision.HIGHEST)
 
@@ -182,9 +195,9 @@ class BranchBlock(nnx.Module):
 
   Attributes:
     reduce: W, the first 1x1 convolutions, float32 [C, in_features, w].
-    expand: the last ones, float32 [C, w, features].
-    scale, bias, mean, var: of the BatchNorm after them, [C, features].
-    gain: sqrt(1/C), by which what BatchNorm gives is multiplied.
+    expand: V, the last 1x1 convolutions, float32 [C, w, features].
+    scale, bias, mean, var: of the BatchNorm after V, float32 [C, features].
+    gain: sqrt(1/C), the factor of this BatchNorm's output.
   """
 
   def __init__(
@@ -198,15 +211,26 @@ class BranchBlock(nnx.Module):
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ) -> None:
-    """Builds the block; branch_width is w, the rest as in `Bottleneck`."""
+    """Builds the block.
+
+    Args:
+      in_features: channels of each branch's input.
+      branch_width: w, channels between a branch's 1x1 convolutions.
+      features: channels of each branch's output.
+      branches: C.
+      stride: of the 3x3 convolution and the shortcut.
+      dtype: of the activations.
+      rngs: its 'params' stream draws the kernels.
+    """
     self.branches = branches
     self.stride = stride
     self.dtype = jnp.dtype(dtype)
     inner = branches * branch_width
 
-    # Drawn as the 1x1 convolutions of the ordinary block are: He, by the whole
-    # fan-out. But BatchNorm then follows each branch's w channels alone, not
-    # all C * w: sqrt(C) keeps the kernels as large against their steps.
+    # The kernels are drawn like the 1x1 convolutions of the ordinary block: He,
+    # by the fan-out of all branches. But here BatchNorm follows V of w channels
+    # in each branch, not V of all C * w. The factor sqrt(C) keeps V as large,
+    # relative to its steps, as in the ordinary block.
     reduce = layers.he_normal_by_fan_out(
       rngs.params(), (in_features, inner), jnp.float32
     )
@@ -222,18 +246,25 @@ class BranchBlock(nnx.Module):
     )
     self.norm2 = layers.BatchNorm(inner, dtype=dtype)
     self.expand = nnx.Param(expand.reshape(branches, branch_width, features))
-    # C scales and biases move the sum of the branches C times as fast as the
-    # one of the ordinary block: sqrt(1/C), on value and gradient, undoes it.
+    # The ordinary block has one scale and bias for a channel. C of them would
+    # move the sum of the branches C times as fast. The factor sqrt(1/C) acts on
+    # value and gradient, and undoes that.
     self.gain = branches**-0.5
-    # Every branch starts as its shortcut. Starting with F_c at full size, masks
-    # drawn anew at each step keep the loss from settling at a rate of 0.1.
+    # Scale 0: every branch starts as its shortcut. If F_c starts at full size,
+    # the loss does not settle at a rate of 0.1 while masks are drawn.
     self.scale = nnx.Param(jnp.zeros((branches, features), jnp.float32))
     self.bias = nnx.Param(jnp.zeros((branches, features), jnp.float32))
     self.mean = nnx.BatchStat(jnp.zeros((branches, features), jnp.float32))
     self.var = nnx.BatchStat(jnp.ones((branches, features), jnp.float32))
 
   def __call__(self, x: Streams, identity: float, *, train: bool) -> Streams:
-    """Returns y_c = F_c(x_c) + identity * A(x_c) of every branch."""
+    """Returns y_c = F_c(x_c) + s * A(x_c) for each branch c.
+
+    Args:
+      x: the x_c.
+      identity: s.
+      train: whether BatchNorm takes the batch's statistics and keeps them.
+    """
     running = not train
     narrow = x.read(self.reduce[...], self.dtype)
     narrow = backend.relu(self.norm1(narrow, use_running_average=running))
@@ -269,13 +300,17 @@ class BranchBlock(nnx.Module):
     expand = self.expand[...]
     mean = _exact('kv,kvd->kd', center, expand)
     var = _exact('kvd,kvu,kud->kd', expand, covariance, expand)
-    var = jnp.maximum(var, 0)  # rounding may leave less of a small one
+    var = jnp.maximum(var, 0)  # rounding may make a small one negative
     self.mean[...] = MOMENTUM * self.mean[...] + (1 - MOMENTUM) * mean
     self.var[...] = MOMENTUM * self.var[...] + (1 - MOMENTUM) * var
     return mean, var
 
   def keep(self, live: list[int]) -> None:
-    """Drops the kernels, scales and statistics of all other branches."""
+    """Keeps some branches and drops the arrays of all others.
+
+    Args:
+      live: the numbers of the branches to keep, in rising order.
+    """
     index = jnp.array(live)
     for variable in (
       self.reduce,
@@ -298,11 +333,11 @@ class BranchBlock(nnx.Module):
 
 
 class BranchStack(Wiring):
-  """Blocks of branches in a row, a C x C mask between each two.
+  """Blocks of branches in a row, with a C x C mask between neighbours.
 
   Attributes:
     blocks: the L blocks.
-    spec, valid, topology, real_mask: see `Wiring`; [L-1, C, C].
+    spec, valid, topology, real_mask: see `Wiring`; the masks are [L-1, C, C].
   """
 
   def __init__(
@@ -318,15 +353,18 @@ class BranchStack(Wiring):
 
     Args:
       blocks: all with the same number C of branches.
-      spec: how they are wired, at level 'branch'. Rule 'fixed_prev' takes the
-        branch of the same number alone.
-      topology: the branches that each branch takes; no real mask is made then.
-      shared_stem: whether s is 1/C in the first block, whatever it is later.
+      spec: the wiring, of level 'branch'. Under rule 'fixed_prev' a branch
+        takes only the branch of the same number.
+      topology: the branches that each branch takes. If given, no real mask is
+        made.
+      shared_stem: True: s is 1/C in the first block. False: s is the same in
+        all blocks.
       rngs: its 'connectivity' stream draws r and the random topology.
 
     Raises:
-      InputError: fewer than two blocks, blocks of unlike numbers of branches,
-        or a topology of another number of either.
+      InputError: fewer than two blocks or too many, a level other than
+        'branch', blocks that differ in their number of branches, or a topology
+        with another number of blocks or branches.
     """
     limits.choice("a BranchStack's level", spec.level, ('branch',))
     limits.whole('the number of blocks', len(blocks), 2, limits.MAX_BLOCKS)
@@ -346,8 +384,11 @@ class BranchStack(Wiring):
 
   @property
   def identity(self) -> float:
-    """s, by the topology where there is one: its K may not be the spec's."""
-    branches = self.blocks[-1].branches  # of these none is ever pruned
+    """s, the scale of the shortcuts, 1/K or 1/C.
+
+    With a topology, K is the topology's, which may differ from the spec's.
+    """
+    branches = self.blocks[-1].branches  # C: the last block keeps all branches
     if self.spec.identity == '1/C':
       return 1 / branches
     return 1 / (
@@ -361,8 +402,8 @@ class BranchStack(Wiring):
 
     Args:
       x: the stem's output, [N, H, W, features].
-      mask: b, [L-1, C, C], from `draw`; None takes the topology, or without
-        one the top-K of r.
+      mask: b, [L-1, C, C], from `draw`; None takes the top K of r. A topology
+        takes the place of both.
       train: whether BatchNorm takes the batch's statistics and keeps them.
 
     Returns:
@@ -385,13 +426,13 @@ class BranchStack(Wiring):
       if index:
         streams = streams.mixed(masks[index - 1])
       shared = self._shared_stem and not index
-      # Of the last block's branches none is ever pruned.
+      # The last block keeps all C branches; earlier blocks may be pruned.
       own = 1 / self.blocks[-1].branches if shared else self.identity
       streams = block(streams, own, train=train)
     return streams.pooled(self.blocks[-1].expand.shape[-1])
 
   def _live_masks(self) -> list[list[list[int]]]:
-    """The frozen masks, of the branches that the blocks still hold."""
+    """Returns the frozen masks of the branches that the blocks still hold."""
     held = [
       live if len(live) == block.branches else list(range(block.branches))
       for block, live in zip(

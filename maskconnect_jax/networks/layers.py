@@ -15,7 +15,8 @@ he_normal_by_fan_out = nnx.initializers.variance_scaling(
 )
 
 
-# BatchNorm's.
+# Constants of BatchNorm: the share that a running average keeps at each step,
+# and the number added to the variance.
 MOMENTUM = 0.9
 EPSILON = 1e-5
 
@@ -34,10 +35,18 @@ def conv(
   dtype: DTypeLike,
   rngs: nnx.Rngs,
 ) -> nnx.Conv:
-  """A square convolution without bias, padded so that stride 1 keeps the size.
+  """Returns a square convolution without bias; stride 1 keeps the size.
 
-  The padding is symmetric, as in the published networks; XLA's 'SAME' is not
-  at stride 2.
+  The padding is symmetric, as in the published networks. At stride 2 XLA's
+  'SAME' padding is not symmetric.
+
+  Args:
+    in_features: channels of the input.
+    out_features: channels of the output.
+    kernel_size: height and width of the kernel, odd.
+    stride: in both directions.
+    dtype: of the output; the kernel is float32.
+    rngs: its 'params' stream draws the kernel.
   """
   pad = kernel_size // 2
   return nnx.Conv(
@@ -59,28 +68,30 @@ class BatchNorm(nnx.Module):
 
     y = a x + (bias - a mean),   a = scale / sqrt(var + epsilon)
 
-  Ioffe and Szegedy, "Batch Normalization", 2015. So written, its gradient takes
-  two sums over the batch, of dy and of x dy. That of Flax's (x - mean) a + bias
-  takes three, and Flax rounds all except x to bfloat16 if x is bfloat16. Here
-  networks read and write less on a GPU and a TPU (docs/notebook.md, "Compiled
-  for an H100 and a TPU v5e, on neither").
+  Ioffe and Szegedy, "Batch Normalization", 2015. The gradient of this form
+  takes two sums over the batch, of dy and of x dy. Flax computes
+  (x - mean) a + bias, whose gradient takes three sums. If x is bfloat16, Flax
+  rounds all terms except x to bfloat16. With the form above, networks read and
+  write less on a GPU and a TPU (docs/notebook.md, "Compiled for an H100 and a
+  TPU v5e, on neither").
 
   Under jit with a sharded batch XLA takes the statistics over the whole batch,
   on all devices.
 
-  The variance is E[x^2] - E[x]^2, in one pass over x. Its relative error is at
-  most about 2^-20 (1 + mean^2 / variance): 1e-6 where the mean is near 0, 1 %
-  where it is 100 standard deviations away, and no digit is left at 1,000. What
-  comes from a convolution with He's kernels stays within a few. To shift x by
-  the running mean first is not free: compiled for a CPU, resnet20 then accesses
-  8 % more bytes; and it does not help where that mean is not yet there.
+  The variance is E[x^2] - E[x]^2, computed in one pass over x. Its relative
+  error is at most about 2^-20 (1 + mean^2 / variance). It is 1e-6 for a mean
+  near 0, and 1 % for a mean of 100 standard deviations; at 1,000 no digit is
+  left. After a convolution with He's kernels the mean is a few standard
+  deviations at most. Subtracting the running mean from x first costs memory
+  traffic: compiled for a CPU, resnet20 then accesses 8 % more bytes. It does
+  not help before the running mean is close to the mean.
 
-  The running variance averages the batch's own, over n values, which is biased;
-  PyTorch's averages n / (n - 1) times that, with the same momentum (there
-  called 0.1) and epsilon. Weights published for PyTorch evaluate as there if
-  `var` is given their `running_var` as it is. To hand over weights, or to go on
-  as PyTorch would, multiply what the batch adds to `var` by n / (n - 1), with
-  n = images * height * width.
+  The running variance averages the batches' biased variances, over
+  n = images * height * width values. PyTorch averages n / (n - 1) times these
+  variances, with the same epsilon and the same momentum (there called 0.1). To
+  evaluate weights published for PyTorch, copy their `running_var` to `var`
+  unchanged. To give weights to PyTorch, or to train on as PyTorch would,
+  multiply the share that a batch adds to `var` by n / (n - 1).
 
   Attributes:
     scale, bias: float32 [features].
@@ -95,7 +106,7 @@ class BatchNorm(nnx.Module):
     Args:
       features: channels.
       zero_init: whether the scale starts at 0, not at 1.
-      dtype: of what it returns.
+      dtype: of the output.
     """
     self.dtype = jnp.dtype(dtype)
     self.scale = nnx.Param(jnp.full(features, 1.0 - zero_init, jnp.float32))
@@ -107,9 +118,10 @@ class BatchNorm(nnx.Module):
     """Maps [..., features] to the same shape.
 
     Args:
-      x: what to normalize, of any floating dtype.
-      use_running_average: whether by the running averages, not by the mean and
-        the variance of x, which then go into them.
+      x: the input, of any floating dtype.
+      use_running_average: True normalizes by the running averages. False
+        normalizes by the mean and the variance of x and adds these to the
+        running averages.
     """
     wide = widened(x)
     if use_running_average:
@@ -117,7 +129,7 @@ class BatchNorm(nnx.Module):
     else:
       axes = tuple(range(x.ndim - 1))
       mean = wide.mean(axes)
-      # Rounding may leave less than 0 of a small one.
+      # Rounding may make a small variance negative.
       var = jnp.maximum(jnp.square(wide).mean(axes) - jnp.square(mean), 0)
       for average, now in ((self.mean, mean), (self.var, var)):
         average[...] = MOMENTUM * average[...] + (1 - MOMENTUM) * now
@@ -128,7 +140,7 @@ class BatchNorm(nnx.Module):
 class GroupedConv(nnx.Module):
   """A 3x3 convolution in groups of channels, without bias.
 
-  Its input is padded with a zero on each side.
+  The input is padded with a zero on each side.
 
   Attributes:
     kernel: float32 [3, 3, features / groups, features].
@@ -143,7 +155,15 @@ class GroupedConv(nnx.Module):
     dtype: DTypeLike,
     rngs: nnx.Rngs,
   ) -> None:
-    """features: channels in and out, a multiple of groups."""
+    """Draws the kernel.
+
+    Args:
+      features: channels of the input and the output, a multiple of `groups`.
+      groups: the number of groups.
+      stride: s, in both directions.
+      dtype: of the output.
+      rngs: its 'params' stream draws the kernel.
+    """
     self.groups = groups
     self.stride = stride
     self.dtype = jnp.dtype(dtype)

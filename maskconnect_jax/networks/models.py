@@ -1,6 +1,7 @@
 """The networks and their registry.
 
-`create_model` -> train -> `wiring.freeze` -> fine-tune -> `wiring.prune`.
+`create_model` -> connectivity phase -> `wiring.freeze` -> fine-tuning ->
+`wiring.prune`.
 """
 
 from __future__ import annotations
@@ -28,26 +29,29 @@ from maskconnect_jax.networks import layers, streams
 from maskconnect_jax.networks.blocks import BasicBlock, Bottleneck
 from maskconnect_jax.networks.branches import BranchBlock, BranchStack
 
-# Of what the same options and weights compute, and of what a seed draws. Models
-# and workdirs of a version before keep it.
+# A version fixes the outputs for given options and weights, and the draws for a
+# given seed. Models and workdirs of an earlier version keep that version.
 #   '1': kernels, random topology and first real mask are drawn one after the
-#     other from a single stream; in the branch form's first block s is 1/K.
-#   '2': see `streams.of_network` and `branches`.
+#     other from a single stream; at the branch level s is 1/K in the first
+#     block, too.
+#   '2': kernels and masks have a stream each, see `streams.of_network`; at the
+#     branch level s is 1/C in the first block, see `branches`.
 VERSION = '2'
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-  """What a name in the registry stands for.
+  """The sizes of a network; `REGISTRY` has one for each name.
 
   Attributes:
-    blocks_per_stage: each stage after the first halves the image and doubles
-      the channels.
+    blocks_per_stage: the number of blocks of each stage. Each stage after the
+      first halves the image and doubles the channels.
     width: channels of the first stage; a bottleneck puts out 4 times as many.
-    bottleneck: whether blocks are bottlenecks, or basic ones.
+    bottleneck: True for bottlenecks, False for basic blocks.
     cardinality: C, groups of a bottleneck's 3x3 convolution.
     branch_width: w, channels of a group in the first stage; 0: width / C.
-    large_images: ImageNet's stem and zero-initialised residuals, or CIFAR's.
+    large_images: True for ImageNet's stem and residuals that start at zero,
+      False for CIFAR's.
   """
 
   blocks_per_stage: tuple[int, ...]
@@ -67,7 +71,7 @@ class Architecture:
     )
 
   def mask_shape(self, level: str) -> tuple[int, ...]:
-    """Of the mask: (L, L), or with level 'branch' (L - 1, C, C)."""
+    """Returns the mask's shape: (L, L), or at level 'branch' (L - 1, C, C)."""
     blocks = sum(self.blocks_per_stage)
     if level == 'block':
       return blocks, blocks
@@ -76,7 +80,7 @@ class Architecture:
   def valid_sources(
     self, level: str, *, stem_source: bool = True, adapter: str = 'pool'
   ) -> tuple[Any, ...]:
-    """Returns which sources may be taken, bool, of the shape of the mask.
+    """Returns which edges may be taken, bool, of the shape of the mask.
 
     Args:
       level: 'block' or 'branch'.
@@ -93,7 +97,11 @@ class Architecture:
     )
 
   def channels(self, width: int) -> list[int]:
-    """Returns the channels of sources 0..L, of a first stage so wide."""
+    """Returns the channels of sources 0..L.
+
+    Args:
+      width: channels of the first stage.
+    """
     expansion = 4 if self.bottleneck else 1
     return [width, *(expansion * width * 2**stage for stage in self.stages)]
 
@@ -106,10 +114,17 @@ class Architecture:
     ]
 
   def inner_width(self, stage_width: int) -> int:
-    """Returns the channels between a bottleneck's 1x1 convolutions."""
+    """Returns the channels between a bottleneck's 1x1 convolutions.
+
+    Args:
+      stage_width: channels of the stage, before the bottleneck's factor of 4.
+
+    Raises:
+      InputError: no whole number of channels is left to a branch.
+    """
     if not self.branch_width:
       return stage_width
-    # w is that of a first stage of the architecture's own width.
+    # branch_width is w in a stage of the architecture's own width.
     own = self.branch_width * stage_width / self.width
     if own < 1 or own % 1:
       raise InputError(
@@ -119,9 +134,12 @@ class Architecture:
     return self.cardinality * int(own)
 
   def check_size(self, width: int) -> None:
-    """Raises InputError for a network of far more weights than there are bytes.
+    """Raises InputError for more weights than `limits.MAX_WEIGHTS`.
 
-    Counted are the blocks' own convolutions, before any is made.
+    It counts the weights of the blocks' convolutions before any is made.
+
+    Args:
+      width: channels of the first stage.
     """
     total = 0
     for stage in self.stages:
@@ -169,7 +187,10 @@ class Architecture:
   def branch_blocks(
     self, width: int, *, dtype: DTypeLike, rngs: nnx.Rngs
   ) -> list[BranchBlock]:
-    """Returns the L blocks of C branches, of a ResNeXt."""
+    """Returns the L blocks of a ResNeXt, each of C branches.
+
+    They follow a stem of `width` channels.
+    """
     channels = self.channels(width)
     return [
       BranchBlock(
@@ -186,7 +207,11 @@ class Architecture:
 
 
 class Stem(nnx.Module):
-  """From image to source 0: 3x3 for small images, 7x7 and pool for large."""
+  """Maps images to source 0.
+
+  For small images it is a 3x3 convolution. For large images it is a 7x7
+  convolution of stride 2 and a max pool of stride 2.
+  """
 
   def __init__(
     self,
@@ -209,7 +234,10 @@ class Stem(nnx.Module):
     self.norm = layers.BatchNorm(features, dtype=dtype)
 
   def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-    """Maps [N, H, W, C] to [N, H, W, features], or to a quarter of H and W."""
+    """Maps [N, H, W, C] to [N, H, W, features].
+
+    A stem for large images returns a quarter of H and of W.
+    """
     x = self.norm(self.conv(images), use_running_average=not train)
     x = backend.relu(x)
     if self.large:
@@ -218,14 +246,14 @@ class Stem(nnx.Module):
 
 
 class Network(nnx.Module):
-  """Stem, stack, linear head: the networks of both levels.
+  """A stem, a stack and a linear head: the network of either level.
 
-  Parameters, masks, statistics and logits are float32 whatever the dtype of
-  the activations.
+  Parameters, masks, statistics and logits are float32, for any dtype of the
+  activations.
 
   Attributes:
     stack: the wired blocks, a `MaskedStack` or a `BranchStack`.
-    stages: of each block, from 0, for drawings.
+    stages: the stage of each block, from 0; figures show it.
     version: see `VERSION`.
     matmul_precision: see `create_model`.
   """
@@ -304,7 +332,7 @@ class Network(nnx.Module):
 
   @property
   def topology(self) -> Any:
-    """The frozen wiring, or None while it is learned."""
+    """The topology, or None while the wiring is learned."""
     return self.stack.topology
 
   def draw(
@@ -324,10 +352,11 @@ class Network(nnx.Module):
 
     Args:
       images: float [N, H, W, in_channels], normalised; H, W >= 8.
-      mask: b from `draw`; None takes the topology or the top-K of r.
+      mask: b from `draw`; None takes the top K of r. A topology takes the place
+        of both.
       train: whether BatchNorm takes the batch's statistics and keeps them.
     """
-    # The products of the backward pass take it over from these.
+    # The backward pass inherits the precision of the forward pass.
     precise = (
       contextlib.nullcontext()
       if self.matmul_precision == 'default'
@@ -340,8 +369,8 @@ class Network(nnx.Module):
   def pool(self, x: jax.Array) -> jax.Array:
     """Returns the stack's output as the head reads it, float32 [N, features].
 
-    At level 'block' the mean over space. A `BranchStack` has pooled already;
-    see `branches`.
+    At level 'block' it is the mean over space. A `BranchStack` returns its
+    output pooled already; see `branches`.
     """
     if self.stack.spec.level == 'block':
       return jnp.mean(layers.widened(x), (1, 2))
@@ -349,7 +378,7 @@ class Network(nnx.Module):
 
 
 def _activations(dtype: DTypeLike) -> jnp.dtype:
-  """Returns the dtype. Raises InputError for one that is not of floats."""
+  """Returns the dtype, or raises InputError if it is not a floating one."""
   try:
     known = jnp.dtype(dtype) if dtype is not None else jnp.dtype(bool)
   except (TypeError, ValueError):
@@ -363,7 +392,7 @@ def _activations(dtype: DTypeLike) -> jnp.dtype:
 
 
 def count_parameters(model: Any) -> int:
-  """Returns the number of trained weights: no statistics, no real mask."""
+  """Returns the number of parameters, without statistics and real masks."""
   return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
@@ -408,16 +437,23 @@ REGISTRY: dict[str, Architecture] = {
 
 
 def list_models(pattern: str = '*') -> list[str]:
-  """Returns the names that match, such as list_models('resnext*')."""
+  """Returns the names in the registry that match a pattern.
+
+  Args:
+    pattern: as in a shell, such as 'resnext*'.
+  """
   return fnmatch.filter(REGISTRY, pattern)
 
 
 def architecture_of(name: Any) -> Architecture:
-  """Returns what a name stands for; an architecture stands for itself.
+  """Returns the architecture of a name, or an `Architecture` unchanged.
 
-  Beside the registry: 'resnetD', D = 6n+2, CIFAR-form with basic blocks, and
-  'resnetD_bottleneck', D = 9n+2, with bottlenecks. 'resnet50' and 'resnet101'
-  are ImageNet's.
+  A name of the registry comes first: 'resnet50' and 'resnet101' are ImageNet's.
+  Other names are of CIFAR's form: 'resnetD' with D = 6n+2 has basic blocks,
+  'resnetD_bottleneck' with D = 9n+2 has bottlenecks.
+
+  Args:
+    name: a name or an `Architecture`.
 
   Raises:
     InputError: no network has this name or depth, or it has more than
@@ -440,7 +476,7 @@ def architecture_of(name: Any) -> Architecture:
   suffix = match[2] or ''
   period = 9 if suffix else 6
   deepest = limits.MAX_BLOCKS // 3 * period + 2
-  # Python takes no number of thousands of digits.
+  # int() refuses thousands of digits.
   depth = int(match[1]) if len(match[1]) < 10 else 10**9
   if depth > deepest:
     raise InputError(
@@ -458,7 +494,8 @@ def architecture_of(name: Any) -> Architecture:
   )
 
 
-# Options of `create_model` beside the fields of `WiringSpec`, for a message.
+# Options of `create_model` beside the fields of `WiringSpec`; a message lists
+# them.
 _OPTIONS = (
   'adapter', 'dtype', 'in_channels', 'matmul_precision', 'remat', 'seed',
   'stem_source', 'version', 'width',
@@ -485,25 +522,28 @@ def create_model(
   """Builds a network, such as create_model('resnet38', num_classes=10).
 
   Args:
-    name: see `architecture_of`; or an architecture of one's own.
+    name: a name that `architecture_of` knows, or an `Architecture`.
     num_classes: channels of the logits.
     spec: how the blocks are wired; default `WiringSpec()`.
-    topology: the sources that are taken, whatever the spec's rule.
-    in_channels: of the images.
+    topology: the sources that each block or branch takes. If given, the spec's
+      rule is not used.
+    in_channels: channels of the images.
     width: channels of the first stage; default the architecture's own.
     dtype: of the activations, 'float32' or 'bfloat16'.
     seed: of the weights, the real mask and a random topology.
     version: '2', or '1' for models that were trained before; see `VERSION`.
-    matmul_precision: of the products of float32 in convolutions and matrices:
-      'default' is the device's, which on GPUs from Ampere on may be TF32 and on
-      TPUs is bfloat16, unless JAX_DEFAULT_MATMUL_PRECISION says otherwise;
-      'high' is TF32, or three passes of bfloat16; 'highest' is float32. A CPU
-      has float32 alone, and masks and statistics are always of float32.
+    matmul_precision: of float32 convolutions and matrix products. 'default' is
+      JAX_DEFAULT_MATMUL_PRECISION, or without it the device's own: on GPUs from
+      Ampere on it may be TF32, on TPUs it is bfloat16. 'high' is TF32, or three
+      passes of bfloat16. 'highest' is float32. A CPU always computes in
+      float32. Masks and statistics are always float32.
     stem_source: whether blocks after the first may take the stem's output.
-    adapter: what brings a source to a block's shape: 'pool' or 'projection',
-      see `adapters`; or 'same_stage', where sources of other shapes are barred.
-    remat: see `MaskedStack`. This and the two above are for level 'block'.
-    **wiring: fields of the spec, such as fan_in=10, in place of its own.
+    adapter: 'pool' or 'projection', the adapter that brings a source to a
+      block's shape, see `adapters`; or 'same_stage', under which a block may
+      take only sources of its input's shape.
+    remat: see `MaskedStack`. `stem_source`, `adapter` and `remat` are for level
+      'block' alone.
+    **wiring: fields of the spec to replace, such as fan_in=10.
 
   Returns:
     A Flax NNX module: images float [N, H, W, in_channels] to logits
@@ -535,10 +575,10 @@ def create_model(
 
 
 def _spec_of(spec: WiringSpec, wiring: dict[str, Any]) -> WiringSpec:
-  """Returns the spec with these fields in place of its own.
+  """Returns the spec with the fields in `wiring` replaced.
 
   Raises:
-    InputError: one is no field of the spec's level, or has a wrong value.
+    InputError: a field is not of the spec's level, or has a wrong value.
   """
   level = wiring.get('level', spec.level)
   fields = spec_lib.fields_of(limits.choice('level', level, spec_lib.LEVELS))
@@ -558,7 +598,7 @@ def _check_branches(
   adapter: str,
   remat: str,
 ) -> None:
-  """Raises InputError for a network that cannot be wired by branches."""
+  """Raises InputError for a network that cannot have level 'branch'."""
   if architecture.cardinality == 1:
     raise InputError(
       f"model {limits.shown(name)} has no branches; level 'branch' needs one of"

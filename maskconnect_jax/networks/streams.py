@@ -1,8 +1,9 @@
-"""The streams of random numbers: one of its own for everything random.
+"""The random streams: every kind of draw has a stream of its own.
 
-The key of a stream is fold_in(key(seed), stream). Training folds in the step,
-the network the number of the kernel. So no two of them share a key, and neither
-the wiring nor a step's draws depend on how many kernels a network has.
+The key of a stream is fold_in(key(seed), stream). Training folds the step into
+the key, and a network folds in the number of the kernel. So no two draws share
+a key. Neither the wiring nor the draws of a step depend on the number of
+kernels.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ def at_step(seed: int, stream: int, step: jax.Array | int) -> jax.Array:
 
 
 def of_network(seed: int) -> nnx.Rngs:
-  """Returns what draws a network: 'params' the kernels, 'connectivity' masks.
+  """Returns the streams of a network, 'params' and 'connectivity'.
 
-  'connectivity' draws the topology of rule 'fixed_random', or the real mask
-  before training.
+  'params' draws the kernels. 'connectivity' draws the topology of rule
+  'fixed_random', or the real mask before training.
   """
   return nnx.Rngs(params=root(seed, WEIGHTS), connectivity=root(seed, WIRING))
