@@ -138,7 +138,7 @@ def torchvision_loader(*steps):
 
 def training_batches(paths, rng):
   """An epoch in order of its own, through the iterator of a run."""
-  stream = datasets.Stream(
+  stream = datasets.LazySplit(
     sources.Source(
       lambda i: (str(paths[i]), 0),
       num_train=len(paths),

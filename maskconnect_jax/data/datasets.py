@@ -1,8 +1,8 @@
-"""A data set: training, validation and test images, in memory or streamed.
+"""A data set: training, validation and test images, in memory or not yet decoded.
 
 Images that fit into memory are decoded once and kept (`Split`). Larger sets,
 and sets that are cropped at a new scale each time, are decoded whenever they
-are needed (`Stream`). The split into train, validation and test is fixed: it
+are needed (`LazySplit`). The split into train, validation and test is fixed: it
 does not depend on the seed, so runs of different seeds are measured on the same
 images.
 """
@@ -24,7 +24,7 @@ from maskconnect_jax.data import images as images_lib
 from maskconnect_jax.data.sources import Source
 from maskconnect_jax.errors import InputError
 
-_MEASURED = 1024  # images of a `Stream` that give mean and std
+_MEASURED = 1024  # images of a `LazySplit` that give mean and std
 _TRIES = 100  # damaged records in a row that end the run
 _UNKNOWN = fingerprint.Identity(0, 0, (), '', str)
 
@@ -58,7 +58,7 @@ class Split:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stream:
+class LazySplit:
   """Records of a data source, each decoded whenever it is asked for.
 
   Attributes:
@@ -87,7 +87,7 @@ class Stream:
     )
     return np.array([self.source.read(int(i))[1] for i in numbers], np.int32)
 
-  def part(self, chosen: np.ndarray) -> Stream:
+  def part(self, chosen: np.ndarray) -> LazySplit:
     """Returns the records whose places in this one `chosen`, int [M], names."""
     return dataclasses.replace(self, chosen=self.chosen[chosen])
 
@@ -206,9 +206,9 @@ class Dataset:
       source, also the records that are neither trained nor tested on here.
   """
 
-  train: Split | Stream
-  validation: Split | Stream | None
-  test: Split | Stream
+  train: Split | LazySplit
+  validation: Split | LazySplit | None
+  test: Split | LazySplit
   classes: tuple[str, ...]
   skipped: int = 0
   identity: fingerprint.Identity = _UNKNOWN
@@ -225,7 +225,7 @@ class Dataset:
   def mean_and_std(self) -> tuple[np.ndarray, np.ndarray]:
     """Returns mean and standard deviation of the training images' channels.
 
-    A `Stream` is measured on up to 1,024 images, spread evenly over it.
+    A `LazySplit` is measured on up to 1,024 images, spread evenly over it.
 
     Returns:
       Two float64 [C] on the 0..255 scale. A constant channel has std 1, so
@@ -273,8 +273,8 @@ def load(data: ml_collections.ConfigDict) -> Dataset:
         ' training and test images are needed'
       )
   gigabytes = len(source) * source.channels * data.image_size**2 / 1e9
-  streamed = data.crop == 'resized' or gigabytes > data.memory_gb
-  dataset = (_streamed if streamed else _in_memory)(source, data)
+  decoded_later = data.crop == 'resized' or gigabytes > data.memory_gb
+  dataset = (_lazy if decoded_later else _in_memory)(source, data)
   dataset = dataclasses.replace(dataset, identity=source.identity)
   if data.validation:
     rest, held = _evenly('validation', dataset.train, data.validation)
@@ -287,13 +287,13 @@ def load(data: ml_collections.ConfigDict) -> Dataset:
     ('validation', dataset.validation),
     ('test', dataset.test),
   ):
-    if isinstance(part, Stream) and data.skip_errors:
+    if isinstance(part, LazySplit) and data.skip_errors:
       part.check_decodes(what)
   return dataset
 
 
-def _streamed(source: Source, data: ml_collections.ConfigDict) -> Dataset:
-  """Returns the data set as `Stream`s, which leave each record in its file."""
+def _lazy(source: Source, data: ml_collections.ConfigDict) -> Dataset:
+  """Returns the data set as `LazySplit`s: each record stays in its file."""
   if not data.image_size:
     raise InputError(
       f'{source.name} is decoded as it is needed, and so needs one size for'
@@ -329,7 +329,7 @@ def _streamed(source: Source, data: ml_collections.ConfigDict) -> Dataset:
       return decode(record)
 
   train, test = (
-    Stream(source, numbers, augment, decode, data.skip_errors)
+    LazySplit(source, numbers, augment, decode, data.skip_errors)
     for numbers in np.split(np.arange(len(source)), [source.num_train])
   )
   return Dataset(train, None, test, source.classes)
@@ -410,8 +410,8 @@ def _check_labels(dataset: Dataset, name: str) -> None:
 
 
 def _evenly(
-  field: str, split: Split | Stream, count: int
-) -> tuple[Split | Stream, Split | Stream]:
+  field: str, split: Split | LazySplit, count: int
+) -> tuple[Split | LazySplit, Split | LazySplit]:
   """Draws `count` images evenly from the classes; returns (the rest, drawn)."""
   labels = split.read_labels()
   if count >= len(labels):

@@ -79,7 +79,7 @@ class Term:
 
 
 @dataclasses.dataclass
-class Streams:
+class Factors:
   """The inputs x_c, or the outputs y_c, of a block's B branches, as factors.
 
   Attributes:
@@ -94,13 +94,13 @@ class Streams:
   stem_share: jax.Array
   bias: jax.Array
 
-  def mixed(self, mask: jax.Array) -> Streams:
+  def mixed(self, mask: jax.Array) -> Factors:
     """Returns x_c = sum_k mask[c, k] * y_k for each c; self holds the y_k.
 
     Args:
       mask: float32 [number of the x_c, B].
     """
-    return Streams(
+    return Factors(
       [
         Term(_exact('ck,kj->cj', mask, term.paths), term.expand, term.narrow)
         for term in self.terms
@@ -110,7 +110,7 @@ class Streams:
       _exact('ck,kd->cd', mask, self.bias),
     )
 
-  def adapted(self, height: int, width: int, features: int) -> Streams:
+  def adapted(self, height: int, width: int, features: int) -> Factors:
     """Returns A(x_c) for each c: average-pooled, with zero channels appended.
 
     Both operations are linear. So the pool acts on the narrow activations, and
@@ -121,7 +121,7 @@ class Streams:
       width: W after the pool.
       features: channels with the zeros.
     """
-    return Streams(
+    return Factors(
       [
         Term(
           term.paths,
@@ -145,15 +145,15 @@ class Streams:
     Returns:
       [N, H, W, B * w], in `dtype`.
     """
-    streams, _, width = reduce.shape
+    count, _, width = reduce.shape
     own = reduce[:, : self.stem.shape[-1]] * self.stem_share[:, None, None]
     total = _conv1x1(
-      self.stem, own.transpose(1, 0, 2).reshape(-1, streams * width), dtype
+      self.stem, own.transpose(1, 0, 2).reshape(-1, count * width), dtype
     )
     for term in self.terms:
       kernel = jnp.einsum(
         'ck,kvd,cdw->kvcw', term.paths, term.expand, reduce
-      ).reshape(-1, streams * width)
+      ).reshape(-1, count * width)
       total += _conv1x1(term.narrow, kernel, dtype)
     bias = _exact('cd,cdw->cw', self.bias, reduce).reshape(-1)
     return total + bias.astype(dtype)
@@ -180,7 +180,7 @@ def _exact(equation: str, *operands: jax.Array) -> jax.Array:
   """Returns an einsum in float32, even if an accelerator's default is narrower.
 
   Masks and statistics need it: a variance from a covariance in bfloat16 may
-  come out below 0. The large kernels of `Streams.read` do not need it: the
+  come out below 0. The large kernels of `Factors.read` do not need it: the
   convolutions that use them are no more exact.
   """
   return jnp.einsum(equation, *operands, precision=jax.lax.Precision.HIGHEST)
@@ -257,7 +257,7 @@ class BranchBlock(nnx.Module):
     self.mean = nnx.BatchStat(jnp.zeros((branches, features), jnp.float32))
     self.var = nnx.BatchStat(jnp.ones((branches, features), jnp.float32))
 
-  def __call__(self, x: Streams, identity: float, *, train: bool) -> Streams:
+  def __call__(self, x: Factors, identity: float, *, train: bool) -> Factors:
     """Returns y_c = F_c(x_c) + s * A(x_c) for each branch c.
 
     Args:
@@ -279,7 +279,7 @@ class BranchBlock(nnx.Module):
       identity * jnp.eye(branches)
     )
     own = Term(jnp.eye(branches), self.expand[...] * gain[:, None], narrow)
-    return Streams(
+    return Factors(
       [*shortcut.terms, own],
       shortcut.stem,
       shortcut.stem_share,
@@ -416,7 +416,7 @@ class BranchStack(Wiring):
     else:
       masks = mask
     first = self.blocks[0]
-    streams = Streams(
+    factors = Factors(
       [],
       x,
       jnp.ones(first.branches),
@@ -424,12 +424,12 @@ class BranchStack(Wiring):
     )
     for index, block in enumerate(self.blocks):
       if index:
-        streams = streams.mixed(masks[index - 1])
+        factors = factors.mixed(masks[index - 1])
       shared = self._shared_stem and not index
       # The last block keeps all C branches; earlier blocks may be pruned.
       own = 1 / self.blocks[-1].branches if shared else self.identity
-      streams = block(streams, own, train=train)
-    return streams.pooled(self.blocks[-1].expand.shape[-1])
+      factors = block(factors, own, train=train)
+    return factors.pooled(self.blocks[-1].expand.shape[-1])
 
   def _live_masks(self) -> list[list[list[int]]]:
     """Returns the frozen masks of the branches that the blocks still hold."""

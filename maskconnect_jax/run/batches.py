@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskconnect_jax.data.datasets import Split, Stream
+from maskconnect_jax.data.datasets import LazySplit, Split
 from maskconnect_jax.networks import streams
 from maskconnect_jax.run import distributed
 
@@ -90,7 +90,7 @@ class Resident:
       epoch, place = epoch + 1, 0
 
 
-class Streamed:
+class Decoded:
   """Training batches decoded by Grain while the devices work.
 
   Each process decodes its own share of every batch.
@@ -101,7 +101,7 @@ class Streamed:
 
   def __init__(
     self,
-    stream: Stream,
+    split: LazySplit,
     batch_size: int,
     *,
     seed: int,
@@ -112,7 +112,7 @@ class Streamed:
     """Makes the order of the examples; reads no image.
 
     Args:
-      stream: the training examples.
+      split: the training examples.
       batch_size: examples in a step, on all devices together.
       seed: seed of the run; decides the order of each epoch, and every crop.
       sharding: how a batch lies on the devices.
@@ -123,7 +123,7 @@ class Streamed:
     self._batch_size = batch_size
     self._sharding = sharding
     self._threads, self._workers = threads, workers
-    self._examples = training_examples(stream, seed, batch_size)
+    self._examples = training_examples(split, seed, batch_size)
 
   def starting_at(self, step: int) -> Iterator[Any]:
     """Yields the batches of `step`, `step` + 1, ... without an end.
@@ -151,27 +151,27 @@ class Streamed:
         yield distributed.from_shares((images, labels), self._sharding)
 
 
-Batches: TypeAlias = Resident | Streamed
+Batches: TypeAlias = Resident | Decoded
 
 
 def training_examples(
-  stream: Stream, seed: int, batch_size: int
+  split: LazySplit, seed: int, batch_size: int
 ) -> grain.MapDataset[Any]:
   """Returns the examples of all epochs in the order of training.
 
   Example n is a function of (seed, n), its crop included.
 
   Args:
-    stream: the training examples.
+    split: the training examples.
     seed: seed of the run.
     batch_size: examples in a step, on all devices together.
 
   Returns:
-    A dataset whose items are those of `Stream.training_example`.
+    A dataset whose items are those of `LazySplit.training_example`.
   """
-  numbers = grain.MapDataset.range(len(stream)).seed(seed).shuffle()
-  whole = len(stream) // batch_size * batch_size
-  return numbers[:whole].random_map(stream.training_example).repeat()
+  numbers = grain.MapDataset.range(len(split)).seed(seed).shuffle()
+  whole = len(split) // batch_size * batch_size
+  return numbers[:whole].random_map(split.training_example).repeat()
 
 
 def share_of_batches(
@@ -211,7 +211,7 @@ def share_of_batches(
 
 
 def evaluation_batches(
-  split: Split | Stream,
+  split: Split | LazySplit,
   batch_size: int,
   mesh: jax.sharding.Mesh,
   *,
@@ -223,7 +223,7 @@ def evaluation_batches(
     split: the examples.
     batch_size: examples in a batch, on all devices together.
     mesh: all devices.
-    threads: number of decoding threads, where `split` is a `Stream`.
+    threads: number of decoding threads, where `split` is a `LazySplit`.
 
   Yields:
     uint8 [batch, H, W, C], int32 [batch] and bool [batch], as the global arrays
@@ -237,7 +237,7 @@ def evaluation_batches(
 
 
 def evaluation_shares(
-  split: Split | Stream,
+  split: Split | LazySplit,
   batch_size: int,
   process: int = 0,
   num_processes: int = 1,
@@ -253,13 +253,13 @@ def evaluation_shares(
     batch_size: examples in a batch, on all processes together.
     process: number of the process.
     num_processes: how many processes there are.
-    threads: number of decoding threads, where `split` is a `Stream`.
+    threads: number of decoding threads, where `split` is a `LazySplit`.
 
   Yields:
     Images uint8 [share, H, W, C], labels int32 [share] and bool [share],
     whether an example counts. Filling and damaged records do not count.
   """
-  if isinstance(split, Stream):
+  if isinstance(split, LazySplit):
     yield from share_of_batches(
       evaluation_examples(split, batch_size),
       batch_size,
@@ -281,18 +281,18 @@ def evaluation_shares(
 
 
 def evaluation_examples(
-  stream: Stream, batch_size: int
+  split: LazySplit, batch_size: int
 ) -> grain.MapDataset[Any]:
   """Returns the examples in order, filled up to whole batches.
 
   Each item is image, label and whether the example counts.
   """
-  filling = np.zeros(stream.image_shape, np.uint8), np.int32(0), False
+  filling = np.zeros(split.image_shape, np.uint8), np.int32(0), False
 
   def example(i: int) -> Any:
-    return stream.evaluation_example(i) if i < len(stream) else filling
+    return split.evaluation_example(i) if i < len(split) else filling
 
-  size = -(-len(stream) // batch_size) * batch_size
+  size = -(-len(split) // batch_size) * batch_size
   return grain.MapDataset.range(size).map(example)
 
 

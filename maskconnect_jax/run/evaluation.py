@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 
 from maskconnect_jax.data import datasets, photographs, sources
-from maskconnect_jax.data.datasets import Split, Stream
+from maskconnect_jax.data.datasets import LazySplit, Split
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.networks import streams
 from maskconnect_jax.run import batches, inference, steps
@@ -92,7 +92,7 @@ class Evaluator:
     self,
     network: Any,
     variables: Any,
-    split: Split | Stream,
+    split: Split | LazySplit,
     *,
     draw_at: int | None = None,
   ) -> Scores:
@@ -153,7 +153,7 @@ def of_model(
   if not source.num_test:
     raise InputError(f'{source.name} has no test images')
   _tell_of_differences(model, data)
-  test = datasets.Stream(
+  test = datasets.LazySplit(
     _in_order(source, model.classes),
     np.arange(source.num_train, len(source)),
     augment=lambda record, _: model.prepare(record),

@@ -67,7 +67,7 @@ class Experiment:
 
   Attributes:
     config: see `maskconnect_jax/config.py`.
-    dataset: in host memory, or streamed.
+    dataset: in host memory, or decoded while training.
     plan: the durations in steps.
     architecture: the arguments of `create_model`, without spec and topology;
       can be written as JSON.
@@ -181,7 +181,9 @@ def architecture_of(
   return architecture
 
 
-def held_out(job: Experiment) -> tuple[str, datasets.Split | datasets.Stream]:
+def held_out(
+  job: Experiment,
+) -> tuple[str, datasets.Split | datasets.LazySplit]:
   """Returns name and images of the split that training is evaluated on.
 
   The split is the validation set if there is one, else the test set. With a
@@ -234,7 +236,7 @@ def training_batches(job: Experiment) -> batches.Batches:
   seed, sharding = job.config.seed, job.recipe.batch_sharding
   if isinstance(train, datasets.Split):
     return batches.Resident(train, size, seed=seed, sharding=sharding)
-  return batches.Streamed(
+  return batches.Decoded(
     train,
     size,
     seed=seed,

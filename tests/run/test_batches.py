@@ -81,7 +81,7 @@ def test_resident_batches_are_sharded(resident):
     }
 
 
-# Streamed.
+# Decoded.
 
 
 def grey_of(split, number):
@@ -116,7 +116,7 @@ def streams(folder):
 
 
 def streamed(stream, sharding, *, threads=2, workers=0):
-  return batches.Streamed(
+  return batches.Decoded(
     stream,
     BATCH,
     seed=SEED,
@@ -181,7 +181,7 @@ if __name__ == '__main__':
   data.source, data.dir = 'folder', sys.argv[1]
   data.image_size, data.crop = 16, 'resized'
   mesh = distributed.make_mesh()
-  stream = batches.Streamed(
+  stream = batches.Decoded(
     datasets.load(data).train, 8, seed=0, sharding=distributed.sharded(mesh),
     threads=1, workers=2)
   kept = list(itertools.islice(stream.starting_at(0), 5))
@@ -286,7 +286,7 @@ def test_evaluation_of_a_stream_is_that_of_its_decoded_images(folder, mesh):
   split = datasets.load(plain).test
   stream = datasets.load(fields(folder, crop='pad', memory_gb=1e-6)).test
   assert isinstance(split, datasets.Split)
-  assert isinstance(stream, datasets.Stream)
+  assert isinstance(stream, datasets.LazySplit)
   one, other = (
     first(batches.evaluation_batches(s, 8, mesh, threads=2), 3)
     for s in (split, stream)
