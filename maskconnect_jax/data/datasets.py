@@ -1,4 +1,4 @@
-"""A data set: training, validation and test images, in memory or not yet decoded.
+"""A data set: its training, validation and test images, and its classes.
 
 Images that fit into memory are decoded once and kept (`Split`). Larger sets,
 and sets that are cropped at a new scale each time, are decoded whenever they
