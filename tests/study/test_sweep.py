@@ -420,7 +420,7 @@ def test_killed_and_started_again(
       train.train(own, tmp_path / f'uncut/{rule}{seed}')
   uncut = cli(
     '--mode=summarize', f'--csv={tmp_path / "uncut.csv"}',
-    f'--workdirs={tmp_path / "uncut/learned5"}',
+    f'--workdirs={tmp_path / "uncut/learned6"}',
     f'--workdirs={tmp_path / "uncut"}',
   )  # fmt: skip
   assert uncut.code == 0
