@@ -1,8 +1,8 @@
-"""Block-level MaskConnect in PyTorch: CIFAR's ResNet with learned sources.
+"""Block-level MaskConnect in PyTorch: CIFAR's ResNet and ResNeXt.
 
-torch_port.py compares this network with the package's and times both. It
-imports nothing of the package. Its modules have the names of the package's, so
-that weights map one to one.
+torch_port.py and cpu_peer.py compare this network with the package's and time
+both. It imports nothing of the package. Its modules have the names of the
+package's, so that weights map one to one.
 """
 
 from __future__ import annotations
@@ -52,9 +52,19 @@ def draw(
   return torch.zeros_like(real_mask).scatter(-1, picked, 1.0) * valid
 
 
-def conv(in_features: int, features: int, stride: int = 1) -> nn.Conv2d:
-  """A 3x3 convolution without bias."""
-  layer = nn.Conv2d(in_features, features, 3, stride, padding=1, bias=False)
+def conv(
+  in_features: int, features: int, stride: int = 1, size: int = 3, groups: int = 1
+) -> nn.Conv2d:
+  """A convolution without bias that keeps the image's size at stride 1."""
+  layer = nn.Conv2d(
+    in_features,
+    features,
+    size,
+    stride,
+    padding=size // 2,
+    groups=groups,
+    bias=False,
+  )
   nn.init.kaiming_normal_(layer.weight, mode='fan_out', nonlinearity='relu')
   return layer
 
@@ -90,6 +100,39 @@ class BasicBlock(nn.Module):
     return F.relu(residual + zero_pad_channels(shortcut, self.features))
 
 
+class Bottleneck(nn.Module):
+  """y = relu(F(x) + S(x)), F of 1x1, 3x3 in groups and 1x1 convolutions."""
+
+  def __init__(
+    self,
+    in_features: int,
+    inner: int,
+    features: int,
+    stride: int,
+    groups: int,
+  ) -> None:
+    super().__init__()
+    self.conv1 = conv(in_features, inner, size=1)
+    self.norm1 = nn.BatchNorm2d(inner)
+    self.conv2 = conv(inner, inner, stride, groups=groups)
+    self.norm2 = nn.BatchNorm2d(inner)
+    self.conv3 = conv(inner, features, size=1)
+    self.norm3 = nn.BatchNorm2d(features)
+    self.projected = stride != 1 or in_features != features
+    if self.projected:
+      self.shortcut_conv = conv(in_features, features, stride, size=1)
+      self.shortcut_norm = nn.BatchNorm2d(features)
+
+  def forward(self, x: torch.Tensor) -> torch.Tensor:
+    """Maps [N, in_features, H, W] to [N, features, H / s, W / s]."""
+    residual = F.relu(self.norm1(self.conv1(x)))
+    residual = F.relu(self.norm2(self.conv2(residual)))
+    residual = self.norm3(self.conv3(residual))
+    if self.projected:
+      x = self.shortcut_norm(self.shortcut_conv(x))
+    return F.relu(residual + x)
+
+
 class MaskedStack(nn.Module):
   """Blocks that read the mean of the earlier outputs that a mask picks."""
 
@@ -99,10 +142,22 @@ class MaskedStack(nn.Module):
     *,
     fan_in: int,
     topology: Sequence[Sequence[int]] | None,
+    live: Sequence[bool] | None,
   ) -> None:
-    """topology: the sources of each block, or None to learn them."""
+    """Keeps the blocks.
+
+    Args:
+      blocks: in order.
+      fan_in: K.
+      topology: the sources of each block, or None to learn them.
+      live: whether each block runs; None: all do.
+    """
     super().__init__()
-    self.blocks = nn.ModuleList(blocks)
+    self.live = [True] * len(blocks) if live is None else list(live)
+    self.blocks = nn.ModuleList(
+      block if alive else nn.Identity()
+      for block, alive in zip(blocks, self.live, strict=True)
+    )
     self.fan_in, self.topology = fan_in, topology
     if topology is None:
       valid = torch.ones(len(blocks), len(blocks), dtype=torch.bool).tril()
@@ -122,10 +177,13 @@ class MaskedStack(nn.Module):
       weights = StraightThrough.apply(self.real_mask, mask) * self.scale
     # Sums over sources, and over a whole batch for the gradient of a weight.
     exact = torch.promote_types(x.dtype, torch.float32)
-    outputs, shape, here, before = [x], x.shape, {}, {}
+    outputs, last, shape, here, before = [x], x, x.shape, {}, {}
     for target, block in enumerate(self.blocks):
-      if outputs[-1].shape != shape:
-        shape, here, before = outputs[-1].shape, {}, here
+      if not self.live[target]:
+        outputs.append(None)
+        continue
+      if last.shape != shape:
+        shape, here, before = last.shape, {}, here
       learned = self.topology is None
       picked = range(target + 1) if learned else self.topology[target]
       for i in picked:
@@ -139,8 +197,9 @@ class MaskedStack(nn.Module):
         total = sources[0]
       else:
         total = sum(y.to(exact) for y in sources) / len(sources)
-      outputs.append(block(total.to(x.dtype)))
-    return outputs[-1]
+      last = block(total.to(x.dtype))
+      outputs.append(last)
+    return last
 
   @torch.no_grad()
   def project(self) -> None:
@@ -149,7 +208,7 @@ class MaskedStack(nn.Module):
 
 
 class ResNet(nn.Module):
-  """CIFAR's ResNet."""
+  """CIFAR's ResNet, or with bottlenecks in groups its ResNeXt."""
 
   def __init__(
     self,
@@ -159,7 +218,23 @@ class ResNet(nn.Module):
     num_classes: int,
     fan_in: int,
     topology: Sequence[Sequence[int]] | None,
+    live: Sequence[bool] | None = None,
+    inner: Sequence[int] | None = None,
+    groups: int = 1,
   ) -> None:
+    """Builds the network.
+
+    Args:
+      blocks_per_stage: the number of blocks of each stage.
+      width: channels of the stem and, before a bottleneck's factor of 4, of
+        the first stage.
+      num_classes: of the logits.
+      fan_in: see `MaskedStack`.
+      topology: likewise.
+      live: likewise.
+      inner: channels inside the bottlenecks of each stage; None: basic blocks.
+      groups: C, of a bottleneck's 3x3 convolution.
+    """
     super().__init__()
     self.stem = nn.Sequential(
       OrderedDict(
@@ -169,10 +244,17 @@ class ResNet(nn.Module):
     blocks, features = [], width
     for stage, depth in enumerate(blocks_per_stage):
       for _ in range(depth):
-        wide = width * 2**stage
-        blocks.append(BasicBlock(features, wide, 2 if wide > features else 1))
+        wide = width * 2**stage * (4 if inner else 1)
+        stride = 2 if blocks and wide > features else 1
+        blocks.append(
+          Bottleneck(features, inner[stage], wide, stride, groups)
+          if inner
+          else BasicBlock(features, wide, stride)
+        )
         features = wide
-    self.stack = MaskedStack(blocks, fan_in=fan_in, topology=topology)
+    self.stack = MaskedStack(
+      blocks, fan_in=fan_in, topology=topology, live=live
+    )
     self.head = nn.Linear(features, num_classes)
 
   def forward(

@@ -93,29 +93,34 @@ def torch_weights(model: nnx.Module) -> dict[str, torch.Tensor]:
   return weights
 
 
-def ported(job: experiment.Experiment) -> torch.nn.Module:
-  """Returns the PyTorch network of ours, with its weights."""
-  model, name = job.model, job.config.model.name
+def ported(model: models.Network, name: str) -> torch.nn.Module:
+  """Returns the PyTorch network of ours, with its weights.
+
+  Args:
+    model: learned, frozen or pruned; blocks that nothing reads are left out.
+    name: of its architecture.
+  """
   architecture = models.architecture_of(name)
-  if architecture.bottleneck:
-    raise config_lib.InputError(f'{name}: the port has basic blocks only')
-  if model.topology and not all(model.topology.live):
-    raise config_lib.InputError(
-      f'{job.config.connectivity.rule}: the port runs all blocks, also those'
-      ' that nothing reads'
-    )
+  widths = [architecture.width * 2**i for i in range(3)]
   network = torch_network.ResNet(
     architecture.blocks_per_stage,
     width=architecture.width,
     num_classes=model.head.out_features,
     fan_in=model.stack.fan_in,
     topology=model.topology and model.topology.sources,
+    live=model.topology and model.topology.live,
+    inner=[architecture.inner_width(width) for width in widths]
+    if architecture.bottleneck
+    else None,
+    groups=architecture.cardinality,
   )
   own = torch_weights(model)
-  for key in network.state_dict():
-    if key.endswith('num_batches_tracked'):
-      own[key] = torch.tensor(0)
-  network.load_state_dict(own)
+  network.load_state_dict(
+    {
+      key: own.get(key, value) if key.endswith('_tracked') else own[key]
+      for key, value in network.state_dict().items()
+    }
+  )
   return network
 
 
@@ -123,7 +128,7 @@ def peer(job: experiment.Experiment) -> tuple[str, torch.nn.Module]:
   """Returns where the network to compare with is from, and the network."""
   name = job.config.model.name
   if not models.architecture_of(name).large_images:
-    return 'torch', ported(job)
+    return 'torch', ported(job.model, name)
   if job.config.connectivity.rule != 'fixed_prev':
     raise config_lib.InputError(
       f'the peer of {name} has no masks: --rules=fixed_prev'
@@ -219,7 +224,7 @@ def compared(form: Form, given: argparse.Namespace, mode: str) -> list[float]:
   job = common.build(form, given)
   with jax.default_matmul_precision('highest'):  # no TF32 in float32
     ours = common.TrainingStep(job)
-    theirs, batch = torch_step(job, ported(job), mode), torch_batch(ours)
+    theirs, batch = torch_step(job, ported(job.model, form.network), mode), torch_batch(ours)
     losses, gradient, masks, learned = (
       [],
       np.nan,

@@ -3,20 +3,18 @@
 The first line of a docstring names the result. The rest says why the code has
 its form on a CPU, a GPU or a TPU. The figures stand in docs/notebook.md: a
 CPU's under "On a CPU", a GPU's (H100) and a TPU's (v5e) under "Compiled for an
-H100 and a TPU v5e, on neither", and the convolution's under "The grouped
-convolution". Mcycles are the million cycles that a TPU's compiler predicts.
+H100 and a TPU v5e, on neither". Mcycles are the million cycles that a TPU's
+compiler predicts. Convolutions have a module of their own, `convolution`.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 SOURCES_AT_ONCE = 9  # in a call of a masked sum: see `sum_in_parts`
@@ -38,6 +36,41 @@ def traced_once(*static: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
     *static: the positions of the static arguments, which must be hashable.
   """
   return lambda function: jax.jit(function, static_argnums=static)
+
+
+def by_platform(
+  cpu: Callable[..., jax.Array], default: Callable[..., jax.Array]
+) -> Callable[..., jax.Array]:
+  """Returns a function of arrays, computed by `cpu` on a CPU, else by `default`.
+
+  Its gradients are chosen alike. Autodiff of `platform_dependent` would put a
+  conditional into the program. XLA's CPU compiler reads layouts, combines the
+  sums over devices and schedules only outside of conditionals. So the gradient
+  of a convolution took 100 times as long, and that over two devices had a sum
+  of its own for each layer.
+
+  Args:
+    cpu: linear in each of its arguments, so that gradients need these alone.
+    default: equal to `cpu` up to rounding.
+  """
+
+  @jax.custom_vjp
+  def function(*arrays: jax.Array) -> jax.Array:
+    return jax.lax.platform_dependent(*arrays, cpu=cpu, default=default)
+
+  def forward(*arrays: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return function(*arrays), arrays
+
+  def pull(own: Callable[..., jax.Array]) -> Callable[..., tuple[Any, ...]]:
+    return lambda dy, *arrays: jax.vjp(own, *arrays)[1](dy)
+
+  def backward(arrays: tuple[jax.Array, ...], dy: jax.Array) -> Any:
+    return jax.lax.platform_dependent(
+      dy, *arrays, cpu=pull(cpu), default=pull(default)
+    )
+
+  function.defvjp(forward, backward)
+  return function
 
 
 def sum_in_parts(
@@ -215,11 +248,10 @@ def append_zero_channels(x: jax.Array, features: int) -> jax.Array:
 def _append_zero_channels(x: jax.Array, features: int) -> jax.Array:
   identity = jnp.eye(x.shape[-1], features, dtype=x.dtype)
   around = [(0, 0)] * (x.ndim - 1) + [(0, features - x.shape[-1])]
-  return jax.lax.platform_dependent(
-    x,
+  return by_platform(
     cpu=lambda x: jnp.matmul(x, identity, precision=jax.lax.Precision.HIGHEST),
     default=lambda x: jnp.pad(x, around),
-  )
+  )(x)
 
 
 @traced_once(1)
@@ -237,83 +269,3 @@ def mean_of_windows(x: jax.Array, window: tuple[int, int]) -> jax.Array:
 
   count = sums(jnp.ones((1, *x.shape[1:3], 1)))
   return (sums(x) / count).astype(x.dtype)
-
-
-def grouped_conv(
-  x: jax.Array, kernel: jax.Array, groups: int, stride: int
-) -> jax.Array:
-  """Returns the 3x3 convolution of x in groups, with zeros at the border.
-
-  Args:
-    x: [N, H, W, C].
-    kernel: [3, 3, C / groups, C].
-    groups: a divisor of C.
-    stride: s, in both directions.
-
-  Returns:
-    [N, ceil(H/s), ceil(W/s), C].
-  """
-  return jax.lax.platform_dependent(
-    x,
-    kernel,
-    cpu=lambda x, kernel: bundled_grouped_conv(x, kernel, groups, stride),
-    default=lambda x, kernel: sharded_grouped_conv(x, kernel, groups, stride),
-  )
-
-
-def bundled_grouped_conv(
-  x: jax.Array, kernel: jax.Array, groups: int, stride: int, channels: int = 64
-) -> jax.Array:
-  """Computes `grouped_conv` as dense convolutions of bundles of groups.
-
-  The dense kernels are block-diagonal. On a CPU XLA's own grouped convolution
-  takes 40 to 290 times as long. Bundles of about 64 channels are within the
-  noise of the fastest, except for groups of 32 channels. They compile sooner
-  than one convolution for each group.
-  """
-  width = kernel.shape[2]
-  bundle = max(1, min(groups, channels // width))
-  while groups % bundle:
-    bundle -= 1
-  eye = jnp.eye(bundle, dtype=kernel.dtype)
-  parts = []
-  for part, own in zip(
-    jnp.split(x, groups // bundle, -1),
-    jnp.split(kernel, groups // bundle, -1),
-    strict=True,
-  ):
-    blocks = own.reshape(3, 3, width, bundle, width)
-    dense = jnp.einsum('hwigo,gj->hwjigo', blocks, eye)
-    dense = dense.reshape(3, 3, bundle * width, bundle * width)
-    parts.append(_conv3x3(part, dense, 1, stride))
-  return jnp.concatenate(parts, -1)
-
-
-def sharded_grouped_conv(
-  x: jax.Array, kernel: jax.Array, groups: int, stride: int
-) -> jax.Array:
-  """Computes `grouped_conv`; each device computes its part of the batch.
-
-  The batch is sharded over axis 'data' of the mesh that `jax.set_mesh` sets.
-  Outside `shard_map` XLA gathers the whole batch on every device. Each of eight
-  devices then computes 4.22 MFLOP instead of 0.75.
-  """
-  local = functools.partial(_conv3x3, groups=groups, stride=stride)
-  mesh = jax.sharding.get_abstract_mesh()
-  if not mesh.empty and mesh.size > 1:
-    batch, whole = PartitionSpec('data'), PartitionSpec()
-    local = jax.shard_map(local, in_specs=(batch, whole), out_specs=batch)
-  return local(x, kernel)
-
-
-def _conv3x3(
-  x: jax.Array, kernel: jax.Array, groups: int, stride: int
-) -> jax.Array:
-  return jax.lax.conv_general_dilated(
-    x,
-    kernel,
-    (stride, stride),
-    ((1, 1), (1, 1)),
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-    feature_group_count=groups,
-  )

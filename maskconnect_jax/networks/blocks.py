@@ -32,11 +32,11 @@ class BasicBlock(nnx.Module):
   ) -> None:
     self.features = features
     self.stride = stride
-    self.conv1 = layers.conv(
+    self.conv1 = layers.Conv(
       in_features, features, 3, stride=stride, dtype=dtype, rngs=rngs
     )
     self.norm1 = layers.BatchNorm(features, dtype=dtype)
-    self.conv2 = layers.conv(features, features, 3, dtype=dtype, rngs=rngs)
+    self.conv2 = layers.Conv(features, features, 3, dtype=dtype, rngs=rngs)
     self.norm2 = layers.BatchNorm(features, dtype=dtype)
 
   def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
@@ -87,22 +87,17 @@ class Bottleneck(nnx.Module):
       dtype: of the activations.
       rngs: its 'params' stream draws the kernels.
     """
-    self.conv1 = layers.conv(in_features, inner, 1, dtype=dtype, rngs=rngs)
+    self.conv1 = layers.Conv(in_features, inner, 1, dtype=dtype, rngs=rngs)
     self.norm1 = layers.BatchNorm(inner, dtype=dtype)
-    if groups == 1:
-      self.conv2: nnx.Module = layers.conv(
-        inner, inner, 3, stride=stride, dtype=dtype, rngs=rngs
-      )
-    else:
-      self.conv2 = layers.GroupedConv(
-        inner, groups=groups, stride=stride, dtype=dtype, rngs=rngs
-      )
+    self.conv2 = layers.Conv(
+      inner, inner, 3, groups=groups, stride=stride, dtype=dtype, rngs=rngs
+    )
     self.norm2 = layers.BatchNorm(inner, dtype=dtype)
-    self.conv3 = layers.conv(inner, features, 1, dtype=dtype, rngs=rngs)
+    self.conv3 = layers.Conv(inner, features, 1, dtype=dtype, rngs=rngs)
     self.norm3 = layers.BatchNorm(features, zero_init=zero_init, dtype=dtype)
     self.projected = stride != 1 or in_features != features
     if self.projected:
-      self.shortcut_conv = layers.conv(
+      self.shortcut_conv = layers.Conv(
         in_features, features, 1, stride=stride, dtype=dtype, rngs=rngs
       )
       self.shortcut_norm = layers.BatchNorm(features, dtype=dtype)

@@ -56,7 +56,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from maskconnect_jax import backend, limits
+from maskconnect_jax import backend, convolution, limits
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import adapters, connectivity
 from maskconnect_jax.method.spec import WiringSpec
@@ -187,7 +187,7 @@ def _exact(equation: str, *operands: jax.Array) -> jax.Array:
 
 
 def _conv1x1(x: jax.Array, kernel: jax.Array, dtype: DTypeLike) -> jax.Array:
-  return jnp.einsum('nhwi,io->nhwo', x.astype(dtype), kernel.astype(dtype))
+  return convolution.across_channels(x.astype(dtype), kernel.astype(dtype))
 
 
 class BranchBlock(nnx.Module):
@@ -241,8 +241,14 @@ class BranchBlock(nnx.Module):
       reduce.reshape(in_features, branches, branch_width).transpose(1, 0, 2)
     )
     self.norm1 = layers.BatchNorm(inner, dtype=dtype)
-    self.conv2 = layers.GroupedConv(
-      inner, groups=branches, stride=stride, dtype=dtype, rngs=rngs
+    self.conv2 = layers.Conv(
+      inner,
+      inner,
+      3,
+      groups=branches,
+      stride=stride,
+      dtype=dtype,
+      rngs=rngs,
     )
     self.norm2 = layers.BatchNorm(inner, dtype=dtype)
     self.expand = nnx.Param(expand.reshape(branches, branch_width, features))
@@ -329,7 +335,7 @@ class BranchBlock(nnx.Module):
         variable.set_value(variable[...][channels])
     kernel = self.conv2.kernel
     kernel.set_value(kernel[...][..., channels])
-    self.conv2.groups = self.branches = len(live)
+    self.branches = len(live)
 
 
 class BranchStack(Wiring):

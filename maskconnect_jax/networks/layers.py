@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from maskconnect_jax import backend
+from maskconnect_jax import convolution
 
 # He et al., "Delving Deep into Rectifiers", 2015, eq. 14: variance 2 / fan-out.
 he_normal_by_fan_out = nnx.initializers.variance_scaling(
@@ -24,43 +24,6 @@ EPSILON = 1e-5
 def widened(x: jax.Array) -> jax.Array:
   """Returns x in float32, or in its own dtype if that is wider."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def conv(
-  in_features: int,
-  out_features: int,
-  kernel_size: int,
-  *,
-  stride: int = 1,
-  dtype: DTypeLike,
-  rngs: nnx.Rngs,
-) -> nnx.Conv:
-  """Returns a square convolution without bias; stride 1 keeps the size.
-
-  The padding is symmetric, as in the published networks. At stride 2 XLA's
-  'SAME' padding is not symmetric.
-
-  Args:
-    in_features: channels of the input.
-    out_features: channels of the output.
-    kernel_size: height and width of the kernel, odd.
-    stride: in both directions.
-    dtype: of the output; the kernel is float32.
-    rngs: its 'params' stream draws the kernel.
-  """
-  pad = kernel_size // 2
-  return nnx.Conv(
-    in_features,
-    out_features,
-    (kernel_size, kernel_size),
-    strides=stride,
-    padding=((pad, pad), (pad, pad)),
-    use_bias=False,
-    dtype=dtype,
-    param_dtype=jnp.float32,
-    kernel_init=he_normal_by_fan_out,
-    rngs=rngs,
-  )
 
 
 class BatchNorm(nnx.Module):
@@ -137,20 +100,23 @@ class BatchNorm(nnx.Module):
     return (slope * wide + (self.bias[...] - slope * mean)).astype(self.dtype)
 
 
-class GroupedConv(nnx.Module):
-  """A 3x3 convolution in groups of channels, without bias.
+class Conv(nnx.Module):
+  """A square convolution without bias; stride 1 keeps the size.
 
-  The input is padded with a zero on each side.
+  The padding is symmetric, as in the published networks. At stride 2 XLA's
+  'SAME' padding is not symmetric.
 
   Attributes:
-    kernel: float32 [3, 3, features / groups, features].
+    kernel: float32 [size, size, in_features / groups, out_features].
   """
 
   def __init__(
     self,
-    features: int,
+    in_features: int,
+    out_features: int,
+    size: int,
     *,
-    groups: int,
+    groups: int = 1,
     stride: int = 1,
     dtype: DTypeLike,
     rngs: nnx.Rngs,
@@ -158,21 +124,22 @@ class GroupedConv(nnx.Module):
     """Draws the kernel.
 
     Args:
-      features: channels of the input and the output, a multiple of `groups`.
-      groups: the number of groups.
+      in_features: channels of the input, a multiple of `groups`.
+      out_features: channels of the output, a multiple of `groups`.
+      size: height and width of the kernel, odd.
+      groups: the number of groups of channels.
       stride: s, in both directions.
       dtype: of the output.
       rngs: its 'params' stream draws the kernel.
     """
-    self.groups = groups
     self.stride = stride
     self.dtype = jnp.dtype(dtype)
-    shape = (3, 3, features // groups, features)
+    shape = (size, size, in_features // groups, out_features)
     self.kernel = nnx.Param(
       he_normal_by_fan_out(rngs.params(), shape, jnp.float32)
     )
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps [N, H, W, features] to [N, ceil(H/s), ceil(W/s), features]."""
+    """Maps [N, H, W, in_features] to [N, ceil(H/s), ceil(W/s), out_features]."""
     x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-    return backend.grouped_conv(x, kernel, self.groups, self.stride)
+    return convolution.conv(x, kernel, self.stride)

@@ -223,7 +223,7 @@ class Stem(nnx.Module):
     rngs: nnx.Rngs,
   ) -> None:
     self.large = large
-    self.conv = layers.conv(
+    self.conv = layers.Conv(
       in_channels,
       features,
       7 if large else 3,
@@ -317,7 +317,7 @@ class Network(nnx.Module):
         adapter=(
           adapters.ProjectionAdapter(
             channels,
-            lambda narrow, wide: layers.conv(
+            lambda narrow, wide: layers.Conv(
               narrow, wide, 1, dtype=dtype, rngs=rngs
             ),
           )
