@@ -75,11 +75,13 @@ class Turn:
   Attributes:
     seconds: of a step.
     faults: pages that the kernel gave the process in a step.
+    peak: the most memory that the process ever had, in MB.
     others: the share of the cores that other processes took.
   """
 
   seconds: float
   faults: float
+  peak: float
   others: float
 
 
@@ -140,6 +142,7 @@ class Side:
     return Turn(
       answer['seconds'] / count,
       answer['faults'] / count,
+      answer['peak'],
       others / (wall * len(self.cores)),
     )
 
@@ -191,7 +194,8 @@ def rows_of(
       **form,
       'side': name,
       'ms': 1e3 * statistics.median(own),
-      'faults': round(statistics.median(t.faults for t in turns[name])),
+      'faults': round(statistics.median(turn.faults for turn in turns[name])),
+      'peak MB': round(turns[name][-1].peak),
       '÷ theirs': statistics.median(ratios),
       'quartiles': f'{low:.2f} to {high:.2f}',
       **more,
@@ -290,6 +294,7 @@ def serve(kind: str, given: argparse.Namespace) -> None:
         'seconds': time.perf_counter() - began,
         'cpu': time.process_time() - used,
         'faults': page_faults() - faults,
+        'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000,
       }
     print(json.dumps(answer), file=answers, flush=True)
 

@@ -246,12 +246,13 @@ def append_zero_channels(x: jax.Array, features: int) -> jax.Array:
 
 @traced_once(1)
 def _append_zero_channels(x: jax.Array, features: int) -> jax.Array:
-  identity = jnp.eye(x.shape[-1], features, dtype=x.dtype)
   around = [(0, 0)] * (x.ndim - 1) + [(0, features - x.shape[-1])]
-  return by_platform(
-    cpu=lambda x: jnp.matmul(x, identity, precision=jax.lax.Precision.HIGHEST),
-    default=lambda x: jnp.pad(x, around),
-  )(x)
+
+  def product(x: jax.Array) -> jax.Array:
+    identity = jnp.eye(x.shape[-1], features, dtype=x.dtype)
+    return jnp.matmul(x, identity, precision=jax.lax.Precision.HIGHEST)
+
+  return by_platform(cpu=product, default=lambda x: jnp.pad(x, around))(x)
 
 
 @traced_once(1)

@@ -57,6 +57,7 @@ from maskconnect_jax.flags import (
 )
 from maskconnect_jax.run import (
   compilation_cache,
+  cores,
   describe,
   distributed,
   evaluation,
@@ -95,9 +96,6 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
 
 def run_mode() -> None:
   """Runs the mode that --mode names."""
-  # The excluded modes compute nothing in this process.
-  if MODE.value not in ('sweep', 'summarize', 'prepare'):
-    distributed.check_platform()
   {
     'train': run_train,
     'evaluate': run_evaluate,
@@ -125,6 +123,8 @@ def run_evaluate() -> None:
   workdir = the_workdir()
   config = flags.CONFIG.value or config_lib.stored(workdir)
   config_lib.check(config)
+  cores.use(config.eval_batch_size, cores.side_of(config.data))
+  distributed.check_platform()
   scores = evaluation.of_model(inference.load(workdir), config)
   record = scores.named('test') | {'num_test_examples': scores.count}
   print(json.dumps(files.finite(record), allow_nan=False))
@@ -144,6 +144,10 @@ def run_predict() -> None:
   """
   if not IMAGES.value:
     raise InputError('--mode=predict needs --images, a file or a folder')
+  # The sides of the images are known once the model is loaded, and so are the
+  # devices then. Large images are worth a device each.
+  cores.use(inference.BATCH, inference.BATCH)
+  distributed.check_platform()
   found = [image_files.split(image_files.find(name)) for name in IMAGES.value]
   model = inference.load(the_workdir())
   for folder in found:

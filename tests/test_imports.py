@@ -34,7 +34,7 @@ FOLDERS: dict[str, set[str]] = {
     'config', 'files', 'limits', 'names', 'signals', 'fields', 'data',
     'networks', 'method', 'figures',
   },
-  'networks': {'backend', 'limits', 'method'},
+  'networks': {'backend', 'convolution', 'limits', 'method'},
   'data': {'config', 'files', 'limits', 'names', 'signals'},
   'figures': {'files'},
   'method': {'backend', 'files', 'limits'},
@@ -46,6 +46,7 @@ ARROWS: dict[str, set[str]] = {
   },
   '__main__': {'command', 'main'},
   'backend': set(),
+  'convolution': {'backend'},
   'command': {'signals'},
   'config': {'fields', 'files', 'limits', 'method.spec'},
   'errors': set(),
@@ -63,7 +64,7 @@ ARROWS: dict[str, set[str]] = {
   'run.inference': {
     'config', 'files', 'limits', 'data.image_headers', 'data.image_inputs',
     'data.images', 'method', 'networks', 'run.augment', 'run.checkpoint',
-    'run.model_record',
+    'run.cores', 'run.distributed', 'run.model_record',
   },
 }  # fmt: skip
 NEEDS_ORBAX = {'run.checkpoint', 'run.storage'}
@@ -72,6 +73,7 @@ WITHOUT_JAX = {'data', 'command', 'config', 'fields', 'files', 'flags',
                'limits', 'names', 'signals', 'figures'}  # fmt: skip
 # Module -> all that it may import beside the standard library.
 ONLY = {'method.connectivity': {'jax', 'numpy'}, 'backend': {'jax'},
+        'convolution': {'jax'},
         'command': set(), 'signals': set(), 'errors': set()}  # fmt: skip
 ALL_MODULES = {
   '.'.join(path.relative_to(ROOT).with_suffix('').parts) for path in FILES_FOUND

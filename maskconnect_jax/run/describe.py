@@ -16,8 +16,9 @@ import tqdm
 from clu import parameter_overview
 from flax import nnx
 
+from maskconnect_jax import config as config_lib
 from maskconnect_jax.networks import models
-from maskconnect_jax.run import distributed, experiment, steps
+from maskconnect_jax.run import cores, distributed, experiment, steps
 
 # The timing ends after this many steps, or after this many seconds.
 _STEPS = 5
@@ -41,6 +42,9 @@ def describe(config: ml_collections.ConfigDict) -> str:
   Raises:
     InputError: the config or its data cannot be used.
   """
+  config_lib.check(config)
+  cores.use(config.batch_size, cores.side_of(config.data))
+  distributed.check_platform()
   job = experiment.build(config)
   dataset, plan, model, recipe = job.dataset, job.plan, job.model, job.recipe
   state = distributed.to_global(

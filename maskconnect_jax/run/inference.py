@@ -24,7 +24,13 @@ from maskconnect_jax.data import image_headers, image_inputs, images
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import topology, wiring
 from maskconnect_jax.networks import models
-from maskconnect_jax.run import augment, checkpoint, model_record
+from maskconnect_jax.run import (
+  augment,
+  checkpoint,
+  cores,
+  distributed,
+  model_record,
+)
 
 K = TypeVar('K')
 
@@ -182,7 +188,7 @@ class Classifier:
     shape = record['preprocessing']
     self.image_shape = (shape['height'], shape['width'], shape['channels'])
     mean, std = shape['mean'], shape['std']
-    self._state = state
+    self._states: dict[int, tuple[Any, Any]] = {1: (state, None)}
 
     @jax.jit
     def forward(state: Any, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -299,5 +305,23 @@ class Classifier:
     # N is padded to a power of two, so few shapes are compiled.
     padded = 1 << (len(batch) - 1).bit_length()
     filled = np.pad(batch, ((0, padded - len(batch)), (0, 0), (0, 0), (0, 0)))
-    logits, probabilities = jax.device_get(self._forward(self._state, filled))
+    state, images = self._placed(filled)
+    logits, probabilities = jax.device_get(self._forward(state, images))
     return logits[: len(batch)], probabilities[: len(batch)]
+
+  def _placed(self, batch: np.ndarray) -> tuple[Any, Any]:
+    """Returns the arrays of the network and a batch, on as many devices.
+
+    A GPU or a TPU takes a whole batch. The cores of a CPU share it.
+    """
+    count = 1
+    if jax.default_backend() == 'cpu':
+      count = cores.devices(len(batch), batch.shape[1], jax.local_device_count())
+    if count not in self._states:
+      mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:count]), ('data',))
+      self._states[count] = (
+        jax.device_put(self._states[1][0], distributed.replicated(mesh)),
+        distributed.sharded(mesh),
+      )
+    state, sharding = self._states[count]
+    return state, batch if count == 1 else jax.device_put(batch, sharding)

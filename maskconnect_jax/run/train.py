@@ -23,6 +23,7 @@ from maskconnect_jax import config as config_lib
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.run import (
   checkpoint,
+  cores,
   distributed,
   evaluation,
   experiment,
@@ -80,6 +81,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
   config_lib.check(config)
   config_lib.check_is_one_run(config)
   config = config.copy_and_resolve_references()
+  cores.use(config.batch_size, cores.side_of(config.data))
+  distributed.check_platform()
   workdirs.keep_version(config, workdir)
   workdirs.check(config, workdir)
   with locks.locked(workdir, enabled=jax.process_index() == 0):
@@ -336,7 +339,12 @@ def compile_step(
   """
   bar.say('compiling the training step')
   jitted = jax.jit(steps.train_step, static_argnums=0, donate_argnums=1)
-  return jitted.lower(recipe, state, *batch).compile()
+  compiled = jitted.lower(recipe, state, *batch).compile()
+  if jax.default_backend() == 'cpu' and (memory := compiled.memory_analysis()):
+    cores.give_back_memory(
+      memory.temp_size_in_bytes * recipe.batch_sharding.mesh.size
+    )
+  return compiled
 
 
 def mean_of_steps(pending: list[dict[str, Any]], done: int) -> dict[str, float]:

@@ -284,7 +284,10 @@ def environments(
       raise InputError(
         f'--parallel={parallel}: members share no TPU; each takes all chips'
       )
-    return [{}] * (parallel or 1)
+    # Members that share the cores of a CPU would wait for each other's devices.
+    one = {'JAX_NUM_CPU_DEVICES': '1', **os.environ}['JAX_NUM_CPU_DEVICES']
+    shared = platform == 'cpu' and (parallel or 1) > 1
+    return [{'JAX_NUM_CPU_DEVICES': one} if shared else {}] * (parallel or 1)
   parallel = parallel or count
   given = os.environ.get('CUDA_VISIBLE_DEVICES')
   names = given.split(',') if given else [str(n) for n in range(count)]
