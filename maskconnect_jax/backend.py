@@ -9,6 +9,7 @@ compiler predicts. Convolutions have a module of their own, `convolution`.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
@@ -44,15 +45,19 @@ def by_platform(
   """Returns a function of arrays, computed by `cpu` on a CPU, else by `default`.
 
   Its gradients are chosen alike. Autodiff of `platform_dependent` would put a
-  conditional into the program. XLA's CPU compiler reads layouts, combines the
+  conditional into the program. XLA's CPU compiler changes layouts, combines the
   sums over devices and schedules only outside of conditionals. So the gradient
-  of a convolution took 100 times as long, and that over two devices had a sum
-  of its own for each layer.
+  of a convolution took 100 times as long, and over two devices it had a sum of
+  its own in each layer.
 
   Args:
     cpu: linear in each of its arguments, so that gradients need these alone.
     default: equal to `cpu` up to rounding.
   """
+  # Gradients are traced later, where the precision may be another.
+  precise = functools.partial(
+    jax.default_matmul_precision, jax.config.jax_default_matmul_precision
+  )
 
   @jax.custom_vjp
   def function(*arrays: jax.Array) -> jax.Array:
@@ -65,9 +70,10 @@ def by_platform(
     return lambda dy, *arrays: jax.vjp(own, *arrays)[1](dy)
 
   def backward(arrays: tuple[jax.Array, ...], dy: jax.Array) -> Any:
-    return jax.lax.platform_dependent(
-      dy, *arrays, cpu=pull(cpu), default=pull(default)
-    )
+    with precise():
+      return jax.lax.platform_dependent(
+        dy, *arrays, cpu=pull(cpu), default=pull(default)
+      )
 
   function.defvjp(forward, backward)
   return function

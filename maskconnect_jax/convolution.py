@@ -149,9 +149,9 @@ def dense(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   The input's gradient is a convolution of dy with the kernel, turned by 180
   degrees and with inputs and outputs exchanged. The kernel's gradient is one of
   x, whose images are its channels, with dy as the kernel. Autodiff would ask
-  for the same two, but in layouts that XLA's CPU compiler changes only outside
-  of the branches of `platform_dependent`. Inside, the kernel's gradient takes
-  100 times as long.
+  for the same two in other layouts, which XLA's CPU compiler changes before it
+  chooses how to compute them, but not in a conditional (see
+  `backend.by_platform`).
   """
   if stride == 1:
     return side_by_side(x, kernel)

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from maskconnect_jax import backend
+from maskconnect_jax import convolution
 from maskconnect_jax.method.spec import WiringSpec
 from maskconnect_jax.networks import layers, models
 from maskconnect_jax.run import optimizer, steps
@@ -101,9 +101,7 @@ def test_a_step_on_eight_devices_is_one_on_one(
 ):
   assert jax.device_count() >= 8
   if native:  # the grouped convolution of GPUs and TPUs, in shard_map
-    monkeypatch.setattr(
-      backend, 'bundled_grouped_conv', backend.sharded_grouped_conv
-    )
+    monkeypatch.setattr(convolution, 'on_a_cpu', convolution.by_library)
   model = make(level, architecture, rule)
   (before, one, metrics, sums), alone = step_on(1, model)
   (_, eight, metrics8, sums8), shared = step_on(8, model)

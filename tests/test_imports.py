@@ -73,7 +73,6 @@ WITHOUT_JAX = {'data', 'command', 'config', 'fields', 'files', 'flags',
                'limits', 'names', 'signals', 'figures'}  # fmt: skip
 # Module -> all that it may import beside the standard library.
 ONLY = {'method.connectivity': {'jax', 'numpy'}, 'backend': {'jax'},
-        'convolution': {'jax'},
         'command': set(), 'signals': set(), 'errors': set()}  # fmt: skip
 ALL_MODULES = {
   '.'.join(path.relative_to(ROOT).with_suffix('').parts) for path in FILES_FOUND

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 
 import maskconnect_jax
-from maskconnect_jax import backend
+from maskconnect_jax import convolution
 from maskconnect_jax.run import distributed, optimizer, steps
 
 BATCH = 256  # enough for the batch to outweigh the small kernels
@@ -77,9 +77,7 @@ def test_step_has_no_all_gather_and_an_eighth_of_the_flops(
   level, native, monkeypatch
 ):
   if native:  # what GPUs and TPUs run
-    monkeypatch.setattr(
-      backend, 'bundled_grouped_conv', backend.sharded_grouped_conv
-    )
+    monkeypatch.setattr(convolution, 'on_a_cpu', convolution.by_library)
   one, eight = compiled_step(level, 1), compiled_step(level, 8)
   gathers = eight.as_text().count('all-gather')
   ratio = eight.cost_analysis()['flops'] / one.cost_analysis()['flops']

@@ -120,7 +120,7 @@ def projections_of(features):
   rngs = nnx.Rngs(0)
   return adapters.ProjectionAdapter(
     features,
-    lambda narrow, wide: layers.conv(
+    lambda narrow, wide: layers.Conv(
       narrow, wide, 1, dtype=jnp.float32, rngs=rngs
     ),
   )

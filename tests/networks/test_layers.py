@@ -18,10 +18,9 @@ RNG = np.random.default_rng(0)
 @pytest.mark.parametrize('kernel_size', [1, 3])
 @pytest.mark.parametrize('size', [(8, 8), (7, 5)])
 def test_convolution_is_scipys(stride, kernel_size, size):
-  module = layers.conv(
+  module = layers.Conv(
     2, 3, kernel_size, stride=stride, dtype=jnp.float32, rngs=nnx.Rngs(0)
   )
-  assert module.bias is None
   kernel = np.asarray(module.kernel[...], np.float64)
   x = RNG.normal(size=(2, *size, 2))
   pad = kernel_size // 2
@@ -45,7 +44,7 @@ def test_convolution_is_scipys(stride, kernel_size, size):
 
 
 def test_kernels_start_he_normal_by_fan_out():
-  module = layers.conv(64, 32, 3, dtype=jnp.float32, rngs=nnx.Rngs(0))
+  module = layers.Conv(64, 32, 3, dtype=jnp.float32, rngs=nnx.Rngs(0))
   kernel = np.asarray(module.kernel[...])
   expected = 2 / (9 * 32)
   # The variance of n normal numbers has the relative deviation sqrt(2/n).
@@ -153,7 +152,9 @@ def test_error_of_the_variance_is_what_the_docstring_says(count, ratio):
 
 
 def test_a_grouped_convolution_keeps_to_its_group():
-  layer = layers.GroupedConv(32, groups=8, dtype=jnp.float32, rngs=nnx.Rngs(0))
+  layer = layers.Conv(
+    32, 32, 3, groups=8, dtype=jnp.float32, rngs=nnx.Rngs(0)
+  )
   x = jnp.zeros((1, 4, 4, 32)).at[..., 4:8].set(1.0)
   touched = np.asarray(jnp.abs(layer(x)).sum((0, 1, 2)) > 0)
   assert touched[4:8].all()

@@ -74,13 +74,18 @@ def test_an_override_is_of_its_type(override, value):
 
 def test_environments(monkeypatch):
   monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+  monkeypatch.delenv('JAX_NUM_CPU_DEVICES', raising=False)
 
   def visible(*arguments):
     given = sweep.environments(*arguments)
     return [environment['CUDA_VISIBLE_DEVICES'] for environment in given]
 
   assert sweep.environments('cpu', 8, None) == [{}]
-  assert sweep.environments('cpu', 1, 3) == [{}, {}, {}]
+  one = {'JAX_NUM_CPU_DEVICES': '1'}
+  assert sweep.environments('cpu', 1, 3) == [one, one, one]
+  with monkeypatch.context() as given:
+    given.setenv('JAX_NUM_CPU_DEVICES', '4')
+    assert sweep.environments('cpu', 4, 2) == [{'JAX_NUM_CPU_DEVICES': '4'}] * 2
   assert sweep.environments('tpu', 4, None) == [{}]
   with pytest.raises(config_lib.InputError, match='--parallel=2'):
     sweep.environments('tpu', 4, 2)

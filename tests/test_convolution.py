@@ -1,0 +1,163 @@
+"""The forms of a convolution against NumPy, and which platform gets which."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskconnect_jax import convolution
+from maskconnect_jax.run import distributed
+
+# Images, height, width, channels, groups, channels out, kernel, stride.
+SHAPES = [
+  (2, 8, 8, 3, 1, 16, 3, 1),  # four pixels together
+  (2, 6, 4, 16, 1, 16, 3, 1),  # two
+  (2, 8, 8, 16, 1, 4, 3, 1),  # eight, and two for the input's gradient
+  (3, 5, 7, 16, 1, 16, 3, 1),  # an odd width: none
+  (2, 6, 6, 32, 1, 40, 3, 1),
+  (2, 8, 6, 16, 1, 32, 3, 2),
+  (2, 7, 9, 5, 1, 6, 3, 2),
+  (2, 9, 11, 3, 1, 8, 7, 2),
+  (2, 5, 4, 12, 1, 7, 1, 1),  # the matrix's gradient is turned
+  (2, 5, 4, 7, 1, 12, 1, 1),
+  (2, 5, 6, 12, 1, 7, 1, 2),
+  (2, 8, 8, 32, 8, 32, 3, 1),
+  (2, 7, 7, 32, 8, 32, 3, 2),
+  (2, 5, 5, 120, 3, 120, 3, 1),
+]
+
+
+def numpys(x, kernel, dy, groups, stride):
+  """The convolution and its gradients, a sum over the kernel's weights."""
+  size, _, width, outputs = kernel.shape
+  pad, (n, height, over, _) = size // 2, x.shape
+  padded = np.pad(x, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
+  high, wide = -(-height // stride), -(-over // stride)
+  y, back = np.zeros((n, high, wide, outputs)), np.zeros_like(padded)
+  gradient, per = np.zeros_like(kernel), outputs // groups
+  for row in range(size):
+    for column in range(size):
+      at = (
+        slice(None),
+        slice(row, row + (high - 1) * stride + 1, stride),
+        slice(column, column + (wide - 1) * stride + 1, stride),
+      )
+      for g in range(groups):
+        of_x = (*at, slice(g * width, (g + 1) * width))
+        of_y = (..., slice(g * per, (g + 1) * per))
+        own = kernel[row, column][of_y]
+        y[of_y] += padded[of_x] @ own
+        back[of_x] += dy[of_y] @ own.T
+        gradient[row, column][of_y] = np.einsum(
+          'nhwi,nhwo->io', padded[of_x], dy[of_y]
+        )
+  return y, back[:, pad : pad + height, pad : pad + over], gradient
+
+
+@pytest.mark.parametrize(
+  'form', [convolution.on_a_cpu, convolution.by_library, convolution.conv]
+)
+@pytest.mark.parametrize('shape', SHAPES)
+def test_values_and_gradients_are_numpys(form, shape):
+  n, height, width, inputs, groups, outputs, size, stride = shape
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(n, height, width, inputs))
+  kernel = rng.normal(size=(size, size, inputs // groups, outputs))
+  dy = rng.normal(size=(n, -(-height // stride), -(-width // stride), outputs))
+  expected = numpys(x, kernel, dy, groups, stride)
+  with jax.enable_x64(True):
+    y, pull = jax.vjp(
+      lambda x, kernel: form(x, kernel, stride),
+      jnp.asarray(x),
+      jnp.asarray(kernel),
+    )
+    for actual, value in zip((y, *pull(jnp.asarray(dy))), expected, strict=True):
+      np.testing.assert_allclose(actual, value, rtol=1e-12, atol=1e-12)
+
+
+def test_across_channels_is_a_product_with_its_gradients():
+  rng = np.random.default_rng(0)
+  x, matrix = rng.normal(size=(2, 3, 4, 5)), rng.normal(size=(5, 3))
+  dy = rng.normal(size=(2, 3, 4, 3))
+  with jax.enable_x64(True):
+    y, pull = jax.vjp(
+      convolution.across_channels, jnp.asarray(x), jnp.asarray(matrix)
+    )
+    dx, dmatrix = pull(jnp.asarray(dy))
+  np.testing.assert_allclose(y, x @ matrix, rtol=1e-12, atol=1e-12)
+  np.testing.assert_allclose(dx, dy @ matrix.T, rtol=1e-12, atol=1e-12)
+  expected = np.einsum('nhwi,nhwo->io', x, dy)
+  np.testing.assert_allclose(dmatrix, expected, rtol=1e-12, atol=1e-12)
+
+
+def program(platform, shape, kernel):
+  """The text of a convolution and its gradients, lowered for a platform."""
+
+  @jax.jit
+  def everything(x, kernel):
+    y, pull = jax.vjp(convolution.conv, x, kernel)
+    return y, pull(y)
+
+  traced = everything.trace(jnp.zeros(shape), jnp.zeros(kernel))
+  return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'cuda', 'tpu'])
+@pytest.mark.parametrize(
+  ('shape', 'kernel', 'on_cpu', 'elsewhere'),
+  [
+    # Products, and convolutions for value, input's and kernel's gradient.
+    ((1, 4, 4, 8), (1, 1, 8, 4), (3, 0), (0, 3)),
+    ((1, 4, 4, 16), (3, 3, 16, 16), (0, 3), (0, 3)),
+    ((1, 4, 4, 32), (3, 3, 4, 32), (2, 6), (0, 3)),  # two bundles
+  ],
+)
+def test_each_platform_has_its_form(platform, shape, kernel, on_cpu, elsewhere):
+  text = program(platform, shape, kernel)
+  products, convolutions = on_cpu if platform == 'cpu' else elsewhere
+  assert text.count('stablehlo.convolution') == convolutions
+  if kernel[2] == shape[-1]:  # bundles of groups are products of kernels
+    assert text.count('stablehlo.dot_general') == products
+  groups = shape[-1] // kernel[2]
+  grouped = f'feature_group_count = {groups} ' in text
+  assert grouped == (groups == 1 or platform != 'cpu') or not convolutions
+
+
+def test_a_gradient_over_devices_has_no_conditional_and_one_sum():
+  """XLA's CPU compiler optimizes nothing inside a conditional."""
+  mesh = distributed.make_mesh()
+  x, kernel = (
+    jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+    for shape, sharding in (
+      ((8, 4, 4, 16), distributed.sharded(mesh)),
+      ((3, 3, 16, 16), distributed.replicated(mesh)),
+    )
+  )
+  layer = jax.jit(lambda x, kernel: jnp.tanh(convolution.conv(x, kernel)))
+
+  @jax.jit
+  def gradient(x, first, second):
+    return jax.grad(
+      lambda first, second: layer(layer(x, first), second).sum(), (0, 1)
+    )(first, second)
+
+  text = gradient.lower(x, kernel, kernel).compile().as_text()
+  assert ' conditional(' not in text
+  assert text.count(' all-reduce(') == 1
+
+
+def test_a_gradient_is_as_precise_as_its_value():
+  def loss(x, kernel):
+    with jax.default_matmul_precision('highest'):
+      y = convolution.conv(x, kernel)
+    return y.sum()
+
+  traced = jax.jit(jax.grad(loss, (0, 1))).trace(
+    jnp.zeros((1, 4, 4, 8)), jnp.zeros((3, 3, 8, 8))
+  )
+  text = traced.lower(lowering_platforms=('cuda',)).as_text()
+  convolutions = text.split('stablehlo.convolution')[1:]
+  assert len(convolutions) == 2
+  assert all('HIGHEST' in rest.splitlines()[0] for rest in convolutions)
