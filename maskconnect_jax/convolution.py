@@ -4,7 +4,8 @@
 for it. XLA's CPU compiler has fast matrix products, and convolutions that are
 fast for 32 output channels and more. So on a CPU
 
-- a 1x1 convolution is a matrix product,
+- a 1x1 convolution is a matrix product, and so is that of images of fewer
+  pixels than the kernel,
 - with 16 output channels or fewer, neighbouring pixels are computed together,
 - groups of channels are bundled to 16 channels at least.
 
@@ -100,8 +101,11 @@ def on_a_cpu(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   """Computes `conv` in the form that a CPU runs fastest."""
   if groups_of(x, kernel) > 1:
     return bundled(x, kernel, stride)
-  if kernel.shape[0] == 1:
+  size = len(kernel)
+  if size == 1:
     return product(x[:, ::stride, ::stride], kernel[0, 0])
+  if -(-x.shape[1] // stride) * -(-x.shape[2] // stride) < size**2:
+    return of_small_images(x, kernel, stride)
   return dense(x, kernel, stride)
 
 
@@ -140,6 +144,34 @@ def _product_backward(
 
 
 product.defvjp(_product_forward, _product_backward)
+
+
+def of_small_images(
+  x: jax.Array, kernel: jax.Array, stride: int
+) -> jax.Array:
+  """Computes `conv` without groups as a product of whole images.
+
+  The matrix holds a weight of the kernel for each pixel in and out. If an image
+  has fewer pixels than the kernel, XLA exchanges the two, and then computes the
+  convolution by plain loops: for 128 images of 2x2 pixels with 64 channels it
+  takes 4.8 ms.
+  """
+  n, height, width, _ = x.shape
+  size, _, _, outputs = kernel.shape
+  wide = jnp.pad(kernel, ((height, height), (width, width), (0, 0), (0, 0)))
+  rows, columns = (
+    [length + size // 2 - at for at in range(0, length, stride)]
+    for length in (height, width)
+  )
+  # For each pixel out, the weights of all pixels in.
+  weights = [
+    wide[top : top + height, left : left + width]
+    for top in rows
+    for left in columns
+  ]
+  matrix = jnp.stack(weights, 3).reshape(-1, len(weights) * outputs)
+  y = product(x.reshape(n, -1), matrix)
+  return y.reshape(n, len(rows), len(columns), outputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
