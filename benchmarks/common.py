@@ -33,6 +33,14 @@ from maskconnect_jax.run import distributed, experiment, steps
 from maskconnect_jax.study import sweep
 
 
+# What the PyTorch port has, beside the defaults.
+SAME = (
+  'data.pad=0 data.flip=False optimizer.schedule=constant'
+  ' connectivity.phase=100% connectivity.initial_spread=0.5'
+  ' connectivity.gradient=all'
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Form:
   """A network, its batch and its wiring; K is None where a rule has none."""

@@ -206,23 +206,23 @@ def compared(
   given: argparse.Namespace, cores: list[int]
 ) -> Iterator[dict[str, Any]]:
   """Yields the table's rows, form by form."""
-  sides = {}
-  try:
-    for setting in given.ours:
-      name, *variables = shlex.split(setting) or ['']
-      more = dict(variable.split('=', 1) for variable in variables)
-      sides[f'ours {name}'.strip()] = Side('ours', given, cores, **more)
-    for mode in given.modes:
-      sides[f'torch {mode}'] = Side(mode, given, cores, JAX_PLATFORMS='cpu')
-    for form in forms(given):
-      print('preparing', form, file=sys.stderr, flush=True)
-      loss = {name: side.ask(**form)['value'] for name, side in sides.items()}
-      check_equal(form, loss)
+  for form in forms(given):
+    print('preparing', form, file=sys.stderr, flush=True)
+    sides = {}
+    try:
+      for setting in given.ours:
+        name, *variables = shlex.split(setting) or ['']
+        more = dict(variable.split('=', 1) for variable in variables)
+        sides[f'ours {name}'.strip()] = Side('ours', given, cores, **more)
+      for mode in given.modes:
+        sides[f'torch {mode}'] = Side(mode, given, cores)
+      values = {name: side.ask(**form)['value'] for name, side in sides.items()}
+      check_equal(form, values)
       turns, dropped = in_turns(sides, given.rounds, given.steps)
       yield from rows_of(form, turns, dropped=dropped)
-  finally:
-    for side in sides.values():
-      side.end()
+    finally:
+      for side in sides.values():
+        side.end()
 
 
 def forms(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -306,16 +306,17 @@ def page_faults() -> int:
 Prepared = tuple[Callable[[], Any], Callable[[Any], float]]
 
 
-def job_of(question: dict[str, Any], given: argparse.Namespace) -> Any:
+def job_of(
+  question: dict[str, Any], given: argparse.Namespace, batch: int
+) -> Any:
   """Returns the experiment of a form."""
   import common
-  import torch_port
 
   own = argparse.Namespace(
-    dtype='float32', seed=given.seed, set=f'{torch_port.SAME} {given.set}'
+    dtype='float32', seed=given.seed, set=f'{common.SAME} {given.set}'
   )
   form = common.Form(
-    question['network'], question['batch'], question['rule'], question['K']
+    question['network'], batch, question['rule'], question['K']
   )
   return common.build(form, own)
 
@@ -330,17 +331,58 @@ def pruned(job: Any) -> Any:
 
 def ours(question: dict[str, Any], given: argparse.Namespace) -> Prepared:
   """Returns our call, and what waits for its result."""
+  from maskconnect_jax.run import cores
+
+  cores.use(question['batch'], 32)
   if 'layer' in question:
     return our_layer(question)
   import common
-  import step_time
 
-  job = job_of(question, given)
   if question['inference']:
-    forward = step_time.Forward(job, pruned(job))
-    return forward, lambda logits: float(abs(logits).mean())
-  step = common.TrainingStep(job)
+    return classifier(question, given)
+  step = common.TrainingStep(job_of(question, given, question['batch']))
   return step, lambda result: float(result[1]['loss'])
+
+
+def classifier(
+  question: dict[str, Any], given: argparse.Namespace
+) -> Prepared:
+  """Returns the model that `maskconnect_jax.load` would, called on images."""
+  import jax
+  import numpy as np
+  from flax import nnx
+
+  from maskconnect_jax.run import inference
+
+  job = job_of(question, given, jax.device_count())
+  network, state = nnx.split(pruned(job))
+  height, width, channels = job.dataset.image_shape
+  model = inference.Classifier(
+    network,
+    state,
+    {
+      'classes': job.dataset.classes,
+      'topology': pruned(job).topology.to_dict(),
+      'preprocessing': {
+        'height': height,
+        'width': width,
+        'channels': channels,
+        'mean': job.recipe.mean,
+        'std': job.recipe.std,
+      },
+    },
+  )
+  images = images_of(question)
+  return lambda: model.logits(images), lambda logits: float(
+    np.abs(logits).mean()
+  )
+
+
+def images_of(question: dict[str, Any]) -> Any:
+  import numpy as np
+
+  shape = (question['batch'], 32, 32, 3)
+  return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
 
 
 def theirs(
@@ -355,7 +397,7 @@ def theirs(
   import common
   import torch_port
 
-  job = job_of(question, given)
+  job = job_of(question, given, question['batch'])
   if not question['inference']:
     step = torch_port.torch_step(
       job, torch_port.ported(job.model, question['network']), mode
@@ -365,7 +407,7 @@ def theirs(
     return lambda: step(images, labels), float
   network = torch_port.ported(pruned(job), question['network'])
   network = network.to(memory_format=torch.channels_last).eval()
-  images, _ = torch_port.on_device(*common.random_batch(job))
+  images = torch.from_numpy(images_of(question))
   mean, std = (
     torch.tensor(values).view(3, 1, 1)
     for values in (job.recipe.mean, job.recipe.std)
@@ -376,7 +418,7 @@ def theirs(
 
   compiled = forward if mode == 'eager' else torch.compile(forward, mode=mode)
   called = torch.inference_mode()(compiled)
-  return called, lambda logits: float(abs(logits).mean())
+  return lambda: called().numpy(), lambda logits: float(abs(logits).mean())
 
 
 def layer_arrays(question: dict[str, Any]) -> tuple[Any, Any, Any]:

@@ -50,15 +50,10 @@ import step_time
 import torch_network
 
 STEPS = 10  # of a check
-SAME = (
-  'data.pad=0 data.flip=False optimizer.schedule=constant'
-  ' connectivity.phase=100% connectivity.initial_spread=0.5'
-  ' connectivity.gradient=all'
-)
 # A rate at which ten steps do not yet amplify the last bits of the first, a
 # decay that the losses show, and real masks that move.
 CHECKED = (
-  f'{SAME} optimizer.learning_rate=0.01 optimizer.weight_decay=1'
+  f'{common.SAME} optimizer.learning_rate=0.01 optimizer.weight_decay=1'
   ' masks.learning_rate=1'
 )
 # Of the columns of a check. A gradient jumps where the input of a ReLU rounds
@@ -292,7 +287,7 @@ def queued(step: torch_network.TrainingStep, batch: Any) -> Queued:
 
 def timings(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
   torch.set_float32_matmul_precision('high')
-  given.set = SAME
+  given.set = common.SAME
   for form in common.forms(given):
     job = common.build(form, given)
     common.say(f'compiling {form}')

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -376,7 +375,8 @@ def check_finite(state: steps.TrainState, done: int) -> None:
   leaves = jax.tree.leaves(
     (state.weights, state.masks, state.statistics, state.average)
   )
-  if not all(bool(jnp.isfinite(leaf).all()) for leaf in leaves):
+  # By NumPy, as JAX would compile a program for each shape.
+  if not all(np.isfinite(leaf).all() for leaf in jax.device_get(leaves)):
     raise NotFinite(f'the update is not finite at step {done}')
 
 
