@@ -29,7 +29,7 @@ from PIL import Image
 from maskconnect_jax import config as config_lib
 from maskconnect_jax import files
 from maskconnect_jax.networks import models
-from maskconnect_jax.run import distributed, experiment, steps
+from maskconnect_jax.run import cores, distributed, experiment, steps
 from maskconnect_jax.study import sweep
 
 
@@ -116,6 +116,8 @@ def parsed(own: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
   if own.parse_known_args()[0].quick:
     own.set_defaults(**quick)
   given = own.parse_args()
+  if hasattr(given, 'rounds'):  # a program that times things, as a run does
+    cores.use(math.gcd(*given.batches), 32)
   given.dtype = given.dtype or (
     'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
   )

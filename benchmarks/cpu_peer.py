@@ -126,7 +126,7 @@ class Side:
       self.process.stdin.write(json.dumps(question) + '\n')
       self.process.stdin.flush()
       answer = json.loads(self.process.stdout.readline())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError) as error:  # no pipe, or no answer in it
       raise Refused(f'{shlex.join(self.process.args[3:])} ended') from error
     return answer
 
@@ -147,8 +147,8 @@ class Side:
     )
 
   def end(self) -> None:
-    self.process.stdin.close()
-    self.process.wait()
+    """Ends the process, which sees that no more questions come."""
+    self.process.communicate()
 
 
 def in_turns(
@@ -160,8 +160,8 @@ def in_turns(
     Refused: others take the cores too often.
   """
   names, turns = list(sides), {name: [] for name in sides}
-  dropped = -2 * len(names)  # two rounds before do not count
-  rounds += 2
+  dropped = 0
+  rounds += 2  # the first two do not count
   for i in range(rounds):
     for name in names[i % len(names) :] + names[: i % len(names)]:
       turn = sides[name].turn(count)
@@ -175,7 +175,7 @@ def in_turns(
         time.sleep(0.5)
         turn = sides[name].turn(count)
       turns[name].append(turn)
-  return {name: own[2:] for name, own in turns.items()}, max(dropped, 0)
+  return {name: own[2:] for name, own in turns.items()}, dropped
 
 
 def rows_of(

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from maskconnect_jax import backend
+from maskconnect_jax import convolution
 
 CASES = (
   (8, 32, 8, 4),
@@ -27,9 +27,9 @@ CASES = (
 )
 
 
-def milliseconds(conv, x, kernel, groups) -> str:
+def milliseconds(conv, x, kernel) -> str:
   def loss(x, kernel):
-    return jnp.sum(conv(x, kernel, groups) ** 2)
+    return jnp.sum(conv(x, kernel) ** 2)
 
   start = time.perf_counter()
   step = jax.jit(jax.grad(loss, (0, 1))).lower(x, kernel).compile()
@@ -56,7 +56,7 @@ def sharded() -> None:
   )
 
   def loss(x, kernel):
-    return jnp.sum(backend.sharded_grouped_conv(x, kernel, 8, 1) ** 2)
+    return jnp.sum(convolution.by_library(x, kernel, 1) ** 2)
 
   for name, context in {
     "XLA's own": contextlib.nullcontext(),  # without a mesh, no shard_map
@@ -90,23 +90,19 @@ def main() -> None:
       row.append(
         'own '
         + milliseconds(
-          lambda x, k, g: backend.sharded_grouped_conv(x, k, g, 1),
+          lambda x, k: convolution.by_library(x, k, 1),
           x,
           kernel,
-          groups,
         )
       )
-    for channels in sorted({width, 64, 128, 256, features}):
+    for channels in sorted({width, 16, 64, 256, features}):
       if width <= channels <= features:
         row.append(
           f'{channels}: '
           + milliseconds(
-            lambda x, k, g, c=channels: backend.bundled_grouped_conv(
-              x, k, g, 1, channels=c
-            ),
+            lambda x, k, c=channels: convolution.bundled(x, k, 1, channels=c),
             x,
             kernel,
-            groups,
           )
         )
     print(' | '.join(row), flush=True)

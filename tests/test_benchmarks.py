@@ -354,3 +354,68 @@ def test_bad_input_is_one_line(
     measured('step_time', *TINY, argument)
   assert exited.value.code == 2
   assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+class Steady:
+  """A side of cpu_peer.py whose turns are given."""
+
+  def __init__(self, turn: Any, seconds: float, others: list[float]) -> None:
+    self._turn, self._seconds, self._others = turn, seconds, iter(others)
+    self.taken = 0
+
+  def turn(self, count: int) -> Any:
+    self.taken += count
+    return self._turn(self._seconds * self.taken, 0, 1, next(self._others))
+
+
+def test_a_turn_beside_other_programs_is_taken_again(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  peer = functions_of('cpu_peer')
+  monkeypatch.setattr(time, 'sleep', lambda seconds: None)
+  # Two rounds are not counted; the first one that is meets a busy machine.
+  busy = [0.9, 0.9, 0.2, 0.06, 0.0, 0.04, 0.0, 0.0, 0.0, 0.0]
+  sides = {
+    'ours': Steady(peer['Turn'], 2.0, busy),
+    'torch eager': Steady(peer['Turn'], 1.0, [0.0] * 20),
+  }
+  turns, dropped = peer['in_turns'](sides, 4, 1)
+  assert dropped == 2
+  assert [turn.seconds for turn in turns['ours']] == [10, 12, 14, 16]
+  assert [turn.seconds for turn in turns['torch eager']] == [3, 4, 5, 6]
+  ours, theirs = peer['rows_of']({'batch': 1}, turns, dropped=dropped)
+  assert ours['÷ theirs'] == pytest.approx((3 + 14 / 5) / 2)
+  assert theirs['÷ theirs'] == 1
+  sides['ours'] = Steady(peer['Turn'], 2.0, [0.5] * 99)
+  with pytest.raises(peer['Refused'], match='50 % of the cores'):
+    peer['in_turns'](sides, 4, 1)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs /proc')
+def test_a_side_times_a_layer_in_a_process_of_its_own() -> None:
+  peer = functions_of('cpu_peer')
+  given = peer['argparse'].Namespace(seed=0, set='')
+  layer = {'layer': '1x1 32x32 32-256', 'batch': 8}
+  side = peer['Side']('ours', given, [min(os.sched_getaffinity(0))])
+  try:
+    value = side.ask(**layer)['value']
+    x, _, y = peer['layer_arrays'](layer)
+    gradient = np.einsum('nhwi,nhwo->io', x, y)
+    assert value == pytest.approx(np.abs(gradient).mean(), rel=1e-4)
+    turn = side.turn(2)
+    assert 0 < turn.seconds < 1
+    assert turn.peak > 100
+  finally:
+    side.end()
+  with pytest.raises(peer['Refused'], match='ended'):
+    side.ask(steps=1)
+
+
+def test_cores_are_busy_while_they_work() -> None:
+  if sys.platform != 'linux':
+    pytest.skip('needs /proc')
+  peer, cores = functions_of('cpu_peer'), sorted(os.sched_getaffinity(0))
+  before, began = peer['busy_seconds'](cores), time.process_time()
+  while time.process_time() < began + 0.5:
+    pass
+  assert peer['busy_seconds'](cores) - before > 0.4
