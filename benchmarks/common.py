@@ -32,7 +32,6 @@ from maskconnect_jax.networks import models
 from maskconnect_jax.run import cores, distributed, experiment, steps
 from maskconnect_jax.study import sweep
 
-
 # What the PyTorch port has, beside the defaults.
 SAME = (
   'data.pad=0 data.flip=False optimizer.schedule=constant'
@@ -92,13 +91,12 @@ def parser(doc: str | None, **defaults: str) -> argparse.ArgumentParser:
   return own
 
 
-def add_turns(own: argparse.ArgumentParser, accelerator: bool) -> None:
+def add_turns(own: argparse.ArgumentParser) -> None:
   """Adds the options of programs that time things in turns."""
   own.add_argument('--rounds', type=int, default=20, help='default 20')
   own.add_argument(
     '--steps',
     type=int,
-    default=10 if accelerator else 1,
     help='of each in a round, default 10, on CPU 1',
   )
 
@@ -118,6 +116,7 @@ def parsed(own: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
   given = own.parse_args()
   if hasattr(given, 'rounds'):  # a program that times things, as a run does
     cores.use(math.gcd(*given.batches), 32)
+    given.steps = given.steps or (1 if jax.default_backend() == 'cpu' else 10)
   given.dtype = given.dtype or (
     'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
   )

@@ -251,15 +251,17 @@ def check_equal(form: dict[str, Any], values: dict[str, float]) -> None:
   Raises:
     Refused: they did not.
   """
-  apart = 0.2 if form.get('rule') == 'learned' and not form['inference'] else 1e-3
+  apart = (
+    0.2 if form.get('rule') == 'learned' and not form['inference'] else 1e-3
+  )
   first = next(iter(values.values()))
   for name, value in values.items():
     if not abs(value - first) <= apart * abs(first):
       raise Refused(f'{form}: {name} computes {value}, not {first}')
 
 
-# Of resnet20's and resnext20_8x4d's stages: height, channels in and out, kernel,
-# groups.
+# Of resnet20's and resnext20_8x4d's stages: height, channels in and out, kernel
+# and groups.
 LAYERS = {
   '3x3 32x32 16': (32, 16, 16, 3, 1),
   '3x3 16x16 32': (16, 32, 32, 3, 1),
@@ -275,7 +277,7 @@ LAYERS = {
 def serve(kind: str, given: argparse.Namespace) -> None:
   """Answers questions on stdin: a form is prepared, its steps are timed."""
   answers, sys.stdout = sys.stdout, sys.stderr
-  call: Callable[[], Any] = lambda: None
+  call: Callable[[], Any] = int  # the first question replaces both
   wait: Callable[[Any], float] = float
   prepare = ours if kind == 'ours' else functools.partial(theirs, mode=kind)
   for line in sys.stdin:
@@ -344,9 +346,7 @@ def ours(question: dict[str, Any], given: argparse.Namespace) -> Prepared:
   return step, lambda result: float(result[1]['loss'])
 
 
-def classifier(
-  question: dict[str, Any], given: argparse.Namespace
-) -> Prepared:
+def classifier(question: dict[str, Any], given: argparse.Namespace) -> Prepared:
   """Returns the model that `maskconnect_jax.load` would, called on images."""
   import jax
   import numpy as np

@@ -65,7 +65,7 @@ def main() -> None:
     fan_in='10',
   )
   cpu = jax.default_backend() == 'cpu'
-  common.add_turns(parser, not cpu)
+  common.add_turns(parser)
   given = common.parsed(
     parser,
     models='resnet20',

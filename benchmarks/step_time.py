@@ -216,7 +216,7 @@ def main() -> None:
     rules='learned,fixed_random,fixed_prev,fixed_all',
     fan_in='10,4',
   )
-  common.add_turns(parser, jax.default_backend() != 'cpu')
+  common.add_turns(parser)
   what = parser.add_mutually_exclusive_group()
   what.add_argument('--inference', action='store_true')
   what.add_argument('--data', help="'memory' or a folder of images")

@@ -53,7 +53,11 @@ def draw(
 
 
 def conv(
-  in_features: int, features: int, stride: int = 1, size: int = 3, groups: int = 1
+  in_features: int,
+  features: int,
+  stride: int = 1,
+  size: int = 3,
+  groups: int = 1,
 ) -> nn.Conv2d:
   """A convolution without bias that keeps the image's size at stride 1."""
   layer = nn.Conv2d(
@@ -86,7 +90,7 @@ class BasicBlock(nn.Module):
 
   def __init__(self, in_features: int, features: int, stride: int) -> None:
     super().__init__()
-    self.features, self.stride = features, stride
+    self.in_features, self.features, self.stride = in_features, features, stride
     self.conv1 = conv(in_features, features, stride)
     self.norm1 = nn.BatchNorm2d(features)
     self.conv2 = conv(features, features)
@@ -112,6 +116,7 @@ class Bottleneck(nn.Module):
     groups: int,
   ) -> None:
     super().__init__()
+    self.in_features, self.stride = in_features, stride
     self.conv1 = conv(in_features, inner, size=1)
     self.norm1 = nn.BatchNorm2d(inner)
     self.conv2 = conv(inner, inner, stride, groups=groups)
@@ -154,6 +159,7 @@ class MaskedStack(nn.Module):
     """
     super().__init__()
     self.live = [True] * len(blocks) if live is None else list(live)
+    self.reads = [(block.in_features, block.stride) for block in blocks]
     self.blocks = nn.ModuleList(
       block if alive else nn.Identity()
       for block, alive in zip(blocks, self.live, strict=True)
@@ -178,12 +184,16 @@ class MaskedStack(nn.Module):
     # Sums over sources, and over a whole batch for the gradient of a weight.
     exact = torch.promote_types(x.dtype, torch.float32)
     outputs, last, shape, here, before = [x], x, x.shape, {}, {}
+    (batch, _, height, width), scale = x.shape, 1
     for target, block in enumerate(self.blocks):
+      channels, stride = self.reads[target]
+      wanted = torch.Size((batch, channels, height // scale, width // scale))
+      scale *= stride
       if not self.live[target]:
         outputs.append(None)
         continue
-      if last.shape != shape:
-        shape, here, before = last.shape, {}, here
+      if wanted != shape:
+        shape, here, before = wanted, {}, here
       learned = self.topology is None
       picked = range(target + 1) if learned else self.topology[target]
       for i in picked:

@@ -96,7 +96,9 @@ def ported(model: models.Network, name: str) -> torch.nn.Module:
     name: of its architecture.
   """
   architecture = models.architecture_of(name)
-  widths = [architecture.width * 2**i for i in range(3)]
+  widths = [
+    architecture.width * 2**i for i in range(len(architecture.blocks_per_stage))
+  ]
   network = torch_network.ResNet(
     architecture.blocks_per_stage,
     width=architecture.width,
@@ -219,7 +221,10 @@ def compared(form: Form, given: argparse.Namespace, mode: str) -> list[float]:
   job = common.build(form, given)
   with jax.default_matmul_precision('highest'):  # no TF32 in float32
     ours = common.TrainingStep(job)
-    theirs, batch = torch_step(job, ported(job.model, form.network), mode), torch_batch(ours)
+    theirs, batch = (
+      torch_step(job, ported(job.model, form.network), mode),
+      torch_batch(ours),
+    )
     losses, gradient, masks, learned = (
       [],
       np.nan,
@@ -332,7 +337,7 @@ def main() -> None:
     default='reduce-overhead' if cuda else 'default',
     help='of torch.compile: default reduce-overhead, on CPU default; or eager',
   )
-  common.add_turns(parser, cuda)
+  common.add_turns(parser)
   given = common.parsed(
     parser, models='resnet14', batches='16', fan_in='3', rounds=5
   )

@@ -42,7 +42,7 @@ def traced_once(*static: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
 def by_platform(
   cpu: Callable[..., jax.Array], default: Callable[..., jax.Array]
 ) -> Callable[..., jax.Array]:
-  """Returns a function of arrays, computed by `cpu` on a CPU, else by `default`.
+  """Returns a function of arrays: `cpu` on a CPU, `default` elsewhere.
 
   Its gradients are chosen alike. Autodiff of `platform_dependent` would put a
   conditional into the program. XLA's CPU compiler changes layouts, combines the
@@ -54,9 +54,10 @@ def by_platform(
     cpu: linear in each of its arguments, so that gradients need these alone.
     default: equal to `cpu` up to rounding.
   """
+  settings: Any = jax.config
   # Gradients are traced later, where the precision may be another.
   precise = functools.partial(
-    jax.default_matmul_precision, jax.config.jax_default_matmul_precision
+    jax.default_matmul_precision, settings.jax_default_matmul_precision
   )
 
   @jax.custom_vjp

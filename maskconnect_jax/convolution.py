@@ -146,9 +146,7 @@ def _product_backward(
 product.defvjp(_product_forward, _product_backward)
 
 
-def of_small_images(
-  x: jax.Array, kernel: jax.Array, stride: int
-) -> jax.Array:
+def of_small_images(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   """Computes `conv` without groups as a product of whole images.
 
   The matrix holds a weight of the kernel for each pixel in and out. If an image

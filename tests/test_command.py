@@ -99,7 +99,7 @@ def test_a_signal_during_the_imports_of_the_program():
     process.send_signal(signal.SIGTERM)
     said = process.stderr.read()
   assert process.returncode == 128 + signal.SIGTERM
-  # Python's own lines about imports may still follow before the process is gone.
+  # Python's own lines about imports may follow before the process is gone.
   assert b'SIGTERM: stopped; ' in said
   assert b'Traceback' not in said
 

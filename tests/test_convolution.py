@@ -78,7 +78,9 @@ def test_values_and_gradients_are_numpys(form, shape):
       jnp.asarray(x),
       jnp.asarray(kernel),
     )
-    for actual, value in zip((y, *pull(jnp.asarray(dy))), expected, strict=True):
+    for actual, value in zip(
+      (y, *pull(jnp.asarray(dy))), expected, strict=True
+    ):
       np.testing.assert_allclose(actual, value, rtol=1e-12, atol=1e-12)
 
 

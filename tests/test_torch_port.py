@@ -8,7 +8,6 @@ import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ import optax
 import pytest
 from flax import nnx
 
-from maskconnect_jax.method import connectivity
+from maskconnect_jax.method import connectivity, wiring
 from maskconnect_jax.networks import models
 from maskconnect_jax.run import steps
 
@@ -48,6 +47,22 @@ def run(
     return int(exited.value.code), json.loads(path.read_text())['rows']
 
   return program
+
+
+def test_a_pruned_resnext_predicts_the_same() -> None:
+  port = runpy.run_path(str(FOLDER / 'torch_port.py'))
+  images = np.random.default_rng(0).normal(size=(2, 32, 32, 3))
+  model = models.create_model(
+    'resnext20_8x4d', num_classes=10, fan_in=1, initial_spread=0.5
+  )
+  pruned = wiring.prune(wiring.freeze(model))
+  assert not all(pruned.topology.live)
+  theirs = port['ported'](pruned, 'resnext20_8x4d').eval()
+  with torch.no_grad():
+    found = theirs(torch.from_numpy(images).permute(0, 3, 1, 2).float())
+  np.testing.assert_allclose(
+    found, pruned(jnp.asarray(images, jnp.float32)), rtol=1e-3, atol=1e-4
+  )
 
 
 @pytest.mark.parametrize('rule', ['learned', 'fixed_all'])
@@ -89,10 +104,7 @@ def test_loss_and_gradients_are_equal_in_float64(rule: str) -> None:
     expected = port['torch_weights'](
       nnx.merge(network, *gradients, statistics, copy=True)
     )
-  job = SimpleNamespace(
-    model=model, config=SimpleNamespace(model=SimpleNamespace(name='resnet14'))
-  )
-  theirs = port['ported'](job).double().train()
+  theirs = port['ported'](model, 'resnet14').double().train()
   inputs = torch.from_numpy(images).permute(0, 3, 1, 2)
   found = torch.nn.functional.cross_entropy(
     theirs(inputs, *given), torch.from_numpy(labels)
@@ -169,7 +181,6 @@ def test_draws_are_without_replacement_in_proportion() -> None:
   ('argument', 'message'),
   [
     ('--set=connectivity.scale=sum', 'the port has the defaults only'),
-    ('--models=resnet11_bottleneck', 'the port has basic blocks only'),
   ],
 )
 def test_bad_input_is_one_line(

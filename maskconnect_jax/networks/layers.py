@@ -140,6 +140,9 @@ class Conv(nnx.Module):
     )
 
   def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps [N, H, W, in_features] to [N, ceil(H/s), ceil(W/s), out_features]."""
+    """Maps [N, H, W, in_features] to [N, ceil(H/s), ceil(W/s), features].
+
+    The last are out_features.
+    """
     x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
     return convolution.conv(x, kernel, self.stride)

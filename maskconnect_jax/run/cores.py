@@ -15,6 +15,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from typing import Any
 
 import jax
 import ml_collections
@@ -113,8 +114,12 @@ def _set(parameters: dict[int, int]) -> None:
 
 
 def _only_a_cpu() -> bool:
-  """Returns whether JAX will run on the CPU: by request, or for lack of more."""
-  asked = jax.config.jax_platforms
+  """Returns whether JAX will run on the CPU: by request or for want.
+
+  An installed plugin or libtpu counts as a device that JAX may find.
+  """
+  settings: Any = jax.config
+  asked = settings.jax_platforms
   if asked:
     return bool(asked.split(',')[0] == 'cpu')
   # As JAX looks for them.

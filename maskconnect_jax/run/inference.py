@@ -317,7 +317,9 @@ class Classifier:
     """
     count = 1
     if jax.default_backend() == 'cpu':
-      count = cores.devices(len(batch), batch.shape[1], jax.local_device_count())
+      count = cores.devices(
+        len(batch), batch.shape[1], jax.local_device_count()
+      )
     if count not in self._states:
       mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:count]), ('data',))
       self._states[count] = (

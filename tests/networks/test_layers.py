@@ -152,9 +152,7 @@ def test_error_of_the_variance_is_what_the_docstring_says(count, ratio):
 
 
 def test_a_grouped_convolution_keeps_to_its_group():
-  layer = layers.Conv(
-    32, 32, 3, groups=8, dtype=jnp.float32, rngs=nnx.Rngs(0)
-  )
+  layer = layers.Conv(32, 32, 3, groups=8, dtype=jnp.float32, rngs=nnx.Rngs(0))
   x = jnp.zeros((1, 4, 4, 32)).at[..., 4:8].set(1.0)
   touched = np.asarray(jnp.abs(layer(x)).sum((0, 1, 2)) > 0)
   assert touched[4:8].all()
