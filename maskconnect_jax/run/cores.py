@@ -38,6 +38,7 @@ def use(batch_size: int, side: int) -> None:
   Call it before JAX computes anything; later, and on a machine with a GPU or a
   TPU, it does nothing. JAX_NUM_CPU_DEVICES and XLA_FLAGS may set the number of
   devices, MALLOC_* and GLIBC_TUNABLES the memory; these are left as they are.
+  Each of several processes of a run keeps one device.
 
   Args:
     batch_size: images in a batch.
@@ -45,15 +46,22 @@ def use(batch_size: int, side: int) -> None:
   """
   if not _only_a_cpu():
     return
-  if _DEVICES.upper() not in os.environ and (
-    'host_platform_device_count' not in os.environ.get('XLA_FLAGS', '')
-  ):
+  if not _devices_are_given():
     count = devices(batch_size, side, _cores())
     try:
       jax.config.update(_DEVICES, count)
     except RuntimeError:  # JAX has begun
       return
   _set({_ARENA_MAX: 1, _MMAP_MAX: 0, _TRIM_THRESHOLD: _NEVER})
+
+
+def _devices_are_given() -> bool:
+  """Returns whether the user, or several processes, decide on the devices."""
+  return (
+    _DEVICES.upper() in os.environ
+    or 'host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
+    or jax.distributed.is_initialized()
+  )
 
 
 def side_of(data: ml_collections.ConfigDict) -> int:
