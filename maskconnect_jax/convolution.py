@@ -289,7 +289,7 @@ def bundled(
     strict=True,
   ):
     blocks = own.reshape(size, size, width, bundle, outputs)
-    dense = jnp.einsum('hwigo,gj->hwjigo', blocks, eye)
-    dense = dense.reshape(size, size, bundle * width, bundle * outputs)
-    parts.append(on_a_cpu(part, dense, stride))
+    joined = jnp.einsum('hwigo,gj->hwjigo', blocks, eye)
+    joined = joined.reshape(size, size, bundle * width, bundle * outputs)
+    parts.append(on_a_cpu(part, joined, stride))
   return jnp.concatenate(parts, -1)
