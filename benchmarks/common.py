@@ -115,7 +115,7 @@ def parsed(own: argparse.ArgumentParser, **quick: Any) -> argparse.Namespace:
     own.set_defaults(**quick)
   given = own.parse_args()
   if hasattr(given, 'rounds'):  # a program that times things, as a run does
-    cores.use(math.gcd(*given.batches), 32)
+    cores.use(cores.devices(math.gcd(*given.batches), 32, cores.available()))
     given.steps = given.steps or (1 if jax.default_backend() == 'cpu' else 10)
   given.dtype = given.dtype or (
     'float32' if jax.default_backend() == 'cpu' else 'bfloat16'

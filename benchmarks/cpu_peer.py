@@ -335,7 +335,7 @@ def ours(question: dict[str, Any], given: argparse.Namespace) -> Prepared:
   """Returns our call, and what waits for its result."""
   from maskconnect_jax.run import cores
 
-  cores.use(question['batch'], 32)
+  cores.use(cores.devices(question['batch'], 32, cores.available()))
   if 'layer' in question:
     return our_layer(question)
   import common

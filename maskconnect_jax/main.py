@@ -123,7 +123,7 @@ def run_evaluate() -> None:
   workdir = the_workdir()
   config = flags.CONFIG.value or config_lib.stored(workdir)
   config_lib.check(config)
-  cores.use(config.eval_batch_size, cores.side_of(config.data))
+  cores.use(cores.for_batches(config.eval_batch_size, config.data))
   distributed.check_platform()
   scores = evaluation.of_model(inference.load(workdir), config)
   record = scores.named('test') | {'num_test_examples': scores.count}
@@ -144,9 +144,8 @@ def run_predict() -> None:
   """
   if not IMAGES.value:
     raise InputError('--mode=predict needs --images, a file or a folder')
-  # The sides of the images are known once the model is loaded, and so are the
-  # devices then. Large images are worth a device each.
-  cores.use(inference.BATCH, inference.BATCH)
+  # How many of them share a batch is known once the model is loaded.
+  cores.use(cores.available())
   distributed.check_platform()
   found = [image_files.split(image_files.find(name)) for name in IMAGES.value]
   model = inference.load(the_workdir())

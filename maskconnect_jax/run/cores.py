@@ -32,7 +32,7 @@ _NEVER, _DEFAULT_TRIM, _DEFAULT_MMAP = -1, 128 * 1024, 65536
 _DEVICES = 'jax_num_cpu_devices'
 
 
-def use(batch_size: int, side: int) -> None:
+def use(count: int) -> None:
   """Lets JAX use all cores of a CPU, and keep memory from step to step.
 
   Call it before JAX computes anything; later, and on a machine with a GPU or a
@@ -41,13 +41,11 @@ def use(batch_size: int, side: int) -> None:
   Each of several processes of a run keeps one device.
 
   Args:
-    batch_size: images in a batch.
-    side: height and width of an image, pixels.
+    count: devices, see `for_batches`, or `available`.
   """
   if not _only_a_cpu():
     return
   if not _devices_are_given():
-    count = devices(batch_size, side, _cores())
     try:
       jax.config.update(_DEVICES, count)
     except RuntimeError:  # JAX has begun
@@ -64,12 +62,14 @@ def _devices_are_given() -> bool:
   )
 
 
-def side_of(data: ml_collections.ConfigDict) -> int:
-  """Returns the side of an image of `config.data`, or a guess before reading.
+def for_batches(batch_size: int, data: ml_collections.ConfigDict) -> int:
+  """Returns how many devices share a batch of `config.data`.
 
-  The guess only decides how many devices share a batch.
+  Before the images are read, their side may be a guess: nothing else depends on
+  it.
   """
-  return int(data.image_size or (8 if data.source == 'digits' else 32))
+  side = data.image_size or (8 if data.source == 'digits' else 32)
+  return devices(batch_size, side, available())
 
 
 def devices(batch_size: int, side: int, cores: int) -> int:
@@ -103,7 +103,7 @@ def give_back_memory(step: int) -> None:
       _set({_MMAP_MAX: _DEFAULT_MMAP, _TRIM_THRESHOLD: _DEFAULT_TRIM})
 
 
-def _cores() -> int:
+def available() -> int:
   """Returns the number of cores that this process may use."""
   if hasattr(os, 'sched_getaffinity'):
     return len(os.sched_getaffinity(0))

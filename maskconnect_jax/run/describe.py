@@ -43,7 +43,7 @@ def describe(config: ml_collections.ConfigDict) -> str:
     InputError: the config or its data cannot be used.
   """
   config_lib.check(config)
-  cores.use(config.batch_size, cores.side_of(config.data))
+  cores.use(cores.for_batches(config.batch_size, config.data))
   distributed.check_platform()
   job = experiment.build(config)
   dataset, plan, model, recipe = job.dataset, job.plan, job.model, job.recipe

@@ -80,7 +80,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
   config_lib.check(config)
   config_lib.check_is_one_run(config)
   config = config.copy_and_resolve_references()
-  cores.use(config.batch_size, cores.side_of(config.data))
+  cores.use(cores.for_batches(config.batch_size, config.data))
   distributed.check_platform()
   workdirs.keep_version(config, workdir)
   workdirs.check(config, workdir)

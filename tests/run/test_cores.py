@@ -47,8 +47,7 @@ def test_devices(batch_size, side, available, expected):
 USE = """
 import jax
 from maskconnect_jax.run import cores
-cores._cores = lambda: 4
-cores.use(64, 32)
+cores.use(4)
 print(jax.device_count())
 """
 
@@ -76,7 +75,7 @@ FAULTS = """
 import resource
 import numpy as np
 from maskconnect_jax.run import cores
-cores.use(64, 32)
+cores.use(2)
 def faults():
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
   np.full(10_000_000, 1.0)  # 80 MB, freed again
