@@ -59,12 +59,16 @@ FIELDS: dict[str, Field] = {
   'model.version': Choice(spec.VERSIONS),
   'model.matmul_precision': Choice(spec.PRECISIONS),
   'connectivity.rule': Choice(spec.RULES),
+  'connectivity.learner': Choice(spec.LEARNERS),
   'connectivity.topology': File(),
   'connectivity.shuffled': Switch(),
   'connectivity.level': Choice(spec.LEVELS),
   'connectivity.fan_in': whole(1),
   'connectivity.phase': Duration(),
   'connectivity.stem_source': Switch(),
+  'connectivity.moments': whole(1, 1000),
+  'connectivity.measuring': Duration(),
+  'connectivity.keep_readers': Switch(),
   'connectivity.gradient': Choice(spec.GRADIENTS),
   'connectivity.initial': Number(0, 1),
   'connectivity.initial_spread': Number(0, 1),
@@ -73,6 +77,7 @@ FIELDS: dict[str, Field] = {
   'connectivity.adapter': Choice(spec.ADAPTERS),
   'connectivity.branch_identity': Choice(spec.IDENTITIES),
   'connectivity.batchnorm_batches': whole(0),
+  'masks.optimizer': Choice(('sgd', 'adam')),
   'masks.learning_rate': Number(0, _FINITE),
   'masks.schedule': Choice(('constant', 'cosine', 'step')),
   'masks.momentum': Number(0, 1),
@@ -119,6 +124,8 @@ ONLY_WITH = {
   'connectivity.adapter': ('connectivity.level', 'block'),
   'connectivity.branch_identity': ('connectivity.level', 'branch'),
   'connectivity.shuffled': ('connectivity.rule', 'fixed_given'),
+  'connectivity.gradient': ('connectivity.learner', 'draws'),
+  'connectivity.temperature': ('connectivity.learner', 'draws'),
   'data.randaugment': ('data.crop', 'resized'),
 }
 
@@ -173,11 +180,16 @@ def default() -> ml_collections.ConfigDict:
   config.connectivity = ml_collections.ConfigDict()
   wiring = spec.WiringSpec()  # has these defaults and their meanings
   config.connectivity.rule = wiring.rule
+  config.connectivity.learner = wiring.learner  # how 'learned' learns
   config.connectivity.topology = ''  # 'fixed_given': path of a topology.json
   config.connectivity.shuffled = False  # 'fixed_given': rows in random order
   config.connectivity.level = wiring.level  # or 'branch', for the ResNeXts
   config.connectivity.fan_in = wiring.fan_in  # K, sources per block or branch
   config.connectivity.phase = '25%'  # length of the connectivity phase
+  config.connectivity.moments = 6  # N, when a narrowing wiring loses sources
+  # What 'measured' may cost: as much arithmetic as so many training steps.
+  config.connectivity.measuring = '10%'
+  config.connectivity.keep_readers = False  # see `narrowing.narrowed`
   config.connectivity.stem_source = True  # may later blocks take the stem?
   config.connectivity.gradient = wiring.gradient  # see `connectivity.proxy`
   config.connectivity.initial = wiring.initial  # r starts here, ...
@@ -189,6 +201,7 @@ def default() -> ml_collections.ConfigDict:
   config.connectivity.batchnorm_batches = 50  # averaged at the freeze; 0: off
 
   config.masks = ml_collections.ConfigDict()  # how the real masks are trained
+  config.masks.optimizer = 'sgd'  # or 'adam'
   config.masks.learning_rate = 1.0
   config.masks.schedule = 'constant'
   config.masks.momentum = 0.0
@@ -246,6 +259,7 @@ def wiring_spec(config: ml_collections.ConfigDict) -> spec.WiringSpec:
     level=own.level,
     fan_in=own.fan_in,
     rule=own.rule,
+    learner=own.learner,
     gradient=own.gradient,
     temperature=own.temperature,
     initial=own.initial,
@@ -384,7 +398,7 @@ def stored(workdir: Path) -> ml_collections.ConfigDict:
   """Returns the config that a workdir was written with.
 
   A field that is newer than the workdir has its default, except model.version,
-  which is '1'.
+  which is '1', and connectivity.learner, which is 'draws'.
 
   Raises:
     InputError: there is no config, it is damaged, or it gives a field of
@@ -430,6 +444,8 @@ def record_of(
       config.update(record)
     if 'version' not in record.get('model', {}):
       config.model.version = '1'
+    if 'learner' not in record.get('connectivity', {}):
+      config.connectivity.learner = 'draws'
     check_values(flat(config))
   except (
     AttributeError,

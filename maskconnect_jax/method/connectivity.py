@@ -195,16 +195,25 @@ def proxy(
     float, of r's shape.
   """
   valid = jnp.asarray(valid)
-  total = jnp.sum(real_mask, -1, where=valid, keepdims=True)
+  mean = jnp.mean(real_mask, -1, where=valid, keepdims=True)
   # Only the gradients are used: a compiled step computes none of these values.
   return {
     'all': real_mask,
     'drawn': real_mask * mask,
-    'centered': jnp.where(
-      valid, real_mask - total / jnp.sum(valid, -1, keepdims=True), 0
-    ),
-    'normalized': real_mask / jnp.maximum(total, PROBABILITY_FLOOR),
+    'centered': jnp.where(valid, real_mask - mean, 0),
+    'normalized': normalized(real_mask, valid),
   }[gradient]
+
+
+def normalized(real_mask: jax.Array, valid: Any) -> jax.Array:
+  """Returns r / sum(r): the entries of each row add up to 1.
+
+  Args:
+    real_mask: r, float [..., rows, sources].
+    valid: bool, of r's shape.
+  """
+  total = jnp.sum(real_mask, -1, where=jnp.asarray(valid), keepdims=True)
+  return real_mask / jnp.maximum(total, PROBABILITY_FLOOR)
 
 
 @jax.custom_vjp

@@ -15,9 +15,14 @@ from maskconnect_jax.errors import InputError
 
 RULES = ('learned', 'fixed_prev', 'fixed_random', 'fixed_all', 'fixed_given')
 LEVELS = ('block', 'branch')
+# How a wiring is learned. 'draws' and 'as_published' draw a mask in each step.
+# The others narrow: a block begins with all sources and loses some of them at
+# a time, those that a score finds the least useful.
+NARROWING = ('measured', 'fisher', 'random')
+LEARNERS = ('draws', 'as_published', *NARROWING)
 GRADIENTS = ('all', 'drawn', 'centered', 'normalized')
 SCALES = ('mean', 'sum')  # of the K terms
-IDENTITIES = ('1/K', '1/C')  # s, at the branch level
+IDENTITIES = ('1/K', '1/C', '1')  # s, at the branch level
 
 # Choices of the network around the wiring.
 ADAPTERS = ('pool', 'projection', 'same_stage')
@@ -29,6 +34,7 @@ PRECISIONS = ('default', 'high', 'highest')
 _CHOICES = {
   'level': LEVELS,
   'rule': RULES,
+  'learner': LEARNERS,
   'gradient': GRADIENTS,
   'scale': SCALES,
   'identity': IDENTITIES,
@@ -55,12 +61,18 @@ class WiringSpec:
       'fixed_prev': the block before, or the branch of the same number;
       'fixed_random': K sources, drawn once; 'fixed_all': every valid source;
       'fixed_given': the sources of a topology that is passed beside the spec.
-    gradient: how dloss/db reaches the real mask; see `connectivity.proxy`.
+    learner: how rule 'learned' finds the sources. 'draws': each step draws K
+      sources of each block and trains the real mask; 'as_published': the same,
+      as the authors wrote it down, see `connectivity`; 'measured': blocks
+      narrow to the sources without which the loss is larger, see `narrowing`;
+      'random': they narrow at random, for comparison.
+    gradient: how dloss/db reaches the real mask; see `connectivity.proxy`. Like
+      the next three it is for learner 'draws'.
     temperature: T of the last draws, in [1e-6, 1]; see `temperature_at`.
     initial: the first value of the real mask's entries, in [0, 1].
     initial_spread: half the width of the uniform noise added to `initial`.
     scale: c, at level 'block': 'mean' (1/k_j) or 'sum' (1).
-    identity: s, at level 'branch': '1/K' or '1/C'.
+    identity: s, at level 'branch': '1/K', '1/C' or '1'.
 
   Raises:
     InputError: a value is not allowed, or a field of the other level is not at
@@ -70,6 +82,7 @@ class WiringSpec:
   level: str = 'block'
   fan_in: int = 4
   rule: str = 'learned'
+  learner: str = 'draws'
   gradient: str = 'normalized'
   temperature: float = 0.1
   initial: float = 0.5

@@ -126,8 +126,8 @@ class MaskedStack(Wiring):
 
     Args:
       x: y_0, [batch, ...]; all outputs have the same first axis.
-      mask: b, [L, L], from `draw`; None takes the top K of r. A topology takes
-        the place of both.
+      mask: b, [L, L], from `draw`, with any number of ones in a row; None takes
+        `mask()`. A topology takes the place of both.
       **options: passed on to every block, such as train=True.
 
     Returns:
@@ -139,7 +139,7 @@ class MaskedStack(Wiring):
     if self.topology is not None:
       return self._run_frozen(x, self.topology, options)
     if mask is None:
-      mask = connectivity.top_k(self.real_mask[...], self.valid, self.fan_in)
+      mask = self.mask()
     rows = backend.rows_for_images(self._weights(mask), len(x))
     sources = _Outputs(x, self.adapter)
     run = _runner(options, self.remat)
@@ -150,11 +150,12 @@ class MaskedStack(Wiring):
 
   def _weights(self, mask: jax.Array) -> jax.Array:
     """Returns the weight c_j * b[j, i] of each source in each sum, [L, L]."""
-    valid = np.array(self.valid)
-    scale = np.array(
-      [self.scale_of(int(k)) for k in self.row_fan_in], np.float32
-    )
-    return jnp.where(valid, mask * scale[:, None], 0)
+    mask = jnp.where(np.array(self.valid), mask, 0)
+    if self.spec.scale == 'sum':
+      return mask
+    # k_j is a number, not a function of b: its gradient would be another one.
+    count = jax.lax.stop_gradient(mask.sum(-1, keepdims=True))
+    return mask * (1 / jnp.maximum(count, 1))
 
   def _run_frozen(
     self, x: jax.Array, topology: Topology, options: dict[str, Any]

@@ -14,9 +14,9 @@ import numpy as np
 from flax import nnx
 
 from maskconnect_jax.errors import InputError
-from maskconnect_jax.method import connectivity
+from maskconnect_jax.method import connectivity, narrowing
 from maskconnect_jax.method import topology as topology_lib
-from maskconnect_jax.method.spec import WiringSpec
+from maskconnect_jax.method.spec import NARROWING, WiringSpec
 from maskconnect_jax.method.topology import BranchTopology, Topology
 
 
@@ -61,7 +61,10 @@ class Wiring(nnx.Module):
       self.freeze(topology)
     elif spec.rule == 'learned':
       self.real_mask = RealMask(
-        connectivity.initial(
+        # A narrowing wiring begins with all sources.
+        connectivity.fixed_all(valid)
+        if spec.learner in NARROWING
+        else connectivity.initial(
           rngs.connectivity(),
           valid,
           center=spec.initial,
@@ -93,6 +96,13 @@ class Wiring(nnx.Module):
     """k_j, the number of sources each row draws; int [..., rows]."""
     return connectivity.fan_in_of(self.valid, self.fan_in)
 
+  def mask(self) -> jax.Array:
+    """Returns b without a draw: the top K of r, or all sources still kept."""
+    real_mask = self.real_mask[...]
+    if self.spec.learner in NARROWING:
+      return narrowing.kept(real_mask, self.valid)
+    return connectivity.top_k(real_mask, self.valid, self.fan_in)
+
   def draw(
     self, key: jax.Array, temperature: jax.Array | float | None = None
   ) -> jax.Array | None:
@@ -106,18 +116,24 @@ class Wiring(nnx.Module):
         which is T of the last draws. `spec.temperature_at` gives T of any draw.
 
     Returns:
-      b, of r's shape and dtype, with k_j ones in row j.
+      b, of r's shape and dtype, with k_j ones in row j. While a wiring narrows,
+      nothing is drawn: b is `mask()`.
     """
     if self.topology is not None:
       return None
+    spec, real_mask = self.spec, self.real_mask[...]
+    if spec.learner in NARROWING:
+      return self.mask()
+    gradient = spec.gradient
     if temperature is None:
-      temperature = self.spec.temperature
-    real_mask = self.real_mask[...]
+      temperature = spec.temperature
+    if spec.learner == 'as_published':
+      gradient, temperature = 'all', 1.0
     mask = connectivity.draw(
       key, real_mask, self.valid, self.fan_in, temperature
     )
     return connectivity.straight_through(
-      connectivity.proxy(real_mask, mask, self.valid, self.spec.gradient), mask
+      connectivity.proxy(real_mask, mask, self.valid, gradient), mask
     )
 
   def freeze(self, topology: Topology | BranchTopology | None = None) -> None:

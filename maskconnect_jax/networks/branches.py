@@ -263,12 +263,14 @@ class BranchBlock(nnx.Module):
     self.mean = nnx.BatchStat(jnp.zeros((branches, features), jnp.float32))
     self.var = nnx.BatchStat(jnp.ones((branches, features), jnp.float32))
 
-  def __call__(self, x: Factors, identity: float, *, train: bool) -> Factors:
+  def __call__(
+    self, x: Factors, identity: jax.Array | float, *, train: bool
+  ) -> Factors:
     """Returns y_c = F_c(x_c) + s * A(x_c) for each branch c.
 
     Args:
       x: the x_c.
-      identity: s.
+      identity: s, one number or float32 [C].
       train: whether BatchNorm takes the batch's statistics and keeps them.
     """
     running = not train
@@ -390,16 +392,28 @@ class BranchStack(Wiring):
 
   @property
   def identity(self) -> float:
-    """s, the scale of the shortcuts, 1/K or 1/C.
+    """s, the scale of the shortcuts, 1/K, 1/C or 1.
 
-    With a topology, K is the topology's, which may differ from the spec's.
+    With a topology, K is the topology's, which may differ from the spec's. A
+    mask has an s for each branch: see `_identity_of`.
     """
     branches = self.blocks[-1].branches  # C: the last block keeps all branches
-    if self.spec.identity == '1/C':
-      return 1 / branches
+    if self.spec.identity != '1/K':
+      return 1 / branches if self.spec.identity == '1/C' else 1.0
     return 1 / (
       self.topology.fan_in if self.topology else min(self.fan_in, branches)
     )
+
+  def _identity_of(self, mask: jax.Array) -> jax.Array | float:
+    """Returns s of the branches that a mask feeds: a number, or float32 [C].
+
+    Args:
+      mask: b between two blocks, [C, C]. Row c has k_c ones, and s = 1/k_c.
+    """
+    if self.topology is not None or self.spec.identity != '1/K':
+      return self.identity
+    count = jax.lax.stop_gradient(mask.sum(-1))
+    return 1 / jnp.maximum(count, 1)
 
   def __call__(
     self, x: jax.Array, mask: jax.Array | None = None, *, train: bool = False
@@ -408,8 +422,8 @@ class BranchStack(Wiring):
 
     Args:
       x: the stem's output, [N, H, W, features].
-      mask: b, [L-1, C, C], from `draw`; None takes the top K of r. A topology
-        takes the place of both.
+      mask: b, [L-1, C, C], from `draw`, with any number of ones in a row; None
+        takes `mask()`. A topology takes the place of both.
       train: whether BatchNorm takes the batch's statistics and keeps them.
 
     Returns:
@@ -418,7 +432,7 @@ class BranchStack(Wiring):
     if self.topology is not None:
       masks: Any = [jnp.asarray(m, jnp.float32) for m in self._live_masks()]
     elif mask is None:
-      masks = connectivity.top_k(self.real_mask[...], self.valid, self.fan_in)
+      masks = self.mask()
     else:
       masks = mask
     first = self.blocks[0]
@@ -429,11 +443,13 @@ class BranchStack(Wiring):
       jnp.zeros((first.branches, first.reduce.shape[1])),
     )
     for index, block in enumerate(self.blocks):
+      own: jax.Array | float = self.identity
       if index:
         factors = factors.mixed(masks[index - 1])
-      shared = self._shared_stem and not index
-      # The last block keeps all C branches; earlier blocks may be pruned.
-      own = 1 / self.blocks[-1].branches if shared else self.identity
+        own = self._identity_of(masks[index - 1])
+      elif self._shared_stem and self.spec.identity != '1':
+        # The last block keeps all C branches; earlier blocks may be pruned.
+        own = 1 / self.blocks[-1].branches
       factors = block(factors, own, train=train)
     return factors.pooled(self.blocks[-1].expand.shape[-1])
 

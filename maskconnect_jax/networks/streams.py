@@ -11,7 +11,8 @@ from __future__ import annotations
 import jax
 from flax import nnx
 
-ORDER, CROP, FLIP, MASK, EVALUATION_MASK, MIXUP, WEIGHTS, WIRING = range(8)
+ORDER, CROP, FLIP, MASK, EVALUATION_MASK, MIXUP = range(6)
+WEIGHTS, WIRING, NARROWING = range(6, 9)
 
 
 def root(seed: int, stream: int) -> jax.Array:

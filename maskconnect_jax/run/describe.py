@@ -18,7 +18,13 @@ from flax import nnx
 
 from maskconnect_jax import config as config_lib
 from maskconnect_jax.networks import models
-from maskconnect_jax.run import cores, distributed, experiment, steps
+from maskconnect_jax.run import (
+  cores,
+  distributed,
+  experiment,
+  narrow,
+  steps,
+)
 
 # The timing ends after this many steps, or after this many seconds.
 _STEPS = 5
@@ -92,6 +98,7 @@ def describe(config: ml_collections.ConfigDict) -> str:
       f' {len(dataset.validation) if dataset.validation else 0:,} validation,'
       f' {len(dataset.test):,} test images',
       f'run          {plan.in_words(config.batch_size)}',
+      *(f'measuring    {cost}' for cost in [narrow.cost_in_words(job)] if cost),
       f'forward      {_giga(forward_products(model, dataset.image_shape))}'
       ' multiply-adds an image, padding included, as papers count them',
       f'an image     {cost["flops"] / share / 1e6:,.1f} MFLOP to train on,'

@@ -132,6 +132,8 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
       optimizer.masks_transform(
         rates[1],
         model.stack.valid,
+        learner=spec.learner,
+        name=config.masks.optimizer,
         momentum=config.masks.momentum,
       ),
     ),

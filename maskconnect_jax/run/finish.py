@@ -74,13 +74,16 @@ def finish(run: Run) -> tuple[dict[str, Any], Any]:
       ' config.optimizer.warmup'
     )
   damaged = len(run.progress.damaged) + len(test) - tested.count
-  summary = summarize(
-    job,
-    frozen,
-    pruned,
-    accuracies,
-    job.dataset.skipped + damaged,
-    run.progress.clock,
+  summary = (
+    summarize(
+      job,
+      frozen,
+      pruned,
+      accuracies,
+      job.dataset.skipped + damaged,
+      run.progress.clock,
+    )
+    | run.progress.margins
   )
   write(run.workdir, job, frozen, pruned, summary, run.history)
   return summary, pruned

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from maskconnect_jax.method import connectivity
+from maskconnect_jax.method.spec import NARROWING
 
 
 def schedule(
@@ -102,26 +103,40 @@ def masks_transform(
   rate: optax.Schedule,
   valid: Any,
   *,
+  learner: str = 'draws',
+  name: str = 'sgd',
   momentum: float = 0.0,
 ) -> optax.GradientTransformation:
-  """r <- project(r - rate * dloss/dr, valid), without weight decay.
+  """r <- project(r - rate * step, valid), without weight decay.
 
   Args:
     rate: learning rate by step.
     valid: bool, of the shape of the real mask r; other entries stay 0.
-    momentum: 0 keeps no velocity.
+    learner: see `WiringSpec`. With 'as_published' the step starts from r /
+      sum(r) of each row. A narrowing wiring is not changed by steps.
+    name: 'sgd', whose step is dloss/dr, or 'adam'.
+    momentum: of 'sgd'; 0 keeps no velocity.
   """
+  if learner in NARROWING:
+    return optax.set_to_zero()
+  step = optax.sgd(rate, momentum or None)
+  if name == 'adam':
+    step = optax.adam(rate)
   return optax.chain(
     # Checkpoints name each state by its position in this chain. Without this
     # entry the positions would not be those of stored checkpoints.
     optax.identity(),
-    optax.sgd(rate, momentum or None),
-    projection(valid),
+    step,
+    projection(valid, normalized=learner == 'as_published'),
   )
 
 
-def projection(valid: Any) -> optax.GradientTransformation:
+def projection(
+  valid: Any, *, normalized: bool = False
+) -> optax.GradientTransformation:
   """Replaces an update u by project(r + u) - r, see `connectivity.project`.
+
+  With `normalized` it is project(r / sum(r) + u) - r.
 
   The new update lies between -r and fl(1 - r), where fl rounds to float32. Its
   sum with r stays within [0, 1] despite rounding, since r + fl(1 - r) rounds
@@ -129,6 +144,7 @@ def projection(valid: Any) -> optax.GradientTransformation:
 
   Args:
     valid: bool, of the shape of the real mask r.
+    normalized: whether the entries of a row are divided by their sum first.
   """
 
   def update(
@@ -136,8 +152,16 @@ def projection(valid: Any) -> optax.GradientTransformation:
   ) -> tuple[Any, optax.EmptyState]:
     if params is None:
       raise ValueError('the projection needs the parameters')
+    start = (
+      jax.tree.map(lambda r: connectivity.normalized(r, valid), params)
+      if normalized
+      else params
+    )
     return jax.tree.map(
-      lambda r, u: connectivity.project(r + u, valid) - r, params, updates
+      lambda r, s, u: connectivity.project(s + u, valid) - r,
+      params,
+      start,
+      updates,
     ), state
 
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

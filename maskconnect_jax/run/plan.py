@@ -19,6 +19,7 @@ from absl import logging
 
 from maskconnect_jax import fields, files
 from maskconnect_jax.errors import InputError
+from maskconnect_jax.method.spec import NARROWING
 
 SCHEMA = 'maskconnect_jax.plan/1'
 NAME = 'plan.json'
@@ -38,6 +39,9 @@ class Plan:
     evaluate_every: steps between two evaluations.
     checkpoint_every: steps between two checkpoints.
     per_epoch: whole batches in one pass through the training images.
+    moments: N, how often a wiring narrows; 0 if it does not.
+    measuring: a narrowing wiring may be measured with as much arithmetic as so
+      many training steps take.
   """
 
   total: int
@@ -46,6 +50,8 @@ class Plan:
   evaluate_every: int
   checkpoint_every: int
   per_epoch: int
+  moments: int = 0
+  measuring: int = 0
 
   def phase(self, step: int) -> str:
     """Returns the phase that `step`, counted from 0, belongs to."""
@@ -68,6 +74,20 @@ class Plan:
     """Whether the topology is frozen just before `step`."""
     return 0 < self.freeze == step
 
+  def moment(self, done: int) -> int:
+    """Returns n if the wiring narrows for the n-th time after `done` steps.
+
+    The n-th of N moments comes after n/N of the connectivity phase. So the last
+    one is the freeze. If several fall on one step, n is the last of them.
+
+    Returns:
+      n, from 1 to N; or 0.
+    """
+    if not 0 < done <= self.freeze:
+      return 0
+    number = done * self.moments // self.freeze
+    return number if number > (done - 1) * self.moments // self.freeze else 0
+
   def saves(self, done: int) -> bool:
     """Whether a checkpoint is due after `done` steps."""
     return done == self.total or done % self.checkpoint_every == 0
@@ -79,13 +99,15 @@ class Plan:
   def records(self, done: int) -> bool:
     """Whether a line of the log is due after `done` steps.
 
-    A line goes with every checkpoint, every evaluation and the freeze.
+    A line goes with every checkpoint, every evaluation, the freeze and every
+    moment at which the wiring narrows.
     """
     return (
       self.saves(done)
       or self.evaluates(done)
       or done % self.log_every == 0
       or done == self.freeze
+      or self.moment(done) > 0
     )
 
   def in_words(self, batch_size: int) -> str:
@@ -146,15 +168,22 @@ def make(config: ml_collections.ConfigDict, num_examples: int) -> Plan:
       f'config.connectivity.phase={config.connectivity.phase!r} is {freeze}'
       f' steps; it must be between 1 and the {total} of the run'
     )
+  learned = config.connectivity.rule == 'learned'
+  narrows = learned and config.connectivity.learner in NARROWING
+  measuring = steps_of(config.connectivity.measuring, 'connectivity.measuring')
   return Plan(
     total=total,
-    freeze=freeze if config.connectivity.rule == 'learned' else 0,
+    freeze=freeze if learned else 0,
     log_every=max(1, steps_of(config.log_every, 'log_every')),
     evaluate_every=max(1, steps_of(config.evaluate_every, 'evaluate_every')),
     checkpoint_every=max(
       1, steps_of(config.checkpoint_every, 'checkpoint_every')
     ),
     per_epoch=num_examples // config.batch_size,
+    moments=config.connectivity.moments if narrows else 0,
+    measuring=(
+      measuring if narrows and config.connectivity.learner != 'random' else 0
+    ),
   )
 
 
@@ -184,7 +213,7 @@ def read(workdir: Path) -> Plan | None:
     values = dataclasses.astuple(plan)
     if {*map(type, values)} != {int} or not 0 <= plan.freeze <= plan.total:
       raise ValueError('its durations are no whole numbers')
-    if min(values[:1] + values[2:]) < 1:
+    if min(plan.total, *values[2:6]) < 1 or min(values[6:]) < 0:
       raise ValueError('a duration is below one step')
   except FileNotFoundError:
     return None

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from maskconnect_jax.method import narrowing
 from maskconnect_jax.run import batches as batches_lib
 from maskconnect_jax.run import (
   checkpoint,
@@ -32,6 +33,8 @@ class Progress:
     pending: {'loss', 'accuracy'}, float32 [], of each step since the last line
       of the log. A run that is stopped between two lines resumes with these
       values, so its log equals that of an uninterrupted run.
+    margins: the fields of `narrowing.Margins` at the last moment at which the
+      wiring narrowed; {} if it does not narrow.
   """
 
   clock: metrics.Throughput = dataclasses.field(
@@ -40,6 +43,7 @@ class Progress:
   damaged: set[int] = dataclasses.field(default_factory=set)
   accuracies: dict[str, float | None] = dataclasses.field(default_factory=dict)
   pending: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  margins: dict[str, float] = dataclasses.field(default_factory=dict)
 
   def to_json(self) -> dict[str, Any]:
     """Returns the progress as JSON keeps it; no float32 changes its value."""
@@ -49,6 +53,8 @@ class Progress:
       'damaged': sorted(self.damaged),
       **self.accuracies,
     }
+    if self.margins:
+      record['margins'] = self.margins
     if self.pending:
       record['unlogged'] = [
         {name: float(value) for name, value in values.items()}
@@ -80,6 +86,7 @@ class Progress:
     for name, fits in {
       'damaged': isinstance(damaged, list) and all(map(_is_count, damaged)),
       'unlogged': isinstance(unlogged, list) and all(map(_is_step, unlogged)),
+      'margins': _is_margins(record.get('margins', {})),
       **{name: _is_count(value) for name, value in counts.items()},
     }.items():
       if not fits:
@@ -92,12 +99,22 @@ class Progress:
         {name: np.float32(value) for name, value in values.items()}
         for values in unlogged
       ],
+      record.get('margins', {}),
     )
 
 
 def _is_count(value: Any) -> bool:
   is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
   return is_number and 0 <= value < math.inf
+
+
+def _is_margins(values: Any) -> bool:
+  names = {field.name for field in dataclasses.fields(narrowing.Margins)}
+  return values == {} or (
+    isinstance(values, dict)
+    and values.keys() == names
+    and all(map(_is_count, values.values()))
+  )
 
 
 def _is_step(values: Any) -> bool:

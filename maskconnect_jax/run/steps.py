@@ -251,6 +251,80 @@ def batch_statistics(
   return measured
 
 
+def differences(
+  recipe: Recipe,
+  variables: tuple[Any, Any, Any],
+  images: jax.Array,
+  labels: jax.Array,
+  step: Any,
+  masks: jax.Array,
+  at_once: int,
+) -> jax.Array:
+  """Returns what other masks cost on a training batch.
+
+  BatchNorm takes the batch's statistics, as in training.
+
+  Args:
+    recipe: a static argument of jit.
+    variables: weights, masks and statistics.
+    images: uint8 [batch, H, W, C].
+    labels: int32 [batch].
+    step: int32 [], decides crops and flips.
+    masks: [1 + n, ...]; the first is the one that the others are compared with.
+    at_once: how many masks are computed side by side, a static argument.
+
+  Returns:
+    float32 [n, 2]: the sum over the images of loss(mask) - loss(first mask),
+    and that of the squares.
+  """
+  inputs = augmented(recipe, images, step)
+
+  def losses(mask: jax.Array) -> jax.Array:
+    model = nnx.merge(recipe.network, *variables)
+    return optax.softmax_cross_entropy_with_integer_labels(
+      model(inputs, mask, train=True), labels
+    )
+
+  def sums(mask: jax.Array) -> jax.Array:
+    difference = losses(mask) - base
+    return jnp.stack([difference.sum(), jnp.square(difference).sum()])
+
+  with recipe.on_mesh():
+    base = losses(masks[0])
+    return jax.lax.map(sums, masks[1:], batch_size=at_once)
+
+
+def mask_gradient(
+  recipe: Recipe,
+  variables: tuple[Any, Any, Any],
+  images: jax.Array,
+  labels: jax.Array,
+  step: Any,
+  mask: jax.Array,
+) -> jax.Array:
+  """Returns dloss/db of a training batch, float32, of b's shape.
+
+  Args:
+    recipe: a static argument of jit.
+    variables: weights, masks and statistics.
+    images: uint8 [batch, H, W, C].
+    labels: int32 [batch].
+    step: int32 [], decides crops and flips.
+    mask: b.
+  """
+  inputs = augmented(recipe, images, step)
+
+  def loss(mask: jax.Array) -> jax.Array:
+    model = nnx.merge(recipe.network, *variables)
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+      model(inputs, mask, train=True), labels
+    )
+    return jnp.mean(losses)
+
+  with recipe.on_mesh():
+    return jax.grad(loss)(mask)
+
+
 def eval_step(
   recipe: Recipe,
   variables: tuple[Any, Any, Any],

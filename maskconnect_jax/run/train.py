@@ -30,6 +30,7 @@ from maskconnect_jax.run import (
   freeze,
   locks,
   metrics,
+  narrow,
   steps,
   workdirs,
 )
@@ -168,6 +169,8 @@ def start(job: experiment.Experiment, workdir: Path) -> Run:
   run.bar.say(plan.in_words(config.batch_size))
   if note := experiment.note_on_fan_in(job):
     run.bar.say(note)
+  if cost := narrow.cost_in_words(job):
+    run.bar.say(f'measuring: {cost}')
   if loaded:
     run.bar.say(f'going on from step {step} of {plan.total} in {workdir}')
   return run
@@ -216,6 +219,15 @@ def loop(run: Run) -> int:
           run.bar.say(finish.at_freeze(run))
           train_step = None
         train_step = take_step(run, upcoming, train_step)
+      if number := plan.moment(done):
+        run.progress.clock.stop(run.timed * run.job.config.batch_size)
+        run.timed = 0
+        try:
+          if line := narrow.narrow(run, number):
+            run.bar.say(line)
+        except evaluation.Stopped:
+          save(run, done, None)
+          return run.preemption.requested(done)
       interrupted = run.preemption.requested(done)
       if not (interrupted or plan.records(done)):
         continue

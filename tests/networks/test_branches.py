@@ -96,7 +96,8 @@ def adapted(x, like):
 def reference(model, x, masks, s, train, first=1 / 8):
   """Returns the logits, every branch computed by itself at full width.
 
-  s is `first` in the first block, whose branches share the stem.
+  s is `first` in the first block, whose branches share the stem. It is a number
+  or [L-1, C].
   """
   values = {
     '/'.join(map(str, path)): leaf[...]
@@ -127,7 +128,9 @@ def reference(model, x, masks, s, train, first=1 / 8):
       h = jax.nn.relu(norm(h, f'{own}/norm2', part))
       z = conv(h, values[f'{own}/expand'][c][None, None])
       z = norm(z, own, c) / np.sqrt(8)
-      share = s if index else first
+      share = (
+        np.broadcast_to(s, (len(masks), 8))[index - 1][c] if index else first
+      )
       outputs.append(z + share * adapted(inputs[c], z))
   pooled = sum(outputs).mean((1, 2))
   return pooled @ values['head/kernel'] + values['head/bias']
@@ -216,6 +219,30 @@ def test_logits_equal_the_equations_at_full_width(fan_in, train):
         nnx.merge(graph, state, copy=True)(x, masks, train=train),
       )
     )(state, x, masks)
+    np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('identity', ['1/K', '1'])
+def test_a_mask_may_have_any_number_of_ones_in_a_row(identity):
+  """s = 1/k_c holds for each branch by itself; the authors' s is 1."""
+  with jax.enable_x64():
+    model = in_float64(shaken(make(3, identity=identity)))
+    x = images(2).astype(jnp.float64)
+    rng = np.random.default_rng(8)
+    masks = (rng.uniform(size=(3, 8, 8)) < 0.4).astype(np.float64)
+    masks[..., 0] = 1  # no row is empty
+    assert len(np.unique(masks.sum(-1))) > 3
+    s = 1 / masks.sum(-1) if identity == '1/K' else 1.0
+    graph, state = nnx.split(model)
+    expected, actual = jax.jit(
+      lambda state, x: (
+        reference(
+          nnx.merge(graph, state), x, masks, s, True,
+          first=1 / 8 if identity == '1/K' else 1.0,
+        ),
+        nnx.merge(graph, state, copy=True)(x, jnp.asarray(masks), train=True),
+      )
+    )(state, x)  # fmt: skip
     np.testing.assert_allclose(actual, expected, rtol=1e-9, atol=1e-9)
 
 
