@@ -38,10 +38,12 @@ RESNEXTS = {'10': 'resnext20_8x4d', '100': 'resnext29_8x8d'}
 
 
 def get_config(variant: str = '10') -> ml_collections.ConfigDict:
-  classes, comma, level = variant.partition(',')
-  if classes not in MEAN_AND_STD or (comma and level != 'branch'):
+  classes, *words = variant.split(',')
+  unknown = set(words) - {'branch', 'as_published'}
+  if classes not in MEAN_AND_STD or unknown:
     raise config_lib.InputError(
-      f'there is no {variant!r}; give 10, 100, 10,branch or 100,branch'
+      f'there is no {variant!r}; give 10 or 100, then branch, as_published or'
+      ' both, such as 100,branch,as_published'
     )
   config = config_lib.default()
   config.duration = '300 epochs'
@@ -49,7 +51,7 @@ def get_config(variant: str = '10') -> ml_collections.ConfigDict:
 
   config.model.name = 'resnet38'
   config.connectivity.fan_in = 10
-  if level:
+  if 'branch' in words:
     config.model.name = RESNEXTS[classes]
     config.connectivity.level = 'branch'
     config.connectivity.fan_in = 4

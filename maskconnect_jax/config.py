@@ -59,6 +59,7 @@ FIELDS: dict[str, Field] = {
   'model.version': Choice(spec.VERSIONS),
   'model.matmul_precision': Choice(spec.PRECISIONS),
   'connectivity.rule': Choice(spec.RULES),
+  'connectivity.live': whole(0),
   'connectivity.learner': Choice(spec.LEARNERS),
   'connectivity.topology': File(),
   'connectivity.shuffled': Switch(),
@@ -124,8 +125,13 @@ ONLY_WITH = {
   'connectivity.adapter': ('connectivity.level', 'block'),
   'connectivity.branch_identity': ('connectivity.level', 'branch'),
   'connectivity.shuffled': ('connectivity.rule', 'fixed_given'),
+  'connectivity.live': ('connectivity.rule', 'fixed_random'),
   'connectivity.gradient': ('connectivity.learner', 'draws'),
   'connectivity.temperature': ('connectivity.learner', 'draws'),
+  'masks.optimizer': ('connectivity.learner', 'draws'),
+  'masks.learning_rate': ('connectivity.learner', 'draws'),
+  'masks.schedule': ('connectivity.learner', 'draws'),
+  'masks.momentum': ('connectivity.learner', 'draws'),
   'data.randaugment': ('data.crop', 'resized'),
 }
 
@@ -180,6 +186,7 @@ def default() -> ml_collections.ConfigDict:
   config.connectivity = ml_collections.ConfigDict()
   wiring = spec.WiringSpec()  # has these defaults and their meanings
   config.connectivity.rule = wiring.rule
+  config.connectivity.live = wiring.live  # 'fixed_random': so many live blocks
   config.connectivity.learner = wiring.learner  # how 'learned' learns
   config.connectivity.topology = ''  # 'fixed_given': path of a topology.json
   config.connectivity.shuffled = False  # 'fixed_given': rows in random order
@@ -259,6 +266,7 @@ def wiring_spec(config: ml_collections.ConfigDict) -> spec.WiringSpec:
     level=own.level,
     fan_in=own.fan_in,
     rule=own.rule,
+    live=own.live,
     learner=own.learner,
     gradient=own.gradient,
     temperature=own.temperature,

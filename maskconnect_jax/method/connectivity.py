@@ -254,6 +254,19 @@ def fixed_prev(valid: Any) -> jax.Array:
   return jnp.broadcast_to(jnp.eye(valid.shape[-1]), valid.shape)
 
 
+def fixed_near(valid: Any, fan_in: int) -> jax.Array:
+  """Returns the mask in which block j takes the k_j latest of its sources.
+
+  At the branch level, branch c takes c and the K - 1 branches before it; branch
+  C - 1 comes before branch 0.
+  """
+  valid = jnp.asarray(valid)
+  place = jnp.arange(valid.shape[-1])
+  distance = jnp.mod(place[:, None] - place, valid.shape[-1])
+  scores = jnp.broadcast_to(-distance.astype(jnp.float32), valid.shape)
+  return top_k(scores, valid, fan_in)
+
+
 def fixed_random(key: jax.Array, valid: Any, fan_in: int) -> jax.Array:
   """Returns a mask in which block j takes k_j uniformly drawn sources."""
   valid = jnp.asarray(valid)

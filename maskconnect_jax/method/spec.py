@@ -13,7 +13,14 @@ from typing import Any
 from maskconnect_jax import limits
 from maskconnect_jax.errors import InputError
 
-RULES = ('learned', 'fixed_prev', 'fixed_random', 'fixed_all', 'fixed_given')
+RULES = (
+  'learned',
+  'fixed_prev',
+  'fixed_near',
+  'fixed_random',
+  'fixed_all',
+  'fixed_given',
+)
 LEVELS = ('block', 'branch')
 # How a wiring is learned. 'draws' and 'as_published' draw a mask in each step.
 # The others narrow: a block begins with all sources and loses some of them at
@@ -59,8 +66,11 @@ class WiringSpec:
       valid sources takes all of them.
     rule: which sources a block or branch takes. 'learned': the learned ones;
       'fixed_prev': the block before, or the branch of the same number;
-      'fixed_random': K sources, drawn once; 'fixed_all': every valid source;
+      'fixed_near': the K blocks before; 'fixed_random': K sources, drawn once;
+      'fixed_all': every valid source;
       'fixed_given': the sources of a topology that is passed beside the spec.
+    live: under rule 'fixed_random', on how many blocks, or branches, the output
+      depends: wirings are drawn until one does. 0: on any number.
     learner: how rule 'learned' finds the sources. 'draws': each step draws K
       sources of each block and trains the real mask; 'as_published': the same,
       as the authors wrote it down, see `connectivity`; 'measured': blocks
@@ -82,6 +92,7 @@ class WiringSpec:
   level: str = 'block'
   fan_in: int = 4
   rule: str = 'learned'
+  live: int = 0
   learner: str = 'draws'
   gradient: str = 'normalized'
   temperature: float = 0.1
@@ -95,6 +106,8 @@ class WiringSpec:
       limits.choice(name, getattr(self, name), known)
     number = limits.whole('fan_in', self.fan_in, 1, limits.MAX_FAN_IN)
     object.__setattr__(self, 'fan_in', number)  # a Python int, for JSON
+    most = limits.MAX_BLOCKS * limits.MAX_FAN_IN
+    object.__setattr__(self, 'live', limits.whole('live', self.live, 0, most))
     for name, bounds in _BOUNDS.items():
       value = limits.number(name, getattr(self, name), *bounds)
       object.__setattr__(self, name, value)

@@ -19,6 +19,8 @@ from maskconnect_jax.method import topology as topology_lib
 from maskconnect_jax.method.spec import NARROWING, WiringSpec
 from maskconnect_jax.method.topology import BranchTopology, Topology
 
+_DRAWS, _AT_ONCE = 8192, 256  # in search of a random wiring
+
 
 class RealMask(nnx.Variable[jax.Array]):
   """The real mask r, which an optimizer group of its own trains."""
@@ -52,7 +54,8 @@ class Wiring(nnx.Module):
       rngs: its 'connectivity' stream draws r and the random topology.
 
     Raises:
-      InputError: see `Topology.check`; or rule 'fixed_given' has no topology.
+      InputError: see `Topology.check`; or rule 'fixed_given' has no topology;
+        or no random wiring has as many live blocks as the spec asks for.
     """
     self.spec = nnx.static(spec)
     self.valid = nnx.static(valid)
@@ -77,9 +80,9 @@ class Wiring(nnx.Module):
       # The mask becomes numbers of Python, even under `jax.eval_shape`.
       with jax.ensure_compile_time_eval():
         if spec.rule == 'fixed_random':
-          mask = connectivity.fixed_random(
-            rngs.connectivity(), valid, spec.fan_in
-          )
+          mask = _random_mask(rngs.connectivity(), valid, spec)
+        elif spec.rule == 'fixed_near':
+          mask = connectivity.fixed_near(valid, spec.fan_in)
         elif spec.rule == 'fixed_all':
           mask = connectivity.fixed_all(valid)
         else:
@@ -162,6 +165,26 @@ class Wiring(nnx.Module):
       raise ValueError('freeze the model before pruning it')
     if hasattr(self, 'real_mask'):
       del self.real_mask
+
+
+def _random_mask(key: jax.Array, valid: Any, spec: WiringSpec) -> jax.Array:
+  """Returns the mask of rule 'fixed_random', with `spec.live` live blocks."""
+
+  def draw(key: jax.Array) -> jax.Array:
+    return connectivity.fixed_random(key, valid, spec.fan_in)
+
+  if not spec.live:
+    return draw(key)
+  for part in jax.random.split(key, _DRAWS // _AT_ONCE):
+    for mask in jax.vmap(draw)(jax.random.split(part, _AT_ONCE)):
+      topology = topology_lib.from_mask(mask)
+      live = getattr(topology, 'live_branches', None)
+      if (sum(map(len, live)) if live else sum(topology.live)) == spec.live:
+        return mask
+  raise InputError(
+    f'none of {_DRAWS:,} random wirings with fan_in={spec.fan_in} has'
+    f' {spec.live} live {"blocks" if spec.level == "block" else "branches"}'
+  )
 
 
 def wirings_of(model: nnx.Module) -> list[Wiring]:

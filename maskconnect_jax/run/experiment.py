@@ -24,7 +24,8 @@ def make_schedules(
 ) -> tuple[optax.Schedule, optax.Schedule]:
   """Returns the learning rates of the weights and of the masks, by step.
 
-  The masks' rate is 0 from the freeze on.
+  The masks' rate is 0 from the freeze on. The authors give the masks the rate
+  of the weights.
 
   Args:
     config: see `maskconnect_jax/config.py`.
@@ -58,6 +59,8 @@ def make_schedules(
     plan.freeze,
     steps_at=[round(drop * plan.freeze / plan.total) for drop in drops],
   )
+  if config.connectivity.learner == 'as_published':
+    masks = weights
   return weights, optimizer.until(masks, plan.freeze)
 
 

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from maskconnect_jax.method import connectivity
-from maskconnect_jax.method.spec import GRADIENTS
+from maskconnect_jax.errors import InputError
+from maskconnect_jax.method import connectivity, wiring
+from maskconnect_jax.method.spec import GRADIENTS, WiringSpec
 from maskconnect_jax.method.topology import Topology, from_dict, from_mask
 
 L = 7
@@ -381,6 +383,86 @@ def test_fixed_random_takes_k_valid_sources_that_the_seed_decides():
     for sources, valid in zip(topology.sources, TABLES['no_stem'], strict=True):
       assert len(sources) == min(2, sum(valid))
       assert all(valid[i] for i in sources)
+
+
+@pytest.mark.parametrize('fan_in', [1, 2, 9])
+def test_fixed_near_takes_the_latest_sources(fan_in):
+  topology = from_mask(connectivity.fixed_near(TABLES['no_stem'], fan_in))
+  for target, sources in enumerate(topology.sources):
+    ok = [i for i in range(L) if TABLES['no_stem'][target][i]]
+    assert sources == tuple(ok[-fan_in:])
+
+
+def test_a_near_branch_takes_its_own_number_and_those_before_it():
+  valid = connectivity.valid_branches(2, 4)
+  topology = from_mask(connectivity.fixed_near(valid, 2))
+  assert topology.sources == (((0, 3), (0, 1), (1, 2), (2, 3)),)
+
+
+@pytest.mark.parametrize('level', ['block', 'branch'])
+def test_a_random_wiring_has_as_many_live_blocks_as_asked_for(level):
+  valid = (
+    TABLES['all'] if level == 'block' else connectivity.valid_branches(3, 4)
+  )
+  found = set()
+  for live in (7, 9) if level == 'branch' else (2, 4):
+    for seed in range(3):
+      spec = WiringSpec(level=level, fan_in=1, rule='fixed_random', live=live)
+      topology = wiring.Wiring(
+        spec, valid=valid, rngs=nnx.Rngs(connectivity=seed), topology=None
+      ).topology
+      # Walk back from the output, by hand.
+      if level == 'block':
+        reached, todo = set(), [L]
+        while todo:
+          block = todo.pop()
+          if block not in reached and block > 0:
+            reached.add(block)
+            todo += topology.sources[block - 1]
+        assert len(reached) == live
+      else:
+        layer, count = set(range(4)), 4
+        for rows in reversed(topology.sources):
+          layer = {k for c in layer for k in rows[c]}
+          count += len(layer)
+        assert count == live
+      found.add(topology)
+  assert len(found) > 2
+
+
+def test_a_number_of_live_blocks_that_no_wiring_has_is_refused():
+  spec = WiringSpec(fan_in=1, rule='fixed_random', live=L + 1)
+  with pytest.raises(
+    InputError, match=rf'random wirings.* {L + 1} live blocks'
+  ):
+    wiring.Wiring(
+      spec, valid=TABLES['all'], rngs=nnx.Rngs(connectivity=0), topology=None
+    )
+
+
+# The authors' step.
+
+
+def test_as_published_draws_p_proportional_to_r_and_passes_every_gradient():
+  spec = WiringSpec(fan_in=2, learner='as_published')
+  own = wiring.Wiring(
+    spec, valid=TABLES['all'], rngs=nnx.Rngs(connectivity=0), topology=None
+  )
+  rng = np.random.default_rng(13)
+  real = jnp.asarray(rng.uniform(size=(L, L)) * np.tri(L), jnp.float32)
+  gradient = jnp.asarray(rng.normal(size=(L, L)), jnp.float32)
+  graph, state = nnx.split(own)
+
+  def loss(real, key):
+    own = nnx.merge(graph, jax.tree.map(lambda _: real, state))
+    mask = own.draw(key, 0.01)  # it has no temperature
+    return (mask * gradient).sum(), mask
+
+  key = jax.random.key(3)
+  found, mask = jax.grad(loss, has_aux=True)(real, key)
+  np.testing.assert_array_equal(found, gradient)
+  expected = connectivity.draw(key, real, TABLES['all'], 2, 1.0)
+  np.testing.assert_array_equal(mask, expected)
 
 
 # The topology.

@@ -204,6 +204,7 @@ def small(tiny_config):
   tiny_config.connectivity.moments = 2
   tiny_config.connectivity.gradient = 'normalized'
   tiny_config.connectivity.temperature = 0.1
+  tiny_config.masks.learning_rate = 1.0
   tiny_config.connectivity.batchnorm_batches = 1
   return tiny_config
 

@@ -270,3 +270,37 @@ def test_drops_that_coincide_multiply():
   assert float(twice(51)) == pytest.approx(0.01)
   early = optimizer.schedule('step', 1.0, 100, steps_at=(3, 5), warmup_steps=10)
   assert float(early(20)) == pytest.approx(0.01)
+
+
+def test_the_authors_step_starts_from_rows_that_add_up_to_1():
+  """r <- clip(r / sum(r) - rate g, 0, 1), in NumPy."""
+  rng = np.random.default_rng(11)
+  real = (rng.uniform(size=(L, L)) * VALID).astype(np.float32)
+  transform = optimizer.masks_transform(
+    lambda _: 0.3, VALID, learner='as_published'
+  )
+  state = transform.init(jnp.asarray(real))
+  for step in range(4):
+    gradient = rng.normal(size=(L, L)).astype(np.float32)
+    updates, state = transform.update(
+      jnp.asarray(gradient), state, jnp.asarray(real)
+    )
+    stored = np.asarray(optax.apply_updates(jnp.asarray(real), updates))
+    shares = real / np.maximum((real * VALID).sum(-1, keepdims=True), 1e-6)
+    expected = np.clip(shares - 0.3 * gradient, 0, 1) * VALID
+    np.testing.assert_allclose(stored, expected, atol=1e-6, err_msg=str(step))
+    real = stored
+
+
+def test_adam_moves_masks_by_its_rate_whatever_the_gradients_size():
+  """The first step of Adam is the rate times the sign of the gradient."""
+  rng = np.random.default_rng(12)
+  gradient = rng.normal(size=(L, L)) * VALID * 1e-4
+  real = np.where(VALID, 0.5, 0).astype(np.float32)
+  transform = optimizer.masks_transform(lambda _: 0.01, VALID, name='adam')
+  updates, _ = transform.update(
+    jnp.asarray(gradient, jnp.float32),
+    transform.init(jnp.asarray(real)),
+    jnp.asarray(real),
+  )
+  np.testing.assert_allclose(updates, -0.01 * np.sign(gradient), atol=2e-4)
