@@ -11,7 +11,7 @@ from flax import nnx
 
 import maskconnect_jax
 from maskconnect_jax.method import wiring
-from maskconnect_jax.networks import models
+from maskconnect_jax.networks import cost, models
 from maskconnect_jax.run import describe, optimizer
 
 # At fixed_prev: method tables for CIFAR (100 classes), torchvision's model
@@ -76,7 +76,7 @@ def abstract(name, **options):
 @pytest.mark.parametrize('name', maskconnect_jax.list_models())
 def test_parameter_count(name):
   classes, published, tolerance = PUBLISHED.get(name, (100, None, None))
-  count = models.count_parameters(abstract(name, num_classes=classes))
+  count = cost.count_parameters(abstract(name, num_classes=classes))
   if published:
     assert count == pytest.approx(published, rel=tolerance, abs=0.5)
   assert count == counted_by_hand(models.architecture_of(name), classes)

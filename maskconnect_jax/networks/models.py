@@ -391,11 +391,6 @@ def _activations(dtype: DTypeLike) -> jnp.dtype:
   return known
 
 
-def count_parameters(model: Any) -> int:
-  """Returns the number of parameters, without statistics and real masks."""
-  return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-
-
 def _cifar(depth: int) -> Architecture:
   return Architecture(((depth - 2) // 6,) * 3, width=16)
 

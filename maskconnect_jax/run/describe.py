@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import sys
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,7 +15,7 @@ from clu import parameter_overview
 from flax import nnx
 
 from maskconnect_jax import config as config_lib
-from maskconnect_jax.networks import models
+from maskconnect_jax.networks import cost
 from maskconnect_jax.run import (
   cores,
   distributed,
@@ -70,7 +68,7 @@ def describe(config: ml_collections.ConfigDict) -> str:
     .lower(recipe, state, *batch)
     .compile()
   )
-  cost: Any = compiled.cost_analysis()
+  counted: Any = compiled.cost_analysis()
   memory: Any = compiled.memory_analysis()
   seconds = _time_of_a_step(compiled, state, batch)
 
@@ -80,6 +78,7 @@ def describe(config: ml_collections.ConfigDict) -> str:
     model.topology.num_links if model.topology else int(wiring.row_fan_in.sum())
   )
   note = experiment.note_on_fan_in(job)
+  measuring = narrow.cost_in_words(job)
   weights = nnx.to_pure_dict(nnx.state(model, nnx.Param))
   share = config.batch_size // job.mesh.size
   total = tqdm.tqdm.format_interval(seconds * plan.total)
@@ -88,7 +87,7 @@ def describe(config: ml_collections.ConfigDict) -> str:
       parameter_overview.get_parameter_overview(weights, include_stats=False),
       '',
       f'network      {config.model.name}, {len(wiring.blocks)} blocks,'
-      f' {models.count_parameters(model):,} parameters',
+      f' {cost.count_parameters(model):,} parameters',
       f'input        {" x ".join(map(str, dataset.image_shape))},'
       f' {len(dataset.classes)} classes',
       f'wiring       {own.rule}, {own.level}-level, {links:,} edges of'
@@ -98,13 +97,13 @@ def describe(config: ml_collections.ConfigDict) -> str:
       f' {len(dataset.validation) if dataset.validation else 0:,} validation,'
       f' {len(dataset.test):,} test images',
       f'run          {plan.in_words(config.batch_size)}',
-      *(f'measuring    {cost}' for cost in [narrow.cost_in_words(job)] if cost),
-      f'forward      {_giga(forward_products(model, dataset.image_shape))}'
+      *([f'measuring    {measuring}'] if measuring else []),
+      f'forward      {_giga(cost.forward_products(model, dataset.image_shape))}'
       ' multiply-adds an image, padding included, as papers count them',
-      f'an image     {cost["flops"] / share / 1e6:,.1f} MFLOP to train on,'
+      f'an image     {counted["flops"] / share / 1e6:,.1f} MFLOP to train on,'
       f' {memory.temp_size_in_bytes / share / 1e6:,.2f} MB of activations',
-      f'a step       {cost["flops"] / 1e6:,.1f} MFLOP,'
-      f' {cost["bytes accessed"] / 1e6:,.1f} MB accessed,'
+      f'a step       {counted["flops"] / 1e6:,.1f} MFLOP,'
+      f' {counted["bytes accessed"] / 1e6:,.1f} MB accessed,'
       f' {memory.temp_size_in_bytes / 1e6:,.1f} MB temporary'
       f' (XLA, {jax.default_backend()}, per device)',
       f'time         {seconds * 1e3:,.1f} ms a step,'
@@ -114,55 +113,8 @@ def describe(config: ml_collections.ConfigDict) -> str:
   )
 
 
-def forward_products(model: models.Network, shape: Sequence[int]) -> int:
-  """Returns the multiply-adds of a forward pass over one image.
-
-  As in papers, convolutions and matrix products count. Multiply-adds with
-  padding count too. BatchNorm, sums and pooling do not count.
-
-  Args:
-    model: any network.
-    shape: (height, width, channels) of the image.
-  """
-
-  def of_images(count: int) -> int:
-    images = jax.ShapeDtypeStruct((count, *shape), np.float32)
-    network, state = nnx.split(model)
-    jaxpr = jax.make_jaxpr(
-      lambda state, images: nnx.merge(network, state)(images)
-    )(state, images)
-    return _products(jaxpr.jaxpr)
-
-  # The difference leaves out products of kernels with kernels, which a pass
-  # does once for any number of images.
-  return of_images(2) - of_images(1)
-
-
 def _giga(count: int) -> str:
   return f'{count / 1e9:,.2f} G' if count >= 1e9 else f'{count / 1e6:,.2f} M'
-
-
-def _products(jaxpr: Any) -> int:
-  total = 0
-  for equation in jaxpr.eqns:
-    params, out = equation.params, equation.outvars[0].aval
-    if equation.primitive.name == 'conv_general_dilated':
-      kernel = equation.invars[1].aval
-      features = kernel.shape[params['dimension_numbers'].rhs_spec[0]]
-      total += out.size * kernel.size // features
-    elif equation.primitive.name == 'dot_general':
-      (contracted, _), _ = params['dimension_numbers']
-      left = equation.invars[0].aval
-      total += out.size * math.prod(left.shape[i] for i in contracted)
-    elif equation.primitive.name == 'cond':
-      # One branch for each platform (backend.py); the last is the default.
-      total += _products(params['branches'][-1].jaxpr)
-    else:
-      for value in params.values():
-        inner = getattr(value, 'jaxpr', value)
-        if hasattr(inner, 'eqns'):
-          total += _products(inner)
-  return total
 
 
 def _time_of_a_step(compiled: Any, state: Any, batch: Any) -> float:

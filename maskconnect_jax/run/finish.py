@@ -14,8 +14,9 @@ from maskconnect_jax import files
 from maskconnect_jax.figures import dynamics, masks, page
 from maskconnect_jax.figures import topology as topology_picture
 from maskconnect_jax.method import wiring
-from maskconnect_jax.method.topology import BranchTopology
-from maskconnect_jax.networks import models
+from maskconnect_jax.method.spec import NARROWING
+from maskconnect_jax.method.topology import BranchTopology, Topology
+from maskconnect_jax.networks import cost
 from maskconnect_jax.run import experiment, inference, metrics, steps
 from maskconnect_jax.run.progress import Run
 
@@ -29,8 +30,13 @@ def at_freeze(run: Run) -> str:
   )
   return (
     f'froze the topology after step {int(run.state.step)}: {watched} accuracy'
-    f' {drawn:.2%} with drawn masks, {frozen:.2%} with the frozen one'
+    f' {drawn:.2%} {_before_the_freeze(run.job.config.connectivity.learner)},'
+    f' {frozen:.2%} with the frozen one'
   )
+
+
+def _before_the_freeze(learner: str) -> str:
+  return 'before the freeze' if learner in NARROWING else 'with drawn masks'
 
 
 def finish(run: Run) -> tuple[dict[str, Any], Any]:
@@ -107,27 +113,45 @@ def summarize(
     skipped: number of files and records left out as damaged.
     clock: the run's time and speed.
   """
-  own = job.config.connectivity
+  own, shape = job.config.connectivity, job.dataset.image_shape
   return {
     'model': job.config.model.name,
     'rule': own.rule,
+    **({'learner': own.learner} if own.rule == 'learned' else {}),
     'fan_in': own.fan_in,
     'seed': job.config.seed,
     'steps': job.plan.total,
     **accuracies,
     'num_train_examples': len(job.dataset.train),
     'skipped_files': skipped,
-    'parameters': models.count_parameters(frozen),
-    'parameters_pruned': models.count_parameters(pruned),
+    'parameters': cost.count_parameters(frozen),
+    'parameters_pruned': cost.count_parameters(pruned),
+    'multiply_adds': cost.forward_products(frozen, shape),
+    'multiply_adds_pruned': cost.forward_products(pruned, shape),
     'blocks': len(frozen.stack.blocks),
     'blocks_pruned': sum(frozen.topology.live),
     **branches_of(frozen),
+    'reads_previous': reads_previous(frozen.topology),
     'images_per_second': clock.images_per_second,
     'train_seconds': clock.seconds,
     'device': jax.devices()[0].device_kind,
     'num_devices': jax.device_count(),
     'jax': jax.__version__,
   }
+
+
+def reads_previous(topology: Topology | BranchTopology) -> int:
+  """Returns how many blocks read the block before them.
+
+  At the branch level: how many branches read the branch of their own number.
+  """
+  if isinstance(topology, Topology):
+    return sum(block in row for block, row in enumerate(topology.sources))
+  return sum(
+    branch in row
+    for rows in topology.sources
+    for branch, row in enumerate(rows)
+  )
 
 
 def branches_of(frozen: Any) -> dict[str, int]:
@@ -243,7 +267,10 @@ def table(summary: dict[str, Any], workdir: Path) -> str:
   watched = 'validation' if 'validation_accuracy' in summary else 'test'
   tested = f'test accuracy ({summary["num_test_examples"]:,} images)'
   rows = [
-    ('with drawn masks', summary[f'{watched}_accuracy_drawn']),
+    (
+      _before_the_freeze(summary.get('learner', '')),
+      summary[f'{watched}_accuracy_drawn'],
+    ),
     ('at the freeze', summary[f'{watched}_accuracy_at_freeze']),
     ('after fine-tuning', summary[f'{watched}_accuracy']),
     ('after pruning', summary['test_accuracy_pruned']),

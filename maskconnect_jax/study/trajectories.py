@@ -18,7 +18,7 @@ import numpy as np
 from maskconnect_jax import config as config_lib
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import connectivity, topology
-from maskconnect_jax.method.spec import WiringSpec
+from maskconnect_jax.method.spec import NARROWING, WiringSpec
 from maskconnect_jax.networks import models
 from maskconnect_jax.run import experiment, metrics
 from maskconnect_jax.run import plan as plan_lib
@@ -77,10 +77,20 @@ class Trajectory:
 
   @functools.cached_property
   def entropies(self) -> np.ndarray:
-    """Entropy of p, divided by that of a uniform draw, float64 [T, J]."""
+    """Entropy of p, divided by that of a uniform draw, float64 [T, J].
+
+    A wiring that narrows draws nothing; there p is uniform over the sources
+    that are kept.
+    """
+    learner = self.fields['connectivity.learner']
+    if learner in NARROWING:
+      kept = (self.masks >= 1) & self.valid
+      return np.asarray(np.log(kept.sum(-1)) / np.log(self.valid.sum(-1)))
     r = np.maximum(self.masks, connectivity.PROBABILITY_FLOOR, dtype=np.float64)
     last = WiringSpec(temperature=self.fields['connectivity.temperature'])
     temperature = last.temperature_at(self.progress)
+    if learner == 'as_published':
+      temperature = np.ones_like(temperature)
     scores = np.log(r) / temperature[:, None, None]
     scores -= scores.max(-1, where=self.valid, initial=-np.inf, keepdims=True)
     weights = np.where(self.valid, np.exp(np.minimum(scores, 0)), 0)

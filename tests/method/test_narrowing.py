@@ -5,8 +5,10 @@ import math
 
 import numpy as np
 import pytest
+from flax import nnx
 
-from maskconnect_jax.method import connectivity, narrowing
+from maskconnect_jax.method import connectivity, narrowing, wiring
+from maskconnect_jax.method.stack import MaskedStack
 
 BLOCKS = np.tri(7, dtype=bool)  # row j may take sources 0..j
 BRANCHES = np.ones((2, 5, 5), bool)
@@ -309,4 +311,39 @@ def test_margins_by_hand():
   assert got.margin == pytest.approx(((3 - 1) + (4.5 - 4)) / 2)
   assert got.margin_standard_error == pytest.approx(
     (math.hypot(0.1, 0.1) + 5) / 2
+  )
+
+
+def test_a_stack_is_narrowed_in_a_loop_of_ones_own():
+  """Losses without noise: each block loses what costs least, by plain loops."""
+  rng = np.random.default_rng(6)
+  cost = rng.uniform(size=(5, 5))  # of leaving an edge out
+  stack = MaskedStack(
+    [nnx.Linear(2, 2, rngs=nnx.Rngs(0)) for _ in range(5)],
+    fan_in=2,
+    learner='measured',
+    rngs=nnx.Rngs(0),
+  )
+  asked = []
+
+  def losses(mask, batch):
+    asked.append(batch)
+    missing = np.tri(5) - np.asarray(mask)
+    return np.full(3, (missing * cost).sum())
+
+  kept = [set(range(j + 1)) for j in range(5)]
+  for moment in (1, 2):
+    told = narrowing.narrow(stack, losses, moment=moment, moments=2)
+    lost = 0
+    for j, row in enumerate(kept):
+      left = round(2 * ((j + 1) / 2) ** (1 - moment / 2)) if j > 1 else j + 1
+      lost += len(row) > left
+      while len(row) > left:
+        row.remove(min(row, key=lambda i: cost[j, i]))
+    mask = np.asarray(stack.mask())
+    assert [set(np.flatnonzero(row)) for row in mask] == kept
+    assert told.choices == told.choices_clear == lost
+  assert set(asked) == set(range(7))
+  assert wiring.freeze(stack).topology.sources == tuple(
+    tuple(sorted(row)) for row in kept
   )

@@ -20,7 +20,7 @@ from flax import nnx
 import maskconnect_jax
 from maskconnect_jax.method import connectivity, wiring
 from maskconnect_jax.method import topology as topology_lib
-from maskconnect_jax.networks import models
+from maskconnect_jax.networks import cost, models
 from maskconnect_jax.run import inference
 
 # Four blocks of eight branches, the stages as in resnext20_8x4d.
@@ -372,9 +372,7 @@ def test_pruned_branches_are_gone_from_arrays_and_program():
       wide * width + 9 * width**2 + 4 * width + width * features + 2 * features
     )
   gone = sum((8 - n) * p for n, p in zip(alive, per_branch, strict=True))
-  assert models.count_parameters(frozen) - models.count_parameters(pruned) == (
-    gone
-  )
+  assert cost.count_parameters(frozen) - cost.count_parameters(pruned) == (gone)
 
   def flops(model):
     graph, state = nnx.split(model)

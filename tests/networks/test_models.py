@@ -17,7 +17,7 @@ from maskconnect_jax.method import adapters, connectivity, wiring
 from maskconnect_jax.method.spec import WiringSpec
 from maskconnect_jax.method.stack import MaskedStack
 from maskconnect_jax.method.topology import Topology, from_mask
-from maskconnect_jax.networks import layers, models
+from maskconnect_jax.networks import cost, layers, models
 from maskconnect_jax.networks.branches import BranchBlock, BranchStack
 from maskconnect_jax.networks.models import create_model
 
@@ -427,7 +427,7 @@ def numbers_left(topology, projection):
 @pytest.mark.parametrize('adapter', ['pool', 'projection', 'same_stage'])
 def test_pruning_keeps_the_logits_and_drops_the_parameters(adapter):
   model = shake(small(adapter=adapter))
-  whole = models.count_parameters(model)
+  whole = cost.count_parameters(model)
   x = images()
   for seed in range(4):
     topology = random_topology(model, seed)
@@ -447,16 +447,16 @@ def test_pruning_keeps_the_logits_and_drops_the_parameters(adapter):
     np.testing.assert_allclose(
       model(x, jnp.asarray(mask, jnp.float32)), expected, rtol=1e-4, atol=1e-4
     )
-    assert models.count_parameters(frozen) == whole
-    assert models.count_parameters(pruned) == numbers_left(
+    assert cost.count_parameters(frozen) == whole
+    assert cost.count_parameters(pruned) == numbers_left(
       topology, adapter == 'projection'
     )
-    assert models.count_parameters(pruned) < whole
+    assert cost.count_parameters(pruned) < whole
     assert not jax.tree.leaves(nnx.state(pruned, wiring.RealMask))
     assert pruned.topology == topology
     again = wiring.prune(pruned)
     np.testing.assert_array_equal(again(x), pruned(x))
-  assert models.count_parameters(model) == whole
+  assert cost.count_parameters(model) == whole
   assert model.topology is None
 
 
@@ -537,7 +537,7 @@ def test_parameter_counts_are_the_published(depth, num_classes, millions):
       f'resnet{depth}', num_classes=num_classes, rule='fixed_prev'
     )
   )
-  count = models.count_parameters(model)
+  count = cost.count_parameters(model)
   assert count == parameters(depth, num_classes)
   # 0.2697 M by the paper's count is 0.270 M.
   assert abs(count / 1e6 - millions) < 1.0e-3
@@ -556,7 +556,7 @@ def test_all_that_is_wired_has_the_configs_defaults():
 
 def test_real_masks_are_not_counted_as_parameters():
   model = nnx.eval_shape(lambda: small((1, 1, 1), width=8, in_channels=1))
-  assert models.count_parameters(model) == parameters(8, 5, 8, 1)
+  assert cost.count_parameters(model) == parameters(8, 5, 8, 1)
   (mask,) = jax.tree.leaves(nnx.state(model, wiring.RealMask))
   assert mask.shape == (3, 3)
   assert mask.dtype == jnp.float32

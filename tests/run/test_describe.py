@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from maskconnect_jax import config
-from maskconnect_jax.networks import models
+from maskconnect_jax.networks import cost, models
 from maskconnect_jax.run import describe
 
 
@@ -125,7 +125,7 @@ def test_forward_products_of_published_networks(
       name, num_classes=1000, rule='fixed_prev', fan_in=1
     )
   )
-  count = describe.forward_products(model, (224, 224, 3))
+  count = cost.forward_products(model, (224, 224, 3))
   assert count == bottlenecks(depths, groups=groups, width=width)
   assert round(count / 1e9, 2) == published
 

@@ -254,7 +254,8 @@ def test_model_json(finished):
     'adapter': 'pool', 'scale': 'mean', 'gradient': 'all', 'initial': 0.5,
     'initial_spread': 0.5, 'seed': 6, 'level': 'block',
     'remat': 'none', 'version': '2',
-    'matmul_precision': 'default', 'temperature': 1.0,
+    'matmul_precision': 'default', 'temperature': 1.0, 'learner': 'draws',
+    'live': 0,
   }  # fmt: skip
   shape = record['preprocessing']
   assert (shape['height'], shape['width'], shape['channels']) == (8, 8, 1)
