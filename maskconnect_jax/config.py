@@ -55,6 +55,7 @@ FIELDS: dict[str, Field] = {
   'model.name': Text(),
   'model.width': whole(0, limits.MAX_WIDTH),
   'model.dtype': Choice(spec.DTYPES),
+  'model.head_norm': Switch(),
   'model.remat': Choice(spec.REMATS),
   'model.version': Choice(spec.VERSIONS),
   'model.matmul_precision': Choice(spec.PRECISIONS),
@@ -178,6 +179,7 @@ def default() -> ml_collections.ConfigDict:
   config.model.width = 0  # channels of the first stage; 0: the network's own
   config.model.dtype = 'float32'  # of the activations; the rest is float32
   config.model.matmul_precision = 'default'  # see `create_model`
+  config.model.head_norm = False  # a BatchNorm before the head
   config.model.remat = 'none'  # or 'block': blocks are recomputed, not kept
   config.model.version = '2'  # see `models.VERSION`; a workdir keeps its own
 

@@ -29,10 +29,13 @@ FILES = {
   if path.stem != 'study'  # parts, each a sweep: below
 }
 WORDS = {
-  'cifar': ('10', '10,branch', '100', '100,branch'),
+  'cifar': (
+    '10', '10,branch', '100', '100,branch', '10,as_published',
+    '100,branch,as_published',
+  ),
   'imagenet': ('', 'branch'),
   'mini_imagenet': ('', 'branch'),
-}
+}  # fmt: skip
 CONFIGS = [
   f'{name}:{word}' if word else name
   for name in FILES

@@ -82,6 +82,20 @@ def step_on(count, model):
     jax.device_put(jax.random.key(2), whole),
     0,
   )
+  if jax.tree.leaves(state.masks):
+    masks = (
+      np.random.default_rng(3).uniform(size=(4, *np.shape(model.stack.valid)))
+      < 0.7
+    ) | np.eye(np.shape(model.stack.valid)[-1], dtype=bool)
+    sums['differences'] = jax.jit(steps.differences, static_argnums=(0, 6))(
+      recipe,
+      (after.weights, after.masks, after.statistics),
+      images,
+      labels,
+      0,
+      jax.device_put(masks.astype(np.float32), whole),
+      2,
+    )
   assert metrics['loss'].sharding.device_set == set(jax.devices()[:count])
   return jax.device_get((state, after, metrics, sums)), compiled
 
@@ -123,6 +137,11 @@ def test_a_step_on_eight_devices_is_one_on_one(
   assert sums['count'] == sums8['count'] == 13
   assert sums['correct'] == sums8['correct']
   np.testing.assert_allclose(sums['loss'], sums8['loss'], rtol=1e-4)
+  if rule == 'learned':
+    assert np.abs(sums['differences']).min() > 1e-4
+    np.testing.assert_allclose(
+      sums['differences'], sums8['differences'], rtol=1e-3, atol=1e-4
+    )
   # The work is shared, not done eight times over.
   flops = [program.cost_analysis()['flops'] for program in (alone, shared)]
   assert flops[1] < flops[0] / 4

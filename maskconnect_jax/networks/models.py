@@ -271,6 +271,7 @@ class Network(nnx.Module):
     seed: int,
     version: str,
     matmul_precision: str,
+    head_norm: bool,
     stem_source: bool,
     adapter: str,
     remat: str,
@@ -287,6 +288,7 @@ class Network(nnx.Module):
     )
     limits.choice('adapter', adapter, spec_lib.ADAPTERS)
     limits.flag('stem_source', stem_source)
+    limits.flag('head_norm', head_norm)
     seed = limits.whole('seed', seed, -(2**63), 2**63 - 1)
     rngs = nnx.Rngs(seed) if version == '1' else streams.of_network(seed)
     self.stages = architecture.stages
@@ -328,6 +330,9 @@ class Network(nnx.Module):
         remat=remat,
         rngs=rngs,
       )
+    self.head_norm = (
+      layers.BatchNorm(channels[-1], dtype=jnp.float32) if head_norm else None
+    )
     self.head = nnx.Linear(channels[-1], num_classes, rngs=rngs)
 
   @property
@@ -364,7 +369,10 @@ class Network(nnx.Module):
     )
     with precise:
       x = self.stem(images, train=train)
-      return self.head(self.pool(self.stack(x, mask, train=train)))
+      x = self.pool(self.stack(x, mask, train=train))
+      if self.head_norm is not None:
+        x = self.head_norm(x, use_running_average=not train)
+      return self.head(x)
 
   def pool(self, x: jax.Array) -> jax.Array:
     """Returns the stack's output as the head reads it, float32 [N, features].
@@ -492,8 +500,8 @@ def architecture_of(name: Any) -> Architecture:
 # Options of `create_model` beside the fields of `WiringSpec`; a message lists
 # them.
 _OPTIONS = (
-  'adapter', 'dtype', 'in_channels', 'matmul_precision', 'remat', 'seed',
-  'stem_source', 'version', 'width',
+  'adapter', 'dtype', 'head_norm', 'in_channels', 'matmul_precision', 'remat',
+  'seed', 'stem_source', 'version', 'width',
 )  # fmt: skip
 
 
@@ -509,6 +517,7 @@ def create_model(
   seed: int = 0,
   version: str = VERSION,
   matmul_precision: str = 'default',
+  head_norm: bool = False,
   stem_source: bool = True,
   adapter: str = 'pool',
   remat: str = 'none',
@@ -532,6 +541,8 @@ def create_model(
       Ampere on it may be TF32, on TPUs it is bfloat16. 'high' is TF32, or three
       passes of bfloat16. 'highest' is float32. A CPU always computes in
       float32. Masks and statistics are always float32.
+    head_norm: whether a BatchNorm stands before the head. The authors' plain
+      sums need it: the stem's term grows K-fold in each block.
     stem_source: whether blocks after the first may take the stem's output.
     adapter: 'pool' or 'projection', the adapter that brings a source to a
       block's shape, see `adapters`; or 'same_stage', under which a block may
@@ -563,6 +574,7 @@ def create_model(
     seed=seed,
     version=version,
     matmul_precision=matmul_precision,
+    head_norm=head_norm,
     stem_source=stem_source,
     adapter=adapter,
     remat=remat,

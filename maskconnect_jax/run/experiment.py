@@ -176,6 +176,7 @@ def architecture_of(
     'seed': config.seed,
     'version': model.version,
     'matmul_precision': model.matmul_precision,
+    'head_norm': model.head_norm,
   }
   if own.level == 'block':
     architecture |= {

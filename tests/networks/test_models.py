@@ -1,6 +1,7 @@
 """The networks against a plain ResNet, NumPy loops and finite differences."""
 
 import collections
+import functools
 import inspect
 import re
 
@@ -892,3 +893,26 @@ def test_a_stack_of_branches_that_cannot_be_made_is_named(branches, message):
 def test_a_misspelt_option_is_refused(option):
   with pytest.raises(InputError, match=f"{option}='pol' is not one of"):
     create_model('resnet8', num_classes=2, **{option: 'pol'})
+
+
+def test_a_head_may_have_a_batch_norm_before_it():
+  """In NumPy, from what the head without it reads; it has three parts of it."""
+  plain, normed = small((1,)), small((1,), head_norm=True)
+  x = images(6)
+  graph, state = nnx.split(normed)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def run(train, state, x):
+    model = nnx.merge(graph, state, copy=True)
+    stem = model.stem(x, train=train)
+    pooled = model.pool(model.stack(stem, train=train))
+    return pooled, model(x, train=train)
+
+  assert plain.head_norm is None
+  kernel = np.asarray(plain.head.kernel[...], np.float64)
+  for train in (True, False):
+    pooled, logits = run(train, state, x)
+    pooled = np.asarray(pooled, np.float64)
+    mean, var = (pooled.mean(0), pooled.var(0)) if train else (0, 1)
+    expected = (pooled - mean) / np.sqrt(var + 1e-5) @ kernel
+    np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-4)

@@ -256,6 +256,25 @@ def test_a_run_cut_at_a_moment_ends_with_the_same_bits(
   assert_same(end_of(tmp_path / 'cut', arrays_in), expected)
 
 
+def test_branches_narrow_too(small, tmp_path, monkeypatch):
+  architecture = models.Architecture(
+    (1, 1), width=8, bottleneck=True, cardinality=4, branch_width=2
+  )
+  monkeypatch.setitem(models.REGISTRY, 'tiny_resnext', architecture)
+  small.model.name = 'tiny_resnext'
+  small.connectivity.level = 'branch'
+  small.connectivity.learner = 'measured'
+  result = train.train(small, tmp_path)
+  assert result.summary['choices'] == 4
+  with np.load(tmp_path / 'real_masks.npz') as history:
+    masks = history['masks']
+  assert [set(m.sum(-1).ravel()) != {1} for m in (masks == 1)][-1] is False
+  (rows,) = result.model.stack.topology.sources
+  assert all(len(row) == 1 for row in rows)
+  for c, row in enumerate(rows):
+    assert masks[-1][0, c, row[0]] == 1
+
+
 def test_a_signal_in_a_moment_saves_and_the_moment_is_done_again(
   small, tmp_path, arrays_in, monkeypatch
 ):
