@@ -45,6 +45,7 @@ FIELDS: dict[str, Field] = {
   'seed': whole(0, 2**32 - 1),
   'seeds': Several(whole(0, 2**32 - 1)),
   'variants': Several(Text()),
+  'init_from': File(),
   'batch_size': whole(1),
   'eval_batch_size': whole(1),
   'duration': Duration(part=False),
@@ -166,6 +167,7 @@ def default() -> ml_collections.ConfigDict:
   # overrides of a row of the table: 'connectivity.rule=learned model.width=8'.
   config.seeds = ()  # (): the seed above
   config.variants = ()  # (): one row, without overrides
+  config.init_from = ''  # begin with the arrays of this model or workdir
   config.batch_size = 128
   config.eval_batch_size = 500  # at most; rounded up to all devices
   config.duration = '300 epochs'  # connectivity phase and fine-tuning together

@@ -199,6 +199,14 @@ class Classifier:
 
     self._forward = forward
 
+  @property
+  def arrays(self) -> dict[str, jax.Array]:
+    """The network's arrays by name, such as 'stack/blocks/0/conv1/kernel'."""
+    return {
+      '/'.join(map(str, path)): leaf
+      for path, leaf in nnx.to_flat_state(self._states[1][0])
+    }
+
   def predict(self, images_or_paths: Any) -> np.ndarray:
     """Returns class probabilities, float32 [N, len(classes)].
 

@@ -2,7 +2,8 @@
 
 A run starts from the newest whole checkpoint of its workdir. Its config must
 equal config.json there, and its images those of inputs.json. Without a
-checkpoint it starts from the seed.
+checkpoint it starts from the model of config.init_from, and without that from
+the seed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from maskconnect_jax.run import (
   experiment,
   finish,
   freeze,
+  init_from,
   locks,
   metrics,
   narrow,
@@ -135,6 +137,13 @@ def start(job: experiment.Experiment, workdir: Path) -> Run:
     workdir / 'checkpoints', keep=config.keep_checkpoints
   )
   loaded = checkpoints.load_newest(state, Progress.from_json)
+  begun = ''
+  if config.init_from and not loaded:
+    folder = config_lib.given_path(config.init_from, 'config.init_from')
+    model, begun = init_from.filled(job.model, folder)
+    state = distributed.to_global(
+      steps.init_state(model, job.recipe), distributed.replicated(job.mesh)
+    )
   state, progress = loaded or (state, Progress())
   step = int(state.step)
   if primary:
@@ -171,6 +180,8 @@ def start(job: experiment.Experiment, workdir: Path) -> Run:
     run.bar.say(note)
   if cost := narrow.cost_in_words(job):
     run.bar.say(f'measuring: {cost}')
+  if begun:
+    run.bar.say(begun)
   if loaded:
     run.bar.say(f'going on from step {step} of {plan.total} in {workdir}')
   return run
