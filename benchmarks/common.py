@@ -151,6 +151,8 @@ def config_of(
   config.eval_batch_size = jax.device_count()
   config.model.name, config.model.dtype = form.network, given.dtype
   config.connectivity.rule = form.rule
+  # Every step with the masks' gradient; a narrowing wiring has none.
+  config.connectivity.learner = 'draws'
   config.connectivity.fan_in = 1 if form.K is None else form.K
   config.data.source = 'folder'
   config.data.image_size = 224 if large else 32

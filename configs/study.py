@@ -1,11 +1,17 @@
-"""The study of docs/results.md, in parts: sweeps that can be cut and extended.
+"""The studies of docs/results.md: sweeps that can be cut and extended.
 
   python -m maskconnect_jax.main --mode=sweep --config=configs/study.py:PART \
       --workdir=runs/study/PART --config.data.dir=DIR
 
 PART is one of
 
-  settings   which settings learn best? resnet20, one field at a time
+  learners   does a learned wiring win over random wirings? K = 1, 2, 4, with
+             the controls that a claim needs; block level
+  branches   the same at the branch level
+  wiring     trained from scratch, is the learned wiring better than others? It
+             takes --config.connectivity.topology=RUN/topology.json
+  settings   which settings of drawn masks learn best? resnet20, one field at a
+             time
   block      does a learned wiring win over fixed rules? resnet38, resnet74,
              resnet110
   branch     the same question for the branches of ResNeXts, as in the published
@@ -15,12 +21,14 @@ PART is one of
              --config.connectivity.topology=RUN/topology.json
   fashion    the rules on Fashion-MNIST (DIR holds its IDX files)
 
-DIR is CIFAR-10 as an image folder. Every part except `branch` also exists with
-`cpu-` before its name: resnet38 of half width on 10,000 images of 16x16. Such a
-run takes ten minutes on one core, and is too small for a claim about CIFAR-10.
-docs/results.md has the results of the `cpu-` parts, also for three settings
-that were removed since. The other parts are not yet run. Settings are compared
-on 5,000 held out training images, everything else on the test images.
+DIR is an image folder, such as CIFAR-10. Every part except `branch` also exists
+with `cpu-` before its name. `cpu-learners` and `cpu-wiring` train resnet26 of
+width 8 on 10,000 images of 16x16 for 20 epochs; such a run takes 2 min on a
+core. The older `cpu-` parts train resnet38 of width 8 for 30 epochs; such a run
+takes ten minutes. Both are too small for a claim about CIFAR-10. docs/results.md
+has the results of the `cpu-` parts. The other parts are not yet run. Settings
+are compared on 5,000 held out training images, everything else on the test
+images.
 """
 
 import ml_collections
@@ -33,9 +41,23 @@ RULES = (
   'connectivity.rule=fixed_all',
   'connectivity.rule=learned',
 )
+LEARNERS = tuple(
+  f'connectivity.fan_in={fan_in} connectivity.{how}'
+  for fan_in in (2, 1, 4)
+  for how in ('rule=fixed_random', 'rule=learned')
+)
+CONTROLS = (
+  'connectivity.fan_in=2 connectivity.learner=random',
+  'connectivity.fan_in=2 connectivity.learner=draws',
+  'connectivity.fan_in=2 connectivity.learner=fisher',
+  'connectivity.fan_in=2 connectivity.rule=fixed_near',
+  'connectivity.rule=fixed_prev',
+  'connectivity.rule=fixed_all',
+)
 # The plain settings of docs/method.md, around which the settings vary. The
 # winning settings are the defaults now.
 CENTRE = {
+  'connectivity.learner': 'draws',
   'connectivity.gradient': 'all',
   'connectivity.temperature': 1.0,
   'connectivity.phase': '50%',
@@ -67,7 +89,19 @@ SETTINGS = (
 def get_config(name: str = 'settings') -> ml_collections.ConfigDict:
   part, on_cpu = name.removeprefix('cpu-'), name.startswith('cpu-')
   config = _small() if on_cpu else _full()
-  if part == 'settings':
+  if part in ('learners', 'branches', 'wiring'):
+    config = _quick() if on_cpu else _full()
+    config.seeds = tuple(range(10, 15))
+    config.variants = LEARNERS + CONTROLS
+    if part == 'branches':
+      config.connectivity.level = 'branch'
+      config.model.name = 'resnext20_8x4d'
+      config.model.width = 16 if on_cpu else 0
+      config.variants = LEARNERS
+    elif part == 'wiring':
+      config.connectivity.rule = 'fixed_given'
+      config.variants = ('', 'connectivity.shuffled=true')
+  elif part == 'settings':
     config.seeds, config.variants = (0, 1), SETTINGS
     config.update_from_flattened_dict(CENTRE)
     config.data.validation = 5000
@@ -105,8 +139,9 @@ def get_config(name: str = 'settings') -> ml_collections.ConfigDict:
     config.data.mean, config.data.std = (), ()
   else:
     raise config_lib.InputError(
-      f'there is no part {name!r}; give settings, block, branch, topology or'
-      ' fashion, all but branch also with cpu- before it'
+      f'there is no part {name!r}; give learners, branches, wiring, settings,'
+      ' block, branch, topology or fashion, all but branch also with cpu-'
+      ' before it'
     )
   return config
 
@@ -144,4 +179,18 @@ def _small() -> ml_collections.ConfigDict:
   config.data.pad = 2
   config.data.validation = 5000
   config.data.train_images = 10_000
+  return config
+
+
+def _quick() -> ml_collections.ConfigDict:
+  config = _small()
+  config.duration = '20 epochs'
+  config.batch_size = 64
+  config.evaluate_every = '10 epochs'
+  config.checkpoint_every = '10 epochs'
+  config.log_every = '2%'
+  config.model.name = 'resnet26'
+  config.optimizer.learning_rate = 0.1
+  config.optimizer.warmup = '5%'
+  config.data.mean, config.data.std = (), ()
   return config

@@ -138,7 +138,7 @@ ONLY_WITH = {
 }
 
 # Fields of version 0.1.0 that were removed, and their defaults. A config with
-# the defaults means the same without them. The study of docs/results.md found
+# the defaults means the same without them. docs/results_draws.md found
 # no gain from other values.
 REMOVED: dict[str, Any] = {
   'connectivity.gradient_every': 1,
@@ -186,7 +186,7 @@ def default() -> ml_collections.ConfigDict:
   config.model.version = '2'  # see `models.VERSION`; a workdir keeps its own
 
   # The last table of docs/method.md explains these fields. The study of
-  # docs/results.md picked phase, gradient, temperature and the masks' rate.
+  # docs/results.md and docs/results_draws.md picked the defaults.
   config.connectivity = ml_collections.ConfigDict()
   wiring = spec.WiringSpec()  # has these defaults and their meanings
   config.connectivity.rule = wiring.rule
@@ -485,7 +485,7 @@ def unknown_field(path: str) -> str:
   if path in REMOVED:
     return (
       f'config.{path} is not a config field any more, since it brought nothing'
-      ' (docs/results.md); leave it out'
+      ' (docs/results_draws.md); leave it out'
     )
   known = list(flat(default()))
   near = difflib.get_close_matches(path, known, n=1, cutoff=0.4)

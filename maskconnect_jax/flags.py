@@ -128,6 +128,13 @@ FIGURE = _define_path(
   'summarize, dynamics: FILE.png, a picture of it; also FILE.svg. dynamics'
   ' draws up to six runs.',
 )
+AGAINST = flags.DEFINE_enum(
+  'against',
+  None,
+  ('parameters', 'multiply_adds'),
+  'summarize: what --figure draws the accuracy against; counted after pruning.'
+  ' By default every seed is a dot.',
+)
 PARALLEL = flags.DEFINE_integer(
   'parallel',
   None,

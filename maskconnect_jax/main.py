@@ -197,7 +197,7 @@ def run_summarize() -> None:
     files.check_output(csv)
   table = summarize.summarize(workdirs)
   if FIGURE.value:
-    table.draw(FIGURE.value)
+    table.draw(FIGURE.value, flags.AGAINST.value)
   if csv:
     files.write_text(csv, table.csv())
   print(table.markdown(), end='')

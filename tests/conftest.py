@@ -88,6 +88,7 @@ def get_config():
   config.log_every = '2 steps'
   config.model.name = 'resnet8'
   config.model.width = 8
+  config.connectivity.learner = 'draws'
   config.connectivity.fan_in = 2
   config.connectivity.phase = '50%'
   config.connectivity.gradient = 'all'

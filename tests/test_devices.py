@@ -25,7 +25,7 @@ RESNEXT = models.Architecture(
 
 
 def make(level, architecture, rule):
-  spec = WiringSpec(level=level, fan_in=2, rule=rule)
+  spec = WiringSpec(level=level, fan_in=2, rule=rule, learner='draws')
   model = models.create_model(
     architecture, num_classes=CLASSES, in_channels=1, spec=spec, seed=2
   )

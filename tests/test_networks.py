@@ -142,7 +142,14 @@ def one_step(model, x, y):
 @pytest.mark.parametrize(('name', 'level', 'rule'), CASES)
 def test_trains_freezes_and_prunes(reduced, name, level, rule):
   model = maskconnect_jax.create_model(
-    name, num_classes=7, fan_in=1, rule=rule, level=level, width=16, seed=3
+    name,
+    num_classes=7,
+    fan_in=1,
+    rule=rule,
+    learner='draws',
+    level=level,
+    width=16,
+    seed=3,
   )
   large = models.architecture_of(name).large_images
   rng = np.random.default_rng(0)

@@ -23,7 +23,12 @@ def mesh_of(devices):
 
 def compiled_step(level, devices):
   model = maskconnect_jax.create_model(
-    'resnext20_8x4d', num_classes=10, fan_in=4, level=level, width=16
+    'resnext20_8x4d',
+    num_classes=10,
+    fan_in=4,
+    level=level,
+    width=16,
+    learner='draws',
   )
   transform = optimizer.partitioned(
     optax.sgd(0.1),

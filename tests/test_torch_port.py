@@ -53,7 +53,11 @@ def test_a_pruned_resnext_predicts_the_same() -> None:
   port = runpy.run_path(str(FOLDER / 'torch_port.py'))
   images = np.random.default_rng(0).normal(size=(2, 32, 32, 3))
   model = models.create_model(
-    'resnext20_8x4d', num_classes=10, fan_in=1, initial_spread=0.5
+    'resnext20_8x4d',
+    num_classes=10,
+    fan_in=1,
+    learner='draws',
+    initial_spread=0.5,
   )
   pruned = wiring.prune(wiring.freeze(model))
   assert not all(pruned.topology.live)
@@ -77,6 +81,7 @@ def test_loss_and_gradients_are_equal_in_float64(rule: str) -> None:
       dtype='float64',
       rule=rule,
       fan_in=2,
+      learner='draws',
       gradient='all',  # as the port
       initial_spread=0.5,
     )

@@ -269,7 +269,10 @@ def _readers(
   Returns:
     bool, of the same shape.
   """
-  values = np.where(mask, scores, 0)
+  # Edges of rows that lose none are not measured: they count as the best.
+  finite = scores[np.isfinite(scores)]
+  best = finite.max() if len(finite) else 0.0
+  values = np.where(mask, np.where(np.isfinite(scores), scores, best), 0)
   # One edge more counts more than all scores: most sources get a reader.
   values = values / max(np.abs(values).max(), 1e-30) / mask.size
   values = np.where(mask, 1 + values, 0)

@@ -19,6 +19,7 @@ from maskconnect_jax import files
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.figures import page as plots
 from maskconnect_jax.figures import summary as summary_plots
+from maskconnect_jax.figures import trade as trade_plots
 from maskconnect_jax.run import workdirs
 
 CAPTION = (
@@ -43,6 +44,7 @@ class Summary(msgspec.Struct):
   num_devices: _Count
   device: str
   validation_accuracy: _Share | None = None
+  multiply_adds_pruned: _Count | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +104,24 @@ class Row:
     if not self.runs[0].fields['data.validation']:
       return []
     return self.values('validation_accuracy')
+
+  @property
+  def kind(self) -> str:
+    """The rule; if it is 'learned', the learner."""
+    fields = self.runs[0].fields
+    rule = fields['connectivity.rule']
+    if rule == 'learned':
+      return f'learned, {fields["connectivity.learner"]}'
+    return str(rule).replace('_', '-')
+
+  @property
+  def short(self) -> str:
+    """The fan-in; or the network, where the rule has no fan-in."""
+    fields = self.runs[0].fields
+    if fields['connectivity.rule'] in ('fixed_prev', 'fixed_all'):
+      width = f', width {w}' if (w := fields['model.width']) else ''
+      return f'{fields["model.name"]}{width}'
+    return f'K = {fields["connectivity.fan_in"]}'
 
   @property
   def devices(self) -> str:
@@ -183,7 +203,7 @@ class Table:
       lines.append(f'Not finished, and in no row: {names}.')
     return '\n'.join(lines) + '\n'
 
-  def draw(self, path: Path) -> None:
+  def draw(self, path: Path, against: str | None = None) -> None:
     """Draws the accuracies of the runs.
 
     They are those on the held out images if every row held out images, else
@@ -191,13 +211,19 @@ class Table:
 
     Args:
       path: FILE.png; FILE.svg is written beside it.
+      against: 'parameters' or 'multiply_adds', counted after pruning: a point
+        for each row, with test accuracy; None: a line for each row.
 
     Raises:
-      InputError: the path has another suffix, or no run is finished.
+      InputError: the path has another suffix, no run is finished, or the
+        multiply-adds of a run were not counted.
     """
     check_figure(path)
     if not self.rows:
       raise InputError(f'--figure={path} needs a run that is finished')
+    if against:
+      plots.save(self._trade(against), path.with_suffix(''))
+      return
     held_out = all(row.held_out for row in self.rows)
     figure = summary_plots.figure(
       [row.name for row in self.rows],
@@ -208,6 +234,24 @@ class Table:
       'Validation accuracy' if held_out else 'Test accuracy',
     )
     plots.save(figure, path.with_suffix(''))
+
+  def _trade(self, against: str) -> Any:
+    field, words = f'{against}_pruned', against.replace('_', '-')
+    for row in self.rows:
+      for run in row.runs:
+        if run.summary.get(field) is None:
+          raise InputError(
+            f'{run.workdir}/summary.json has no {field}; a newer version writes'
+            ' it'
+          )
+    return trade_plots.figure(
+      [row.short for row in self.rows],
+      [row.kind for row in self.rows],
+      [row.values(field) for row in self.rows],
+      [row.values('test_accuracy_pruned') for row in self.rows],
+      title=f'Test accuracy against {words}',
+      cost=f'{words} after pruning',
+    )
 
   def csv(self) -> str:
     """Returns the same rows as CSV, with unrounded numbers."""

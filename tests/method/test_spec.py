@@ -101,7 +101,7 @@ class Double(nnx.Module):
 
 
 def test_a_stack_draws_at_the_last_temperature_if_none_is_given():
-  spec = WiringSpec(fan_in=1, temperature=0.05)
+  spec = WiringSpec(fan_in=1, learner='draws', temperature=0.05)
   stack = MaskedStack([Double()] * 6, spec, rngs=nnx.Rngs(0))
   rng = np.random.default_rng(0)
   real = jnp.asarray(rng.uniform(size=(6, 6)) * np.tri(6), jnp.float32)

@@ -39,7 +39,7 @@ def make(fan_in=3, **options):
     fan_in=fan_in,
     width=WIDTH,
     initial_spread=0.5,
-    **options,
+    **{'learner': 'draws'} | options,
   )
 
 
@@ -165,7 +165,12 @@ def test_one_drawn_chain_of_branches_trains_at_the_ordinary_rate():
   means = 0.5 * rng.normal(size=(CLASSES, SIZE, SIZE, 3))
   pixels = means[labels] + rng.normal(size=(steps, batch, SIZE, SIZE, 3))
   model = models.create_model(
-    NETWORK, level='branch', num_classes=CLASSES, fan_in=1, width=32
+    NETWORK,
+    level='branch',
+    num_classes=CLASSES,
+    fan_in=1,
+    width=32,
+    learner='draws',
   )
   network, weights, rest = nnx.split(model, nnx.Param, ...)
   transform = optax.sgd(0.1, momentum=0.9, nesterov=True)

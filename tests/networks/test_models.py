@@ -28,6 +28,7 @@ RNG = np.random.default_rng(0)
 def small(depths=(2, 2, 2), **options):
   """Blocks of 4, 8 and 16 channels."""
   options = {'num_classes': 5, 'width': 4, 'fan_in': 2, 'seed': 3} | options
+  options = {'learner': 'draws'} | options
   return create_model(models.Architecture(depths, width=4), **options)
 
 
@@ -275,7 +276,12 @@ def test_products_are_as_precise_as_asked_for(name, level):
 
   def program(precision):
     model = create_model(
-      name, num_classes=2, width=16, level=level, matmul_precision=precision
+      name,
+      num_classes=2,
+      width=16,
+      level=level,
+      learner='draws',
+      matmul_precision=precision,
     )
     graph, weights, rest = nnx.split(model, nnx.Param, ...)
 

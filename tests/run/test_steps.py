@@ -75,6 +75,7 @@ def tiny(**options):
   return models.create_model(
     models.Architecture((1, 1, 1), width=4),
     **{'num_classes': CLASSES, 'fan_in': 1, 'width': 4, 'in_channels': 1}
+    | {'learner': 'draws'}
     | options,
   )
 

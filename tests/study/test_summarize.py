@@ -146,6 +146,34 @@ def test_a_study_of_one_factor_at_a_time(run, tmp_path):
   ) in table.markdown()
 
 
+def test_the_figure_of_accuracy_against_cost(run, tmp_path, cli):
+  for name, fields in {
+    'one': {'connectivity__fan_in': 1},
+    'two': {'connectivity__fan_in': 2},
+    'chain': {'connectivity__rule': 'fixed_prev', 'model__width': 8},
+  }.items():
+    run(
+      f'runs/{name}', 0.5, **fields,
+      summary={'parameters_pruned': 1000, 'multiply_adds_pruned': 2000},
+    )  # fmt: skip
+  path = tmp_path / 'trade.png'
+  command = (
+    '--mode=summarize', f'--workdirs={tmp_path / "runs"}', f'--figure={path}',
+  )  # fmt: skip
+  for against, words in (
+    ('parameters', 'parameters'), ('multiply_adds', 'multiply-adds'),
+  ):  # fmt: skip
+    assert cli(*command, f'--against={against}').code == 0
+    svg = ElementTree.parse(path.with_suffix('.svg'))
+    text = [one.text for one in svg.iter() if one.text]
+    assert f'Test accuracy against {words}' in text
+    assert {'K = 1', 'K = 2', 'resnet38, width 8', 'fixed-prev'} <= set(text)
+  run('runs/old', 0.5, connectivity__fan_in=4)
+  ran = cli(*command, '--against=multiply_adds')
+  assert ran.code == 2
+  assert 'old/summary.json has no multiply_adds_pruned' in ran.err
+
+
 @pytest.mark.parametrize('held_out', [0, 1000])
 def test_the_figure_has_a_dot_for_every_seed(run, tmp_path, cli, held_out):
   accuracies = {1: (0.5, 0.625), 2: (0.75,), 3: (0.25, 0.375, 0.5)}

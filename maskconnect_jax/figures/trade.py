@@ -1,0 +1,122 @@
+"""The picture of accuracy against cost: a point for each row of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+import numpy as np
+from matplotlib import style, ticker
+from matplotlib.figure import Figure
+
+from maskconnect_jax.figures import page as paper
+from maskconnect_jax.figures.page import Page
+
+_PANEL, _LEFT, _FOOT = (560, 330), 66, 74  # in points
+_LETTER = 5.1
+
+
+def figure(
+  names: Sequence[str],
+  groups: Sequence[str],
+  costs: Sequence[Sequence[float]],
+  accuracies: Sequence[Sequence[float]],
+  *,
+  title: str,
+  cost: str,
+) -> Figure:
+  """Draws mean accuracy over mean cost, with a line through each group.
+
+  Bars span the seeds, in both directions. The step in the background is the
+  front: no row is both cheaper and better than a row on it. In the SVG a row's
+  point has the id `row-NUMBER`.
+
+  Args:
+    names: short names of the rows, written beside their points.
+    groups: the group of each row; rows of a group have one colour and are
+      joined in the order of their costs.
+    costs: one or more for each row, above 0.
+    accuracies: as many for each row, as fractions in [0, 1].
+    title: one line.
+    cost: what the costs are, such as 'parameters after pruning'.
+
+  Returns:
+    The figure.
+
+  Raises:
+    ValueError: the numbers of names, groups, costs and accuracies differ, or
+      there are none.
+  """
+  if not len(names) == len(groups) == len(costs) == len(accuracies) > 0:
+    raise ValueError('a row needs a name, a group, costs and accuracies')
+  x = np.array([fmean(values) for values in costs])
+  y = 100 * np.array([fmean(values) for values in accuracies])
+  with style.context(paper.STYLE):
+    page = Page(
+      _LEFT + _PANEL[0] + 40,
+      _FOOT + _PANEL[1] + 66,
+      title,
+      'a point is a row, its bars the seeds; the step is what nothing beats',
+    )
+    panel = page.inset(_LEFT, _FOOT, *_PANEL)
+    front = front_of(x, y)
+    panel.step(
+      x[front], y[front], where='post', color='#D9D9D9', lw=5, zorder=1,
+      solid_capstyle='round',
+    )  # fmt: skip
+    tints = dict.fromkeys(groups)
+    for number, group in enumerate(tints):
+      tint = page.theme.tint(number)
+      tints[group] = tint
+      own = [i for i, other in enumerate(groups) if other == group]
+      own.sort(key=lambda i: x[i])
+      panel.plot(x[own], y[own], color=tint, lw=1, alpha=0.5, zorder=2)
+      for i in own:
+        across = [min(costs[i]), max(costs[i])], [y[i], y[i]]
+        up = (
+          [x[i], x[i]],
+          100 * np.array([min(accuracies[i]), max(accuracies[i])]),
+        )
+        for bar in (across, up):
+          panel.plot(*bar, color=tint, lw=1.2, alpha=0.6, zorder=3)
+        panel.plot(
+          x[i], y[i], ls='', marker='o', ms=7, color=tint, mec='white',
+          gid=f'row-{i + 1}', zorder=4,
+        )  # fmt: skip
+        panel.annotate(
+          names[i], (x[i], y[i]), xytext=(7, -4), textcoords='offset points',
+          color=tint, va='top', size=9, zorder=5,
+        )  # fmt: skip
+    panel.set_xscale('log')
+    panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
+    panel.xaxis.set_major_formatter(ticker.FuncFormatter(_short))
+    panel.xaxis.set_minor_formatter(ticker.NullFormatter())
+    panel.yaxis.set_major_formatter('{x:g} %')
+    panel.margins(x=0.08, y=0.08)
+    panel.grid(color='#EEEEEE', lw=0.8)
+    panel.set_axisbelow(True)
+    panel.spines[['top', 'right', 'left']].set_visible(False)
+    panel.spines['bottom'].set_color(paper.LIGHT.faint)
+    page.write(_LEFT + _PANEL[0] / 2, _FOOT - 30, cost)
+    page.legend(
+      _LEFT, 16,
+      {name: paper.DOT | {'color': tint} for name, tint in tints.items()},
+    )  # fmt: skip
+  return page.figure
+
+
+def front_of(costs: np.ndarray, accuracies: np.ndarray) -> list[int]:
+  """Returns the rows that no row beats in both, in the order of their costs."""
+  front: list[int] = []
+  for i in np.lexsort((-accuracies, costs)):
+    if not front or accuracies[i] > accuracies[front[-1]]:
+      front.append(int(i))
+  return front
+
+
+def _short(value: float, position: int | None = None) -> str:
+  del position
+  for unit, name in ((1e9, ' G'), (1e6, ' M'), (1e3, ' k')):
+    if value >= unit:
+      return f'{value / unit:g}{name}'
+  return f'{value:g}'
