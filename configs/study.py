@@ -22,13 +22,13 @@ PART is one of
   fashion    the rules on Fashion-MNIST (DIR holds its IDX files)
 
 DIR is an image folder, such as CIFAR-10. Every part except `branch` also exists
-with `cpu-` before its name. `cpu-learners` and `cpu-wiring` train resnet26 of
-width 8 on 10,000 images of 16x16 for 20 epochs; such a run takes 2 min on a
-core. The older `cpu-` parts train resnet38 of width 8 for 30 epochs; such a run
-takes ten minutes. Both are too small for a claim about CIFAR-10. docs/results.md
-has the results of the `cpu-` parts. The other parts are not yet run. Settings
-are compared on 5,000 held out training images, everything else on the test
-images.
+with `cpu-` before its name. Of these, the first three train resnet26 of width 8
+(`cpu-branches`: resnext20_8x4d of width 16) on 10,000 images of 16x16 for 20
+epochs, in 2 min on one core. The others are older and train resnet38 of width 8
+for 30 epochs, in 10 min. Both are too small for a claim about CIFAR-10.
+docs/results.md and docs/results_draws.md have the results of the `cpu-` parts.
+The other parts are not yet run. Settings are compared on 5,000 held out
+training images, everything else on the test images.
 """
 
 import ml_collections

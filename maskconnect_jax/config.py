@@ -200,7 +200,7 @@ def default() -> ml_collections.ConfigDict:
   config.connectivity.moments = 6  # N, when a narrowing wiring loses sources
   # What 'measured' may cost: as much arithmetic as so many training steps.
   config.connectivity.measuring = '10%'
-  config.connectivity.keep_readers = False  # see `narrowing.narrowed`
+  config.connectivity.keep_readers = True  # see `narrowing.narrowed`
   config.connectivity.stem_source = True  # may later blocks take the stem?
   config.connectivity.gradient = wiring.gradient  # see `connectivity.proxy`
   config.connectivity.initial = wiring.initial  # r starts here, ...

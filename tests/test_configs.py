@@ -178,11 +178,17 @@ def test_cifar10_is_cifar_of_10_classes():
 @pytest.mark.parametrize(
   ('part', 'rows', 'seeds'),
   [
+    ('learners', 12, 5),
+    ('branches', 6, 5),
+    ('wiring', 2, 5),
     ('settings', 22, 2),
     ('block', 12, 3),
     ('branch', 4, 3),
     ('topology', 3, 3),
     ('fashion', 4, 3),
+    ('cpu-learners', 12, 5),
+    ('cpu-branches', 6, 5),
+    ('cpu-wiring', 2, 5),
     ('cpu-settings', 22, 2),
     ('cpu-block', 4, 3),
     ('cpu-topology', 3, 3),
@@ -191,7 +197,7 @@ def test_cifar10_is_cifar_of_10_classes():
 )
 def test_every_member_of_the_study_can_be(part, rows, seeds, tmp_path):
   config = runpy.run_path(str(FOLDER / 'study.py'))['get_config'](part)
-  if part.endswith('topology'):
+  if part.endswith(('topology', 'wiring')):
     config.connectivity.topology = 'topology.json'
   members = sweep.members(config, tmp_path)
   assert len(members) == rows * seeds

@@ -26,6 +26,11 @@ in standard errors. It measures them on twice as many images, so that all rounds
 cost the same. Of equal d the latest source stays. A block that no path connects
 with the output has d = 0 for all its sources, and keeps the latest ones.
 
+Losses see a block without a reader only by chance: it costs nothing to leave
+out what nobody reads. So, unless `keep_readers` is False, the rows first give
+as many blocks as possible a reader, and fill the rest of their places by d.
+Without it a K of 2 left 7 of 12 blocks, and cost a point (docs/results.md).
+
 The real mask r records it: an entry is 1 while the source is kept, and n/(N+1)
 if it was lost at moment n. So the largest entries of a row are those that it
 kept the longest, and `connectivity.top_k(r)` is the mask at the end.
@@ -227,7 +232,7 @@ def narrowed(
   left: np.ndarray,
   record: float,
   *,
-  keep_readers: bool = False,
+  keep_readers: bool,
 ) -> np.ndarray:
   """Returns r after a moment: each row keeps its sources of largest score.
 
@@ -375,6 +380,7 @@ def narrow(
   *,
   moment: int,
   moments: int,
+  keep_readers: bool = True,
 ) -> Margins:
   """Narrows a stack whose spec has learner='measured', in a loop of one's own.
 
@@ -385,6 +391,7 @@ def narrow(
       compiled: it is called for every edge.
     moment: n, from 1 to `moments`.
     moments: N. After the last moment each block has K sources.
+    keep_readers: see `narrowed`.
 
   Returns:
     How clear the choices were.
@@ -405,6 +412,7 @@ def narrow(
     found.on(mask, found.mean),
     left,
     moment / (moments + 1),
+    keep_readers=keep_readers,
   )
   stack.real_mask.set_value(jnp.asarray(after))
   return margins(found, mask, np.asarray(stack.mask()))

@@ -93,7 +93,7 @@ class WiringSpec:
   fan_in: int = 4
   rule: str = 'learned'
   live: int = 0
-  learner: str = 'draws'
+  learner: str = 'measured'
   gradient: str = 'normalized'
   temperature: float = 0.1
   initial: float = 0.5

@@ -217,7 +217,9 @@ def draw_figures(
   frozen: Any,
   history: metrics.MaskHistory,
 ) -> None:
-  """Draws the topology; if it was learned, the real mask and its history too.
+  """Draws the topology; if it was learned, the real mask too.
+
+  If masks were drawn, the history of the real mask is drawn as well.
 
   The pictures go into `workdir/figures`.
 
@@ -235,6 +237,8 @@ def draw_figures(
   real = (
     np.asarray(frozen.stack.real_mask[...]) if own.rule == 'learned' else None
   )
+  # There all chosen edges have the value 1, and entries only fall, once.
+  narrows = own.learner in NARROWING
   live = topology.live
   if isinstance(topology, BranchTopology):
     live = topology.live_branches
@@ -244,7 +248,7 @@ def draw_figures(
       sources,
       stages=stages,
       live=live,
-      real_mask=real,
+      real_mask=None if narrows else real,
       title=title,
       theme=theme,
     )
@@ -252,9 +256,12 @@ def draw_figures(
   }
   if real is not None:
     figures['real_mask'] = masks.mask_figure(
-      real, sources, stages=stages, title=title
+      real,
+      sources,
+      stages=stages,
+      title=f'{title}: how long each source was kept' if narrows else title,
     )
-    if real.ndim == 2 and len(history) > 1:
+    if real.ndim == 2 and len(history) > 1 and not narrows:
       figures['real_mask_history'] = dynamics.history_figure(
         history.steps, history.masks, sources, stages=stages, title=title
       )

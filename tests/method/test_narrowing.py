@@ -173,7 +173,12 @@ def test_a_moment_drops_the_smallest_scores(valid):
     scores = rng.integers(0, 3, valid.shape).astype(float)
     left = narrowing.left_after(valid, fan_in, share)
     after = narrowing.narrowed(
-      valid.astype(np.float32), valid, scores, left, 0.25
+      valid.astype(np.float32),
+      valid,
+      scores,
+      left,
+      0.25,
+      keep_readers=False,
     )
     for row, count in rows_of(valid):
       sources = [i for i in range(valid.shape[-1]) if valid[row][i]]
@@ -248,7 +253,9 @@ def test_of_all_ways_to_keep_readers_the_best_is_taken():
 def test_of_equal_scores_the_latest_source_stays():
   real = BLOCKS.astype(np.float32)
   left = narrowing.left_after(BLOCKS, 2, 1.0)
-  after = narrowing.narrowed(real, BLOCKS, np.zeros((7, 7)), left, 0.5)
+  after = narrowing.narrowed(
+    real, BLOCKS, np.zeros((7, 7)), left, 0.5, keep_readers=False
+  )
   for row in range(7):
     kept = np.flatnonzero(after[row] == 1)
     np.testing.assert_array_equal(kept, range(max(0, row - 1), row + 1))
@@ -261,7 +268,12 @@ def test_what_is_left_is_the_top_k_of_the_real_mask():
   for n in range(1, 5):
     left = narrowing.left_after(BLOCKS, 2, n / 4)
     real = narrowing.narrowed(
-      real, BLOCKS, rng.normal(size=real.shape), left, n / 5
+      real,
+      BLOCKS,
+      rng.normal(size=real.shape),
+      left,
+      n / 5,
+      keep_readers=n % 2 == 0,
     )
     assert ((real == 1).sum(-1) == left).all()
   top = np.asarray(connectivity.top_k(real, BLOCKS, 2))
@@ -334,7 +346,9 @@ def test_a_stack_is_narrowed_in_a_loop_of_ones_own():
 
   kept = [set(range(j + 1)) for j in range(5)]
   for moment in (1, 2):
-    told = narrowing.narrow(stack, losses, moment=moment, moments=2)
+    told = narrowing.narrow(
+      stack, losses, moment=moment, moments=2, keep_readers=False
+    )
     lost = 0
     for j, row in enumerate(kept):
       left = round(2 * ((j + 1) / 2) ** (1 - moment / 2)) if j > 1 else j + 1
