@@ -117,22 +117,22 @@ def run(data: Any, given: argparse.Namespace, **wiring: Any) -> dict[str, Any]:
     own = order[step * BATCH : (step + 1) * BATCH]
     return prepared(images[own], step), jnp.asarray(labels[own])
 
-  measure, freeze = nnx.jit(losses), round(PHASE * steps)
+  measure: Any = nnx.jit(losses)
+  freeze = round(PHASE * steps)
   learned = wiring['rule'] == 'learned'
   for step in range(steps):
     train_step(model, optimizer, *batch(step))
     moment = (step + 1) * MOMENTS // freeze
     if learned and step < freeze and moment > step * MOMENTS // freeze:
-      narrowing.narrow(
-        model.stack,
-        lambda mask, n, step=step: measure(
-          model, *batch((step + 1 + n) % steps), jnp.asarray(mask)
-        ),
-        moment=moment,
-        moments=MOMENTS,
-      )
+      following = [batch((step + 1 + n) % steps) for n in range(7)]
+
+      def losses_of(mask: Any, n: int, following: Any = following) -> Any:
+        return measure(model, *following[n], jnp.asarray(mask))
+
+      narrowing.narrow(model.stack, losses_of, moment=moment, moments=MOMENTS)
   pruned = maskconnect_jax.prune(maskconnect_jax.freeze(model))
-  predict, right = nnx.jit(lambda model, x: model(x).argmax(-1)), 0
+  predict: Any = nnx.jit(lambda model, x: model(x).argmax(-1))
+  right = 0
   for start in range(0, len(data.test.labels), 500):
     x = augment.normalize(
       jnp.asarray(data.test.images[start : start + 500]),

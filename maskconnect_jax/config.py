@@ -92,6 +92,8 @@ FIELDS: dict[str, Field] = {
   'optimizer.nesterov': Switch(),
   'optimizer.weight_decay': Number(0, _FINITE),
   'optimizer.decay_all': Switch(),
+  'optimizer.clip_norm': Number(0, _FINITE),
+  'optimizer.accumulate_steps': whole(1),
   'optimizer.label_smoothing': Number(0, 1),
   'optimizer.average': Number(0, 1, open=')'),  # 1 would keep the first weights
   'data.source': Choice(('digits', 'idx', 'folder', 'tfds')),
@@ -226,6 +228,10 @@ def default() -> ml_collections.ConfigDict:
   config.optimizer.nesterov = True
   config.optimizer.weight_decay = 5e-4
   config.optimizer.decay_all = False  # True: BatchNorm and biases as well
+  config.optimizer.clip_norm = 0.0  # largest norm of the gradients; 0: any
+  # The batch is computed in so many parts, for less memory. BatchNorm then
+  # takes the statistics of each part.
+  config.optimizer.accumulate_steps = 1
   config.optimizer.label_smoothing = 0.0
   config.optimizer.average = 0.0  # decay of averaged weights; 0: not used
 

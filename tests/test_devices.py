@@ -35,7 +35,7 @@ def make(level, architecture, rule):
   return model
 
 
-def step_on(count, model):
+def step_on(count, model, parts=1):
   """One compiled training step, what it gives, and what evaluation does."""
   transform = optimizer.partitioned(
     optimizer.weights_transform(
@@ -65,6 +65,7 @@ def step_on(count, model):
     label_smoothing=0.0,
     average=0.9,
     batch_sharding=sharded,
+    parts=parts,
   )
   state = jax.device_put(steps.init_state(model, recipe), whole)
   images, labels = jax.device_put((IMAGES, LABELS), sharded)
@@ -101,24 +102,24 @@ def step_on(count, model):
 
 
 @pytest.mark.parametrize(
-  ('level', 'architecture', 'rule', 'native'),
+  ('level', 'architecture', 'rule', 'native', 'parts'),
   [
-    ('block', RESNET, 'learned', False),
-    ('block', RESNET, 'fixed_random', False),
-    ('block', RESNEXT, 'learned', True),
-    ('branch', RESNEXT, 'learned', False),
+    ('block', RESNET, 'learned', False, 1),
+    ('block', RESNET, 'fixed_random', False, 2),
+    ('block', RESNEXT, 'learned', True, 1),
+    ('branch', RESNEXT, 'learned', False, 1),
   ],
-  ids=['resnet', 'resnet-fixed', 'resnext', 'resnext-branch'],
+  ids=['resnet', 'resnet-fixed-parts', 'resnext', 'resnext-branch'],
 )
 def test_a_step_on_eight_devices_is_one_on_one(
-  level, architecture, rule, native, monkeypatch
+  level, architecture, rule, native, parts, monkeypatch
 ):
   assert jax.device_count() >= 8
   if native:  # the grouped convolution of GPUs and TPUs, in shard_map
     monkeypatch.setattr(convolution, 'on_a_cpu', convolution.by_library)
   model = make(level, architecture, rule)
-  (before, one, metrics, sums), alone = step_on(1, model)
-  (_, eight, metrics8, sums8), shared = step_on(8, model)
+  (before, one, metrics, sums), alone = step_on(1, model, parts)
+  (_, eight, metrics8, sums8), shared = step_on(8, model, parts)
   assert len(jax.tree.leaves(one.masks)) == (rule == 'learned')
   for a, b in zip(
     jax.tree.leaves((one, metrics)),

@@ -102,6 +102,13 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   config_lib.check(config)
   models.architecture_of(config.model.name)  # before any image is read
   distributed.check_batch_size(config.batch_size)
+  parts = config.optimizer.accumulate_steps
+  if config.batch_size % (parts * jax.device_count()):
+    raise InputError(
+      f'config.optimizer.accumulate_steps={parts} must divide the'
+      f' {config.batch_size // jax.device_count()} images of'
+      ' config.batch_size on each device'
+    )
   dataset = datasets.load(config.data)
   plan = plan_lib.make(config, len(dataset.train))
   architecture = architecture_of(
@@ -131,6 +138,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
         nesterov=config.optimizer.nesterov,
         weight_decay=config.optimizer.weight_decay,
         decay_all=config.optimizer.decay_all,
+        clip_norm=config.optimizer.clip_norm,
       ),
       optimizer.masks_transform(
         rates[1],
@@ -149,6 +157,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     mixup=config.data.mixup,
     label_smoothing=config.optimizer.label_smoothing,
     average=config.optimizer.average,
+    parts=config.optimizer.accumulate_steps,
     batch_sharding=distributed.sharded(mesh),
   )
   return Experiment(

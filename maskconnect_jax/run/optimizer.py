@@ -68,6 +68,7 @@ def weights_transform(
   nesterov: bool,
   weight_decay: float,
   decay_all: bool,
+  clip_norm: float = 0.0,
 ) -> optax.GradientTransformation:
   """SGD with momentum and weight decay on kernels.
 
@@ -82,6 +83,8 @@ def weights_transform(
     decay_all: whether all other weights decay too. These are vectors, and all
       weights named scale or bias; a scale or bias of several branches is a
       matrix.
+    clip_norm: the largest norm of all gradients together, before weight decay;
+      larger ones are scaled down to it. 0: any norm.
   """
 
   def decays(weights: Any) -> Any:
@@ -93,10 +96,11 @@ def weights_transform(
 
     return jax.tree.map_with_path(of, weights)
 
-  return optax.chain(
-    optax.add_decayed_weights(weight_decay, decays),
-    optax.sgd(rate, momentum or None, nesterov),
-  )
+  decay = optax.add_decayed_weights(weight_decay, decays)
+  if clip_norm:
+    # One entry, so that checkpoints find the velocity at the same position.
+    decay = optax.chain(optax.clip_by_global_norm(clip_norm), decay)
+  return optax.chain(decay, optax.sgd(rate, momentum or None, nesterov))
 
 
 def masks_transform(

@@ -66,6 +66,7 @@ class Recipe:
     pad, flip, mean, std, mixup: see `config.data`.
     label_smoothing, average: see `config.optimizer`.
     batch_sharding: how a batch lies on the devices.
+    parts: in how many parts the gradient of a batch is computed.
   """
 
   network: Any
@@ -80,6 +81,7 @@ class Recipe:
   label_smoothing: float
   average: float
   batch_sharding: jax.sharding.NamedSharding
+  parts: int = 1
 
   def key(self, stream: int, step: jax.Array | int) -> jax.Array:
     """Returns the random key of one of `streams` at one step."""
@@ -154,30 +156,37 @@ def train_step(
   """
   inputs = augmented(recipe, images, state.step)
 
-  def loss_of(params: dict[str, Any]) -> tuple[jax.Array, tuple[Any, Any]]:
+  def loss_of(
+    params: dict[str, Any], statistics: Any, inputs: Any, targets: Any
+  ) -> tuple[jax.Array, tuple[Any, Any]]:
     model = nnx.merge(
-      recipe.network, params['weights'], params['masks'], state.statistics
+      recipe.network, params['weights'], params['masks'], statistics
     )
     mask = model.draw(
       recipe.key(streams.MASK, state.step), recipe.temperature(state.step)
     )
-    targets = optax.smooth_labels(
-      jax.nn.one_hot(labels, model.head.out_features), recipe.label_smoothing
-    )
-    mixed = inputs
-    if recipe.mixup:
-      mixed, targets = augment.mixup(
-        recipe.key(streams.MIXUP, state.step), inputs, targets, recipe.mixup
-      )
-    logits = model(mixed, mask, train=True)
+    logits = model(inputs, mask, train=True)
     loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
     return loss, (logits, nnx.as_pure(nnx.state(model, nnx.BatchStat)))
 
   params = {'weights': state.weights, 'masks': state.masks}
+  num_classes = state.weights['head']['kernel'].shape[-1]
+  targets = optax.smooth_labels(
+    jax.nn.one_hot(labels, num_classes), recipe.label_smoothing
+  )
+  if recipe.mixup:
+    inputs, targets = augment.mixup(
+      recipe.key(streams.MIXUP, state.step), inputs, targets, recipe.mixup
+    )
   with recipe.on_mesh():
-    (loss, (logits, statistics)), gradients = jax.value_and_grad(
-      loss_of, has_aux=True
-    )(params)
+    if recipe.parts == 1:
+      (loss, (logits, statistics)), gradients = jax.value_and_grad(
+        loss_of, has_aux=True
+      )(params, state.statistics, inputs, targets)
+    else:
+      loss, logits, statistics, gradients = _in_parts(
+        recipe, loss_of, params, state.statistics, inputs, targets
+      )
   updates, optimizer_state = recipe.optimizer.update(
     gradients, state.optimizer, params
   )
@@ -191,6 +200,56 @@ def train_step(
     optimizer=optimizer_state,
     average=averaged(recipe, state, params['weights'], statistics),
   ), {'loss': loss, 'accuracy': accuracy}
+
+
+def _in_parts(
+  recipe: Recipe,
+  loss_of: Any,
+  params: dict[str, Any],
+  statistics: Any,
+  inputs: jax.Array,
+  targets: jax.Array,
+) -> tuple[jax.Array, jax.Array, Any, Any]:
+  """Returns loss, logits, statistics and gradients, one part after another.
+
+  Image i is in part i mod n. So each device has as many images of each part,
+  and none moves. BatchNorm takes the statistics of a part, and its running
+  averages take a step a part. All else equals the whole batch up to rounding.
+
+  Args:
+    recipe: has the number of parts, which divides the images of a device.
+    loss_of: the loss of a part, with (logits, statistics) beside it.
+    params: weights and masks.
+    statistics: before the step.
+    inputs: float32 [batch, H, W, C].
+    targets: float32 [batch, num_classes].
+  """
+  sharding, count = recipe.batch_sharding, recipe.parts
+
+  def split(x: jax.Array) -> jax.Array:
+    x = x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+    spec = jax.sharding.PartitionSpec(None, *sharding.spec)
+    return jax.lax.with_sharding_constraint(
+      x, jax.sharding.NamedSharding(sharding.mesh, spec)
+    )
+
+  def joined(x: jax.Array) -> jax.Array:
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+  def add(carried: Any, own: Any) -> tuple[Any, Any]:
+    statistics, total, loss = carried
+    (part, (logits, statistics)), gradients = jax.value_and_grad(
+      loss_of, has_aux=True
+    )(params, statistics, *own)
+    total = jax.tree.map(jnp.add, total, gradients)
+    return (statistics, total, loss + part), logits
+
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  (statistics, total, loss), logits = jax.lax.scan(
+    add, (statistics, zeros, jnp.zeros(())), (split(inputs), split(targets))
+  )
+  gradients = jax.tree.map(lambda g: g / count, total)
+  return loss / count, joined(logits), statistics, gradients
 
 
 def averaged(

@@ -304,3 +304,30 @@ def test_adam_moves_masks_by_its_rate_whatever_the_gradients_size():
     jnp.asarray(real),
   )
   np.testing.assert_allclose(updates, -0.01 * np.sign(gradient), atol=2e-4)
+
+
+@pytest.mark.parametrize('clip', [0.0, 0.5, 100.0])
+def test_gradients_are_clipped_by_their_norm_before_the_decay(clip):
+  """v <- 0.9 v + s g + 0.1 w with s = min(1, clip / |g|), in NumPy."""
+  rng = np.random.default_rng(14)
+  weights = {'kernel': rng.normal(size=(3, 2)), 'bias': rng.normal(size=2)}
+  transform = optimizer.weights_transform(
+    lambda _: 0.2, momentum=0.9, nesterov=False, weight_decay=0.1,
+    decay_all=False, clip_norm=clip,
+  )  # fmt: skip
+  own = jax.tree.map(jnp.float32, weights)
+  state, velocity = transform.init(own), jax.tree.map(np.zeros_like, weights)
+  for _ in range(3):
+    gradient = {'kernel': rng.normal(size=(3, 2)), 'bias': rng.normal(size=2)}
+    norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
+    factor = min(1, clip / norm) if clip else 1
+    for name, w in weights.items():
+      decay = 0.1 * w if name == 'kernel' else 0
+      velocity[name] = 0.9 * velocity[name] + factor * gradient[name] + decay
+      weights[name] = w - 0.2 * velocity[name]
+    updates, state = transform.update(
+      jax.tree.map(jnp.float32, gradient), state, own
+    )
+    own = optax.apply_updates(own, updates)
+  for name, expected in weights.items():
+    np.testing.assert_allclose(own[name], expected, rtol=1e-4, atol=1e-6)

@@ -10,10 +10,11 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import wiring
 from maskconnect_jax.method.topology import Topology
-from maskconnect_jax.networks import models
-from maskconnect_jax.run import augment, optimizer, steps
+from maskconnect_jax.networks import layers, models
+from maskconnect_jax.run import augment, experiment, optimizer, steps
 
 RNG = np.random.default_rng(0)
 COUNT, BATCH, CLASSES, SEED = 22, 8, 3, 7
@@ -386,3 +387,56 @@ def test_batch_statistics_are_of_the_batch_and_a_dead_block_keeps_its_own(
           blocks[live][norm]['var'][...] != old[live][norm]['var'][...]
         ).all()
     assert jax.tree.structure(found) == jax.tree.structure(state.statistics)
+
+
+# Parts of a batch.
+
+
+def test_a_step_in_parts_is_a_step_of_the_whole_batch():
+  """But for BatchNorm, whose scales are 0 here: then nothing is normalised.
+
+  Gradients still reach the biases, the head and the masks.
+  """
+  model = tiny(fan_in=2)
+  for _, module in nnx.iter_modules(model):
+    if isinstance(module, layers.BatchNorm):
+      module.scale.set_value(jnp.zeros_like(module.scale[...]))
+      module.bias.set_value(jnp.full_like(module.bias[...], 0.3))
+  outcomes = []
+  for parts in (1, 4):
+    recipe, state = made(model, parts=parts, mixup=0.3)
+    state, metrics = train_step(recipe, state, IMAGES[:16], LABELS[:16])
+    outcomes.append(
+      {'masks': state.masks, 'weights': state.weights, 'metrics': metrics}
+    )
+  moved = 0
+  one, other = (
+    jax.tree_util.tree_leaves_with_path(outcome) for outcome in outcomes
+  )
+  for (path, a), (_, b) in zip(one, other, strict=True):
+    if "'scale'" not in jax.tree_util.keystr(path):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+      moved += 1
+  assert moved > 10
+
+
+def test_batch_norm_in_parts_takes_the_statistics_of_each_part():
+  """The running mean of the stem, by NumPy, one part after the other."""
+  recipe, state = made(tiny(), parts=2)
+  after, _ = train_step(recipe, state, IMAGES[:8], LABELS[:8])
+  kernel = np.asarray(state.weights['stem']['conv']['kernel'], np.float64)
+  running = np.zeros(kernel.shape[-1])
+  for part in (IMAGES[:8:2], IMAGES[1:8:2]):
+    x = np.pad((part - MEAN) / STD, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    view = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))
+    y = np.einsum('nhwcij,ijco->nhwo', view, kernel)
+    running = 0.9 * running + 0.1 * y.mean((0, 1, 2))
+  np.testing.assert_allclose(
+    after.statistics['stem']['norm']['mean'], running, rtol=1e-4, atol=1e-5
+  )
+
+
+def test_parts_that_do_not_divide_a_batch_are_refused(tiny_config):
+  tiny_config.optimizer.accumulate_steps = 3
+  with pytest.raises(InputError, match='accumulate_steps=3 must divide'):
+    experiment.build(tiny_config)
