@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import socket
 import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +32,9 @@ _POLL_SECONDS = 1.0
 _WAIT_SECONDS = 15.0  # until all other processes have read the message
 _JOIN_SECONDS = 40  # until a process that failed early has joined the others
 
+# By these the user names the other processes.
+_NAMES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
+
 _ending = threading.Lock()
 
 
@@ -45,23 +50,50 @@ def initialize() -> None:
   """
   _join()
   threading.Thread(target=_listen, daemon=True).start()
+  print(
+    f'process {jax.process_index()} of {jax.process_count()} on'
+    f' {socket.gethostname()}: {jax.local_device_count()} of'
+    f' {jax.device_count()} devices, {jax.local_devices()[0].device_kind}',
+    file=sys.stderr,
+  )
 
 
 def _join(**options: Any) -> None:
+  if 'JAX_LOCAL_DEVICE_IDS' not in os.environ and _is_alone_on_its_host():
+    # All devices of the host. JAX would take one for each process.
+    options['local_device_ids'] = []
   try:
     count, number = (
       int(os.environ[name]) if name in os.environ else None
       for name in ('JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
     )
-    jax.distributed.initialize(
-      num_processes=count, process_id=number, **options
-    )
+    with warnings.catch_warnings():
+      # Of a missing package, which the error below names.
+      warnings.filterwarnings('ignore', r'\s*Kubernetes environment detected')
+      jax.distributed.initialize(
+        num_processes=count, process_id=number, **options
+      )
   except ValueError as error:
+    kubernetes = (
+      'KUBERNETES_SERVICE_HOST' in os.environ
+      and importlib.util.find_spec('kubernetes') is None
+    )
+    remedy = (
+      "this is Kubernetes: pip install 'maskconnect_jax[k8s]'"
+      if kubernetes
+      else 'start it under Slurm, Open MPI, Cloud TPU or Kubernetes'
+    )
     raise InputError(
-      f'--multihost finds no other processes ({error}); start it under Slurm,'
-      ' Open MPI, Cloud TPU or Kubernetes, or set JAX_COORDINATOR_ADDRESS,'
-      ' JAX_NUM_PROCESSES and JAX_PROCESS_ID'
+      f'--multihost finds no other processes ({error}); {remedy}, or set'
+      f' {", ".join(_NAMES)}'
     ) from error
+
+
+def _is_alone_on_its_host() -> bool:
+  """Returns whether Slurm or Open MPI has started one process on each host."""
+  tasks = os.environ.get('SLURM_NTASKS')
+  slurm = tasks is not None and tasks == os.environ.get('SLURM_STEP_NUM_NODES')
+  return slurm or os.environ.get('OMPI_COMM_WORLD_LOCAL_SIZE') == '1'
 
 
 @contextlib.contextmanager

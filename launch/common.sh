@@ -1,0 +1,51 @@
+# Sourced by the launchers: --dry-run, messages, the interpreter.
+# shellcheck shell=bash
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+if [[ -z ${PYTHON:-} ]]; then
+  PYTHON=python3
+  if [[ -x $ROOT/.venv/bin/python ]]; then PYTHON=$ROOT/.venv/bin/python; fi
+fi
+DRY_RUN=''
+ARGUMENTS=()
+
+# Prints one line that says what is wrong, and ends with status 2.
+fail() {
+  printf 'error: %s\n' "$*" >&2
+  exit 2
+}
+
+# Takes --dry-run out of the arguments; ARGUMENTS holds the others.
+take_dry_run() {
+  local argument
+  for argument in "$@"; do
+    if [[ $argument == --dry-run ]]; then
+      DRY_RUN=yes
+    else
+      ARGUMENTS+=("$argument")
+    fi
+  done
+}
+
+need_arguments() {
+  if (($# == 0)); then
+    fail "give the arguments of the run, such as --config=configs/cifar10.py --workdir=runs/cifar10"
+  fi
+}
+
+# Runs a command; with --dry-run it is printed, as a shell would read it. With
+# RUN=exec the command takes the place of the shell.
+RUN=''
+run() {
+  if [[ -n $DRY_RUN ]]; then
+    show "$@"
+  else
+    $RUN "$@"
+  fi
+}
+
+show() {
+  local line
+  printf -v line '%q ' "$@"
+  printf '%s\n' "${line% }"
+}
