@@ -17,7 +17,7 @@ try:
   distributed.initialize()
 except distributed.InputError as error:
   raise SystemExit(f'error: {error}')
-print(jax.config.jax_cuda_visible_devices)
+print(jax.config.values['jax_cuda_visible_devices'])
 """
 
 
