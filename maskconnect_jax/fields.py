@@ -222,6 +222,12 @@ def expanded(path: str | os.PathLike[str]) -> Path:
   text = os.path.expanduser(given)
   if '\0' in text:
     raise ValueError('holds a NUL character')
+  if re.match(r'[A-Za-z][A-Za-z0-9+.-]*://', text):
+    # `Path` would make a local folder gs:/ of it.
+    raise ValueError(
+      'is an address, not a path; mount the bucket (gcsfuse, mountpoint-s3) and'
+      ' give a folder of the mount'
+    )
   if text.startswith('~'):
     home = Path(text).parts[0]
     raise ValueError(

@@ -47,6 +47,8 @@ def test_a_folder_that_is_called_tilde(home):
     ('x/' + 'y' * 256, 'a name of 256 bytes'),
     ('é' * 128, 'a name of 256 bytes'),  # bytes, not characters
     ('x/' * 3000, 'too long'),
+    ('gs://bucket/run', 'an address, not a path; mount the bucket'),
+    ('s3://bucket/run', 'an address'),
     ('~nobody of this name/x', 'home directory ~nobody of this name,'),
   ],
 )

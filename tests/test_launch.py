@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -290,6 +291,36 @@ def test_local_hosts_train_as_one(bench, tiny, tmp_path):
   _, err = process.communicate(timeout=120)
   assert process.returncode == 143, err
   assert 'the same command goes on' in err
+
+
+@pytest.mark.slow
+def test_a_lost_process_is_named_and_all_go_on(bench, tiny, tmp_path):
+  command = ('2', f'--config={tiny}', f'--workdir={tmp_path / "run"}')
+  process = bench.start(
+    'local_hosts.sh', *command, '--config.log_every=1 steps', DEVICES='1'
+  )
+  log = tmp_path / 'run/metrics.jsonl'
+  until = time.monotonic() + 120
+  while not log.exists() and time.monotonic() < until:
+    time.sleep(0.05)
+  listed = subprocess.run(
+    ['ps', '-o', 'pid=,args=', '--ppid', str(process.pid)],
+    capture_output=True, text=True, check=True,
+  ).stdout  # fmt: skip
+  pids = [
+    int(line.split()[0]) for line in listed.splitlines() if '--multi' in line
+  ]
+  os.kill(max(pids), signal.SIGKILL)
+  begun = time.monotonic()
+  _, err = process.communicate(timeout=120)
+  assert time.monotonic() - begun < 60
+  assert process.returncode != 0
+  assert f'error: process 1 ({socket.gethostname()}) does not answer' in err
+  code, _, err = bench.run(
+    'local_hosts.sh', *command, '--config.log_every=1 steps', DEVICES='1'
+  )
+  assert code == 0, err
+  assert json.loads((tmp_path / 'run/summary.json').read_text())['steps'] == 24
 
 
 def test_shellcheck_has_nothing_to_say():

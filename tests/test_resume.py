@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -481,3 +482,44 @@ def test_ctrl_c_twice_stops_at_once(tiny, tmp_path, cli, monkeypatch, caplog):
   assert 'interrupted; a run goes on from its newest checkpoint' in ran.err
   assert 'Traceback' not in ran.err
   assert steps(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_kills_at_twenty_random_moments(tiny, tmp_path, assert_same_end):
+  """Start, compile, steps, saves, freeze, report: kill -9 wherever it is.
+
+  A run that comes to its end before the kill is compared, and another begins.
+  """
+  rng = np.random.default_rng(0)
+  command = [sys.executable, '-m', 'maskconnect_jax.main', f'--config={tiny}']
+  environment = os.environ | {'XLA_FLAGS': ''}
+
+  def begin(workdir):
+    return subprocess.Popen(
+      [*command, f'--workdir={workdir}'],
+      env=environment,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.DEVNULL,
+    )
+
+  # As long as the others, in the same kind of process.
+  begun = time.monotonic()
+  assert begin(tmp_path / 'whole').wait(timeout=300) == 0
+  length = time.monotonic() - begun
+  summary = json.loads((tmp_path / 'whole/summary.json').read_text())
+  whole = SimpleNamespace(workdir=tmp_path / 'whole', summary=summary)
+  kills, finished, number = 0, 0, 0
+  while kills < 20 or not finished:
+    workdir = tmp_path / f'run{number}'
+    process = begin(workdir)
+    try:
+      wait = rng.uniform(0, length) if kills < 20 else 300
+      assert process.wait(timeout=wait) == 0
+    except subprocess.TimeoutExpired:
+      process.kill()
+      process.wait()
+      kills += 1
+      continue
+    assert_same_end(workdir, whole=whole)
+    assert not [p for p in workdir.rglob('*') if 'tmp' in p.name]
+    finished, number = finished + 1, number + 1

@@ -28,6 +28,7 @@ from maskconnect_jax.errors import InputError
 
 # The key of the failure's message in the store that all processes share.
 _FAILURE = 'maskconnect_jax/failure'
+_HOST = 'maskconnect_jax/host'  # the names of all hosts, by process
 _POLL_SECONDS = 1.0
 _WAIT_SECONDS = 15.0  # until all other processes have read the message
 _JOIN_SECONDS = 40  # until a process that failed early has joined the others
@@ -36,6 +37,7 @@ _JOIN_SECONDS = 40  # until a process that failed early has joined the others
 _NAMES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 
 _ending = threading.Lock()
+_stderr = 2  # where the last line goes once stderr is silenced
 
 
 def initialize() -> None:
@@ -49,6 +51,8 @@ def initialize() -> None:
     InputError: JAX does not find the other processes.
   """
   _join()
+  client, number, _ = _service()
+  client.key_value_set(f'{_HOST}/{number}', socket.gethostname())
   threading.Thread(target=_listen, daemon=True).start()
   print(
     f'process {jax.process_index()} of {jax.process_count()} on'
@@ -112,7 +116,11 @@ def failing_together() -> Iterator[None]:
     raise
   except Exception as error:
     if jax.distributed.is_initialized():
-      traceback.print_exc()
+      # Where a process is lost, JAX's own stack says no more than its line.
+      if isinstance(error, jax.errors.JaxRuntimeError):
+        print(f'error: {str(error).splitlines()[0]}', file=sys.stderr)
+      else:
+        traceback.print_exc()
       text = (str(error) or 'no more is known').splitlines()[0]
       fail(f'{type(error).__name__}: {text}', joining=False)
     raise
@@ -170,12 +178,18 @@ def _leave() -> None:
   client, number, count = _service()
   with contextlib.suppress(jax.errors.JaxRuntimeError):
     client.key_value_set(f'{_FAILURE}/seen/{number}', '')
-    # The process that failed waits too. If it ended at once, a device of
-    # another process might miss it, and report a lost connection instead.
-    until = time.monotonic() + _WAIT_SECONDS
-    for other in range(count):
-      left = max(1, int(1000 * (until - time.monotonic())))
+  # The process that failed waits too. If it ended at once, a device of another
+  # process might miss it, and report a lost connection instead.
+  until = time.monotonic() + _WAIT_SECONDS
+  for other in range(count):
+    left = max(1, int(1000 * (until - time.monotonic())))
+    try:
       client.blocking_key_value_get(f'{_FAILURE}/seen/{other}', left)
+    except jax.errors.JaxRuntimeError:
+      with contextlib.suppress(jax.errors.JaxRuntimeError):
+        host = client.blocking_key_value_get(f'{_HOST}/{other}', 1000)
+        line = f'error: process {other} ({host}) does not answer\n'
+        os.write(_stderr, line.encode())
   if number == 0:
     time.sleep(_POLL_SECONDS)
   os._exit(2)
@@ -183,7 +197,9 @@ def _leave() -> None:
 
 def _silence() -> None:
   """Drops stderr: a process that ends makes JAX complain in the others."""
+  global _stderr
   sys.stderr.flush()
+  _stderr = os.dup(2)
   os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
