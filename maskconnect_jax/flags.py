@@ -142,6 +142,12 @@ PARALLEL = flags.DEFINE_integer(
   ' one in all on CPU and TPU.',
   lower_bound=1,
 )
+PROFILE = flags.DEFINE_integer(
+  'profile',
+  0,
+  'train: trace so many steps into WORKDIR/profile, for TensorBoard.',
+  lower_bound=0,
+)
 DATA_DIR = _define_path(
   'data_dir', 'prepare: where TFDS keeps its sets; ~/tensorflow_datasets.'
 )

@@ -111,7 +111,9 @@ def run_mode() -> None:
 def run_train() -> None:
   """Trains and prints the result; without --config, uses the workdir's own."""
   workdir = the_workdir()
-  result = train.train(the_config_or_stored(), workdir)
+  result = train.train(
+    the_config_or_stored(), workdir, profile_steps=flags.PROFILE.value
+  )
   if result.interrupted:
     sys.exit(128 + result.interrupted)
   if jax.process_index() == 0:

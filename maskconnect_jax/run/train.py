@@ -33,6 +33,7 @@ from maskconnect_jax.run import (
   locks,
   metrics,
   narrow,
+  profile,
   steps,
   workdirs,
 )
@@ -64,12 +65,18 @@ class NotFinite(Exception):
   """A loss or an update is NaN or infinite; the text names it and the step."""
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
+def train(
+  config: ml_collections.ConfigDict,
+  workdir: str | Path,
+  *,
+  profile_steps: int = 0,
+) -> Result:
   """Trains, freezes, fine-tunes, prunes and evaluates; resumes a cut run.
 
   Args:
     config: see `maskconnect_jax/config.py`.
     workdir: the folder to write to; see docs/running.md, "The workdir".
+    profile_steps: how many steps to trace into workdir/profile; 0: none.
 
   Returns:
     See `Result`.
@@ -92,7 +99,12 @@ def train(config: ml_collections.ConfigDict, workdir: str | Path) -> Result:
     workdirs.check(config, workdir)
     run = start(experiment.build(config), workdir)
     plan = run.job.plan
-    if interrupted := loop(run):
+    traced = profile.Profile(
+      workdir / 'profile', profile_steps, int(run.state.step)
+    )
+    interrupted = loop(run, traced)
+    traced.close(run.state)
+    if interrupted:
       run.bar.say(
         f'stopped after step {int(run.state.step)} of {plan.total}; the same'
         ' command goes on from there'
@@ -187,7 +199,7 @@ def start(job: experiment.Experiment, workdir: Path) -> Run:
   return run
 
 
-def loop(run: Run) -> int:
+def loop(run: Run, traced: profile.Profile) -> int:
   """Takes all remaining steps, then closes the log and the checkpoints.
 
   A stop leaves no trace in the log: the checkpoint keeps the values of the
@@ -197,6 +209,7 @@ def loop(run: Run) -> int:
 
   Args:
     run: as `start` returns it; its state moves on to the last step.
+    traced: begins and ends the trace of some steps.
 
   Returns:
     The signal that stopped the run, else 0.
@@ -229,7 +242,10 @@ def loop(run: Run) -> int:
             return interrupted
           run.bar.say(finish.at_freeze(run))
           train_step = None
+        traced.before(step)
         train_step = take_step(run, upcoming, train_step)
+        if line := traced.after(done, run.state):
+          run.bar.say(line)
       if number := plan.moment(done):
         run.progress.clock.stop(run.timed * run.job.config.batch_size)
         run.timed = 0
