@@ -4,9 +4,9 @@
       --workdir=runs/cifar10
 
 configs/cifar.py names the data sources. The recipe takes 300 epochs of 50,000
-images, and is not yet run to its end. With --config.duration='1 epochs' and
-seed 0, on CIFAR-10 (JPEG), the test accuracy after pruning was 60.23 %, in
-7 min on two CPU cores.
+images, and is not yet run to its end. With --config.duration='1 epochs', seed 0
+and drawn masks (--config.connectivity.learner=draws), on CIFAR-10 (JPEG), the
+test accuracy after pruning was 60.23 %, in 7 min on two CPU cores.
 """
 
 import runpy

@@ -169,7 +169,9 @@ def default() -> ml_collections.ConfigDict:
   # overrides of a row of the table: 'connectivity.rule=learned model.width=8'.
   config.seeds = ()  # (): the seed above
   config.variants = ()  # (): one row, without overrides
-  config.init_from = ''  # begin with the arrays of this model or workdir
+  # Begin with the arrays of this workdir or model; or of published weights in
+  # torchvision's or timm's layout, FILE.safetensors or FILE.pth.
+  config.init_from = ''
   config.batch_size = 128
   config.eval_batch_size = 500  # at most; rounded up to all devices
   config.duration = '300 epochs'  # connectivity phase and fine-tuning together
