@@ -136,6 +136,16 @@ class MaskedStack(Wiring):
     Raises:
       ValueError: the adapter returned a wrong shape.
     """
+    return self.outputs(x, mask, **options)[-1]
+
+  def outputs(
+    self, x: jax.Array, mask: jax.Array | None = None, **options: Any
+  ) -> list[Any]:
+    """Returns all sources: y_0, the input, to y_L; see `__call__`.
+
+    In place of the output of a block that a topology leaves out stands its
+    shape and dtype, a `jax.ShapeDtypeStruct`.
+    """
     if self.topology is not None:
       return self._run_frozen(x, self.topology, options)
     if mask is None:
@@ -146,7 +156,7 @@ class MaskedStack(Wiring):
     for block, row, valid in zip(self.blocks, rows, self.valid, strict=True):
       total = sources.masked_sum(valid, row)
       sources.outputs.append(run(block, total))
-    return sources.outputs[-1]
+    return sources.outputs
 
   def _weights(self, mask: jax.Array) -> jax.Array:
     """Returns the weight c_j * b[j, i] of each source in each sum, [L, L]."""
@@ -159,7 +169,7 @@ class MaskedStack(Wiring):
 
   def _run_frozen(
     self, x: jax.Array, topology: Topology, options: dict[str, Any]
-  ) -> jax.Array:
+  ) -> list[Any]:
     sources = _Outputs(x, self.adapter)
     run = _runner(options, self.remat)
     for block, picked, live in zip(
@@ -170,7 +180,7 @@ class MaskedStack(Wiring):
         sources.outputs.append(run(block, total))
       else:
         sources.outputs.append(jax.eval_shape(block, sources.outputs[-1]))
-    return sources.outputs[-1]
+    return sources.outputs
 
   def prune(self) -> None:
     """See `Wiring.prune`."""

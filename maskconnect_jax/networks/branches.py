@@ -429,6 +429,29 @@ class BranchStack(Wiring):
     Returns:
       float32 [N, features of the last block].
     """
+    last = self._run(x, mask, train)[-1]
+    return last.pooled(self.blocks[-1].expand.shape[-1])
+
+  def outputs(self, x: jax.Array) -> list[jax.Array]:
+    """Returns the sum of each block's branches, averaged over space.
+
+    Args:
+      x: the stem's output, [N, H, W, features].
+
+    Returns:
+      L arrays, float32 [N, features of the block].
+    """
+    return [
+      factors.pooled(block.expand.shape[-1])
+      for block, factors in zip(
+        self.blocks, self._run(x, None, False), strict=True
+      )
+    ]
+
+  def _run(
+    self, x: jax.Array, mask: jax.Array | None, train: bool
+  ) -> list[Factors]:
+    """Returns the outputs y_c of all blocks."""
     if self.topology is not None:
       masks: Any = [jnp.asarray(m, jnp.float32) for m in self._live_masks()]
     elif mask is None:
@@ -442,6 +465,7 @@ class BranchStack(Wiring):
       jnp.ones(first.branches),
       jnp.zeros((first.branches, first.reduce.shape[1])),
     )
+    found = []
     for index, block in enumerate(self.blocks):
       own: jax.Array | float = self.identity
       if index:
@@ -451,7 +475,8 @@ class BranchStack(Wiring):
         # The last block keeps all C branches; earlier blocks may be pruned.
         own = 1 / self.blocks[-1].branches
       factors = block(factors, own, train=train)
-    return factors.pooled(self.blocks[-1].expand.shape[-1])
+      found.append(factors)
+    return found
 
   def _live_masks(self) -> list[list[list[int]]]:
     """Returns the frozen masks of the branches that the blocks still hold."""

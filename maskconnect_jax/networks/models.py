@@ -374,6 +374,29 @@ class Network(nnx.Module):
         x = self.head_norm(x, use_running_average=not train)
       return self.head(x)
 
+  def features(self, images: jax.Array, block: int | None = None) -> jax.Array:
+    """Returns what a block gives, averaged over space.
+
+    Args:
+      images: see `__call__`.
+      block: the block, from 1; None takes what the head reads. At level
+        'branch' it is the sum of the block's branches.
+
+    Returns:
+      float32 [N, channels of the block].
+
+    Raises:
+      InputError: there is no such block, or it was pruned.
+    """
+    if block is None:
+      return self.pool(self.stack(self.stem(images)))
+    limits.whole('block', block, 1, len(self.stack.blocks))
+    outputs = self.stack.outputs(self.stem(images))
+    found = outputs[block - len(self.stack.blocks) - 1]
+    if isinstance(found, jax.ShapeDtypeStruct):
+      raise InputError(f'block {block} is pruned: nothing reads it')
+    return self.pool(found)
+
   def pool(self, x: jax.Array) -> jax.Array:
     """Returns the stack's output as the head reads it, float32 [N, features].
 

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from maskconnect_jax import files
+from maskconnect_jax import files, limits
 from maskconnect_jax.config import given_path
 from maskconnect_jax.data import image_headers, image_inputs, images
 from maskconnect_jax.errors import InputError
@@ -197,7 +197,71 @@ class Classifier:
       logits = model(augment.normalize(batch, mean, std))
       return logits, jax.nn.softmax(logits)
 
+    self._network = network
     self._forward = forward
+    self._features: dict[int | None, Any] = {}
+
+  @property
+  def model(self) -> Any:
+    """The network, a Flax NNX module; each call gives a copy of its own.
+
+    It takes float images normalised as `model.json` says, and returns logits.
+    """
+    return nnx.merge(self._network, self._states[1][0])
+
+  def finetune(self, num_classes: int, *, seed: int = 0) -> Any:
+    """Returns the network with a new head, for other classes.
+
+    Its wiring stays the learned one. Train it as any NNX module, or begin a run
+    with `config.init_from`.
+
+    Args:
+      num_classes: outputs of the head.
+      seed: of the head's weights.
+
+    Raises:
+      InputError: `num_classes` is no number from 1 to `limits.MAX_CLASSES`.
+    """
+    limits.whole('num_classes', num_classes, 1, limits.MAX_CLASSES)
+    model, rngs = self.model, nnx.Rngs(seed)
+    model.head = nnx.Linear(model.head.in_features, num_classes, rngs=rngs)
+    return model
+
+  def features(
+    self, images_or_paths: Any, *, block: int | None = None
+  ) -> np.ndarray:
+    """Returns what a block gives for each image, averaged over space.
+
+    Args:
+      images_or_paths: see `predict`.
+      block: the block, from 1; None takes what the head reads.
+
+    Returns:
+      float32 [N, channels].
+
+    Raises:
+      InputError: see `predict`; or there is no such block, or it was pruned.
+    """
+    items = image_inputs.each(images_or_paths, channels=self.image_shape[-1])
+    prepared = (self._prepared(n, item) for n, item in enumerate(items))
+    rows = []
+    while part := list(itertools.islice(prepared, self.batch_size)):
+      rows.append(self._run(np.stack(part), self._features_of(block)))
+    if not rows:
+      raise InputError('there are no images to take features of')
+    return np.concatenate(rows)
+
+  def _features_of(self, block: int | None) -> Any:
+    if block not in self._features:
+      mean, std = (self.record['preprocessing'][n] for n in ('mean', 'std'))
+
+      @jax.jit
+      def features(state: Any, batch: jax.Array) -> jax.Array:
+        model = nnx.merge(self._network, state)
+        return model.features(augment.normalize(batch, mean, std), block)
+
+      self._features[block] = features
+    return self._features[block]
 
   @property
   def arrays(self) -> dict[str, jax.Array]:
@@ -289,7 +353,8 @@ class Classifier:
     Raises:
       InputError: the batch has another shape or dtype.
     """
-    return self._run(batch)[1]
+    found: np.ndarray = self._run(batch, self._forward)[1]
+    return found
 
   def logits(self, batch: np.ndarray) -> np.ndarray:
     """Returns the logits; their softmax is `probabilities`.
@@ -303,9 +368,11 @@ class Classifier:
     Raises:
       InputError: the batch has another shape or dtype.
     """
-    return self._run(batch)[0]
+    found: np.ndarray = self._run(batch, self._forward)[0]
+    return found
 
-  def _run(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  def _run(self, batch: np.ndarray, function: Any) -> Any:
+    """Returns what a compiled function gives for a batch, as NumPy arrays."""
     if batch.dtype != np.uint8 or batch.shape[1:] != self.image_shape:
       raise InputError(
         f'a batch is uint8 [N, {", ".join(map(str, self.image_shape))}], not'
@@ -315,8 +382,8 @@ class Classifier:
     padded = 1 << (len(batch) - 1).bit_length()
     filled = np.pad(batch, ((0, padded - len(batch)), (0, 0), (0, 0), (0, 0)))
     state, images = self._placed(filled)
-    logits, probabilities = jax.device_get(self._forward(state, images))
-    return logits[: len(batch)], probabilities[: len(batch)]
+    found = jax.device_get(function(state, images))
+    return jax.tree.map(lambda rows: rows[: len(batch)], found)
 
   def _placed(self, batch: np.ndarray) -> tuple[Any, Any]:
     """Returns the arrays of the network and a batch, on as many devices.

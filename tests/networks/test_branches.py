@@ -484,3 +484,19 @@ def test_a_network_without_branches_is_refused():
     maskconnect_jax.networks.models.InputError, match='no branches'
   ):
     maskconnect_jax.create_model('resnet20', num_classes=2, level='branch')
+
+
+def test_features_of_a_block_are_the_mean_of_its_branches_sum():
+  """The head's kernel on those of the last block gives the logits."""
+  model = wiring.freeze(shaken(make(3)))
+  x = images(2)
+  last = model.features(x)
+  np.testing.assert_allclose(
+    last @ model.head.kernel[...] + model.head.bias[...], model(x), atol=1e-4
+  )
+  np.testing.assert_array_equal(last, model.features(x, 4))
+  # One block more reads block 3: its features follow from the equations.
+  outputs = model.stack.outputs(model.stem(x))
+  assert [y.shape[-1] for y in outputs] == [
+    block.expand.shape[-1] for block in model.stack.blocks
+  ]

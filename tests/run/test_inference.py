@@ -16,6 +16,7 @@ from PIL import Image
 
 import maskconnect_jax
 from maskconnect_jax import config, files
+from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import topology
 from maskconnect_jax.networks import models
 from maskconnect_jax.run import checkpoint, inference, model_record
@@ -53,6 +54,86 @@ def test_the_batch_does_not_matter(model):
   np.testing.assert_array_equal(
     model.predict(DIGITS[:5, :, :, None]), model.predict(DIGITS[:5])
   )
+
+
+def test_features_are_what_head_and_blocks_give(model):
+  """The head reads the features of None; a block's are the means of y_i.
+
+  The oracle runs the blocks one by one, by the topology.
+  """
+  network, mean, std = (
+    model.model,
+    *(
+      np.float32(model.record['preprocessing'][name])
+      for name in ('mean', 'std')
+    ),
+  )
+  x = jnp.asarray((DIGITS[:5, :, :, None] - mean) / std, jnp.float32)
+  head = network.head
+  features = model.features(DIGITS[:5])
+  np.testing.assert_allclose(
+    features @ head.kernel[...] + head.bias[...],
+    model.logits(DIGITS[:5, :, :, None]),
+    atol=1e-4,
+  )
+  outputs = [network.stem(x)]
+  for block, sources, live in zip(
+    network.stack.blocks, model.topology.sources, model.topology.live,
+    strict=True,
+  ):  # fmt: skip
+    number, shape = len(outputs), outputs[-1].shape
+    if not live:
+      with pytest.raises(InputError, match=f'block {number} is pruned'):
+        model.features(DIGITS[:5], block=number)
+      outputs.append(jnp.zeros(jax.eval_shape(block, outputs[-1]).shape))
+      continue
+    total = 0
+    for i in sources:
+      y, factor = outputs[i], outputs[i].shape[1] // shape[1]
+      n, h, w, c = y.shape
+      y = y.reshape(n, h // factor, factor, w // factor, factor, c)
+      y = y.mean((2, 4))
+      total += jnp.pad(y, [(0, 0)] * 3 + [(0, shape[-1] - c)])
+    outputs.append(block(total / len(sources)))
+    np.testing.assert_allclose(
+      model.features(DIGITS[:5], block=number),
+      outputs[-1].mean((1, 2)),
+      atol=1e-4,
+    )
+  for wrong in (0, 4, 1.5):
+    with pytest.raises(InputError, match='block='):
+      model.features(DIGITS[:5], block=wrong)
+  with pytest.raises(InputError, match='no images'):
+    model.features([])
+
+
+def test_a_model_to_fine_tune_has_the_wiring_and_a_new_head(model):
+  tuned = model.finetune(3, seed=1)
+  assert tuned.topology == model.topology
+  assert tuned.head.kernel.shape == (32, 3)
+  x = jnp.zeros((2, 8, 8, 1))
+  np.testing.assert_array_equal(tuned.features(x), model.model.features(x))
+  tuned.stem.conv.kernel[...] *= 0  # a copy: the classifier stays
+  assert np.any(model.model.stem.conv.kernel[...])
+  with pytest.raises(InputError, match='num_classes=0'):
+    model.finetune(0)
+
+
+def test_a_model_is_used_without_the_training_stack(finished):
+  """grain, TFDS and TensorBoard are not needed to load and predict."""
+  program = f"""
+import sys
+for name in ('grain', 'tensorflow_datasets', 'tensorboardX', 'sklearn'):
+  sys.modules[name] = None
+import numpy as np, maskconnect_jax
+model = maskconnect_jax.load({str(finished.workdir)!r})
+images = np.zeros((2, 8, 8, 1), np.uint8)
+print(model.predict(images).shape, model.features(images).shape)
+"""
+  ran = subprocess.run(
+    [sys.executable, '-c', program], capture_output=True, text=True, check=False
+  )
+  assert ran.stdout == '(2, 10) (2, 32)\n', ran.stderr
 
 
 def test_nothing_to_predict(model):
