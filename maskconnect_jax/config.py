@@ -101,6 +101,7 @@ FIELDS: dict[str, Field] = {
   'data.dir': File(),
   'data.image_size': whole(0, limits.MAX_SIDE),
   'data.eval_resize': whole(0, limits.MAX_SIDE),
+  'data.test_fraction': Number(0, 1, open='()'),
   'data.validation': whole(0),
   'data.train_images': whole(0),
   'data.skip_errors': Switch(),
@@ -248,6 +249,7 @@ def _default_data() -> ml_collections.ConfigDict:
   data.dir = ''  # folder of the files ('tfds': its data_dir)
   data.image_size = 0  # pixels of height and width; 0: as stored
   data.eval_resize = 0  # shorter side before the crop; 0: squashed, no crop
+  data.test_fraction = 0.2  # for testing, of a folder without test images
   data.validation = 0  # training images held out for choosing settings
   data.train_images = 0  # how many of the others to train on; 0: all
   data.skip_errors = False  # count and skip images that do not decode

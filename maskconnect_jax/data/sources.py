@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import gzip
+import hashlib
 import os
 import pathlib
+import unicodedata
 import zlib
 from collections.abc import Callable
 from typing import Any
 
 import ml_collections
 import numpy as np
+from absl import logging
 
 from maskconnect_jax import names
 from maskconnect_jax.config import given_path
@@ -206,23 +209,34 @@ def _read_idx(path: pathlib.Path, rank: int) -> np.ndarray:
 def _image_folder(data: ml_collections.ConfigDict) -> Source:
   """Returns DIR/train/<class>/* and DIR/test/<class>/* (else val/) as RGB.
 
+  Without a folder for training and one for testing, the classes lie in DIR
+  itself, and `data.test_fraction` of their images are for testing.
+
   Every file that `image_files` finds counts as an image, with any suffix. A
   file that is no image is an error: leaving it out would silently train on less
   data.
   """
   root = _folder_of(data, 'train/<class>/*.jpg and test/<class>/*.jpg')
+  train_root = root / 'train'
   test_root = next(
     (root / name for name in ('test', 'val') if (root / name).is_dir()), None
   )
-  if test_root is None:
+  if test_root is None and train_root.is_dir():
     raise InputError(
-      f'config.data.dir={data.dir!r} has no test images;'
-      ' it needs test/<class>/* or val/<class>/*'
+      f'config.data.dir={data.dir!r} has no test images; it needs'
+      ' test/<class>/* or val/<class>/*, or the classes beside each other'
+      ' without train/'
     )
-  train, test = (
-    class_folders.class_files(root / 'train'),
-    class_folders.class_files(test_root),
-  )
+  if test_root is None:
+    train_root = test_root = root
+    train, test = _split(
+      class_folders.class_files(root), data.test_fraction, data.dir
+    )
+  else:
+    train, test = (
+      class_folders.class_files(train_root),
+      class_folders.class_files(test_root),
+    )
   if odd := sorted(set(train) ^ set(test)):
     where = [
       f'{names.distinct(name)} is only in'
@@ -239,7 +253,7 @@ def _image_folder(data: ml_collections.ConfigDict) -> Source:
     np.tile(np.arange(len(train)), 2), [len(files) for files in found]
   )
   num_train = sum(map(len, train.values()))
-  bases = len(str(root / 'train')), len(str(test_root))
+  bases = len(str(train_root)), len(str(test_root))
 
   def named(i: int) -> tuple[str, str]:
     part = int(i >= num_train)
@@ -255,6 +269,47 @@ def _image_folder(data: ml_collections.ConfigDict) -> Source:
     name=_name_of(data),
     digest=lambda: fingerprint.of_files(map(named, range(len(paths)))),
   )
+
+
+def _split(
+  files: dict[str, list[pathlib.Path]], fraction: float, folder: str
+) -> tuple[dict[str, list[pathlib.Path]], dict[str, list[pathlib.Path]]]:
+  """Returns the training and the test images of each class.
+
+  An image is for testing if the SHA-256 of 'class/file name' is, as a fraction
+  of its largest value, below `fraction`. So an image keeps its side when others
+  are added.
+
+  Raises:
+    InputError: a class has no image on one side.
+  """
+  train: dict[str, list[pathlib.Path]] = {}
+  test: dict[str, list[pathlib.Path]] = {}
+  for name, paths in files.items():
+    sides: tuple[list[pathlib.Path], list[pathlib.Path]] = ([], [])
+    for path in paths:
+      text = unicodedata.normalize('NFC', f'{name}/{path.name}')
+      digest = hashlib.sha256(text.encode('utf-8', 'surrogateescape')).digest()
+      value = int.from_bytes(digest[:8], 'big') / 2**64
+      sides[value < fraction].append(path)
+    if not all(sides):
+      raise InputError(
+        f'config.data.dir={folder!r} holds classes alone, and'
+        f' config.data.test_fraction={fraction:g} leaves the class'
+        f' {names.distinct(name)}, with {len(paths)} images, without'
+        f' {"training" if sides[1] else "test"} images; add images to it, or'
+        ' make train/<class>/ and test/<class>/'
+      )
+    train[name], test[name] = sides
+  logging.warning(
+    '%s holds classes alone: %d of its %d images are for testing, chosen by'
+    ' their names (config.data.test_fraction=%g)',
+    folder,
+    sum(map(len, test.values())),
+    sum(map(len, files.values())),
+    fraction,
+  )
+  return train, test
 
 
 def _tfds_builder(

@@ -435,6 +435,53 @@ def test_folder_without_test_images(tmp_path):
     load(source='folder', dir=str(tmp_path))
 
 
+def of_side(path, fraction=0.2):
+  """Whether an image is for testing, by the rule in docs/data.md."""
+  text = f'{path.parent.name}/{path.name}'.encode()
+  return int(hashlib.sha256(text).hexdigest()[:16], 16) / 16**16 < fraction
+
+
+def write_classes(root, count, classes=('cat', 'dog')):
+  paths = []
+  for number, name in enumerate(classes):
+    (root / name).mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+      path = root / name / f'{i}.png'
+      pixels = np.full((6, 6, 3), 100 * number + i % 100, np.uint8)
+      Image.fromarray(pixels).save(path)
+      paths.append(path)
+  return paths
+
+
+def test_a_folder_of_classes_alone_is_split_by_names(tmp_path, caplog):
+  paths = write_classes(tmp_path, 40)
+  dataset = load(source='folder', dir=str(tmp_path))
+  test = [path for path in paths if of_side(path)]
+  assert 4 < len(test) < 30
+  for split, own in (
+    (dataset.test, test),
+    (dataset.train, [path for path in paths if path not in test]),
+  ):
+    expected = [int(p.stem) + 100 * (p.parent.name == 'dog') for p in own]
+    assert sorted(split.images[:, 0, 0, 0].tolist()) == sorted(expected)
+    assert split.labels.sum() == sum(p.parent.name == 'dog' for p in own)
+  (record,) = caplog.records
+  assert f'{len(test)} of its 80 images are for testing' in record.getMessage()
+  # More images: none changes its side.
+  write_classes(tmp_path, 60)
+  more = load(source='folder', dir=str(tmp_path), test_fraction=0.2)
+  before = set(dataset.test.images[:, 0, 0, 0].tolist())
+  assert before <= set(more.test.images[:, 0, 0, 0].tolist())
+  assert not before & set(more.train.images[:, 0, 0, 0].tolist())
+
+
+def test_a_class_that_a_split_leaves_empty_is_named(tmp_path):
+  write_classes(tmp_path, 40)
+  write_classes(tmp_path, 1, classes=('ant',))
+  with pytest.raises(config.InputError, match=r'class ant, with 1 images,'):
+    load(source='folder', dir=str(tmp_path))
+
+
 def test_folder_without_train(tmp_path):
   write_folder(tmp_path)
   (tmp_path / 'train').rename(tmp_path / 'training')
