@@ -172,6 +172,26 @@ def top_k(scores: jax.Array, valid: Any, fan_in: int) -> jax.Array:
   return jnp.where(valid, ones, 0)
 
 
+def gaps(real_mask: np.ndarray, valid: Any, fan_in: int) -> np.ndarray:
+  """Returns how far the K-th largest entry of each row is above the next one.
+
+  Args:
+    real_mask: r, float [..., rows, sources].
+    valid: bool, of r's shape.
+    fan_in: K.
+
+  Returns:
+    Float [n], for the rows with more than K valid sources.
+  """
+  table = np.broadcast_to(np.asarray(valid), real_mask.shape)
+  ordered = -np.sort(-np.where(table, real_mask, -np.inf), -1)
+  choosing = table.sum(-1) > fan_in
+  if not choosing.any():
+    return np.zeros(0)
+  found = ordered[choosing]
+  return np.asarray(found[:, fan_in - 1] - found[:, fan_in])
+
+
 def proxy(
   real_mask: jax.Array, mask: jax.Array, valid: Any, gradient: str
 ) -> jax.Array:

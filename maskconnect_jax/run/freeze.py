@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maskconnect_jax.method import wiring
+from maskconnect_jax.method import connectivity, wiring
+from maskconnect_jax.method.spec import NARROWING
 from maskconnect_jax.run import batches as batches_lib
 from maskconnect_jax.run import experiment, steps
 from maskconnect_jax.run.progress import Run
@@ -42,11 +43,22 @@ def freeze(run: Run) -> None:
   if count := run.job.config.connectivity.batchnorm_batches:
     state = measured_anew(recipe, state, run.batches, count)
   frozen = run.evaluate(recipe.network, state.variables(), split)
+  if run.job.model.stack.spec.learner not in NARROWING:
+    run.progress.margins = margins_of(run)
   run.recipe, run.state = recipe, state
   run.progress.accuracies |= {
     f'{watched}_accuracy_drawn': drawn.accuracy,
     f'{watched}_accuracy_at_freeze': frozen.accuracy,
   }
+
+
+def margins_of(run: Run) -> dict[str, float]:
+  """Returns how clear the choice is: rows that choose, and their mean gap."""
+  stack = run.job.model.stack
+  (real_mask,) = jax.device_get(jax.tree.leaves(run.state.masks))
+  gaps = connectivity.gaps(real_mask, stack.valid, stack.fan_in)
+  margin = float(gaps.mean()) if len(gaps) else 0.0
+  return {'choices': len(gaps), 'margin': margin}
 
 
 def frozen_recipe(

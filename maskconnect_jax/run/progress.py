@@ -33,8 +33,9 @@ class Progress:
     pending: {'loss', 'accuracy'}, float32 [], of each step since the last line
       of the log. A run that is stopped between two lines resumes with these
       values, so its log equals that of an uninterrupted run.
-    margins: the fields of `narrowing.Margins` at the last moment at which the
-      wiring narrowed; {} if it does not narrow.
+    margins: how clear the choice of the wiring was: the fields of
+      `narrowing.Margins` of a measured wiring, or 'choices' and 'margin' of a
+      drawn one; {} before it is known.
   """
 
   clock: metrics.Throughput = dataclasses.field(
@@ -112,7 +113,7 @@ def _is_margins(values: Any) -> bool:
   names = {field.name for field in dataclasses.fields(narrowing.Margins)}
   return values == {} or (
     isinstance(values, dict)
-    and values.keys() == names
+    and values.keys() <= names
     and all(map(_is_count, values.values()))
   )
 

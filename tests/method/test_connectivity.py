@@ -440,6 +440,19 @@ def test_a_number_of_live_blocks_that_no_wiring_has_is_refused():
     )
 
 
+def test_gaps_are_between_the_last_that_stays_and_the_first_that_goes():
+  rng = np.random.default_rng(14)
+  real = rng.uniform(size=(L, L)) * np.tri(L)
+  found = connectivity.gaps(real, TABLES['no_stem'], 2)
+  expected = []
+  for row, valid in zip(real, TABLES['no_stem'], strict=True):
+    entries = sorted((r for r, ok in zip(row, valid, strict=True) if ok))[::-1]
+    if len(entries) > 2:
+      expected.append(entries[1] - entries[2])
+  np.testing.assert_allclose(found, expected)
+  assert connectivity.gaps(real, TABLES['all'], L).shape == (0,)
+
+
 # The authors' step.
 
 

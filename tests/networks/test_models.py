@@ -206,13 +206,14 @@ class Affine(nnx.Module):
 def stack_of(count=5, seed=0, **options):
   coefficients = np.random.default_rng(2).normal(size=(count, 2)).tolist()
   blocks = [Affine(a, c) for a, c in coefficients]
+  options = {'learner': 'draws'} | options
   return MaskedStack(blocks, rngs=nnx.Rngs(seed), **options), coefficients
 
 
-def numpy_stack(coefficients, x, mask, scale, fan_in, valid):
+def numpy_stack(coefficients, x, mask, scale, valid):
   outputs = [np.asarray(x, np.float64)]
   for j, (a, c) in enumerate(coefficients):
-    terms = min(fan_in, sum(valid[j]))
+    terms = sum(mask[j][i] for i in range(j + 1) if valid[j][i])
     total = sum(mask[j][i] * outputs[i] for i in range(j + 1) if valid[j][i])
     total = total / terms if scale == 'mean' else total
     outputs.append(a * total + c)
@@ -225,7 +226,8 @@ def test_each_block_takes_the_scaled_masked_sum(scale, stem_source):
   valid = connectivity.valid_sources(5, stem_source=stem_source)
   stack, coefficients = stack_of(fan_in=3, scale=scale, valid=valid)
   x = RNG.normal(size=(2, 3))
-  mask = RNG.normal(size=(5, 5))
+  # Any number of ones in a row; the block before is always valid.
+  mask = RNG.integers(0, 2, (5, 5)) | np.eye(5, dtype=int)
   real = RNG.choice([0, 0.5, 1], size=(5, 5))
   stack.real_mask[...] = jnp.asarray(real, jnp.float32)
   chosen = [
@@ -240,7 +242,7 @@ def test_each_block_takes_the_scaled_masked_sum(scale, stem_source):
   for given, used in ((jnp.asarray(mask, jnp.float32), mask), (None, largest)):
     np.testing.assert_allclose(
       stack(inputs, given),
-      numpy_stack(coefficients, x, used, scale, 3, valid),
+      numpy_stack(coefficients, x, used, scale, valid),
       rtol=1e-4,
       atol=1e-5,
     )
@@ -248,7 +250,7 @@ def test_each_block_takes_the_scaled_masked_sum(scale, stem_source):
   stack.topology = nnx.static(Topology(tuple(map(tuple, map(sorted, chosen)))))
   np.testing.assert_allclose(
     stack(inputs),
-    numpy_stack(coefficients, x, largest, scale, 3, valid),
+    numpy_stack(coefficients, x, largest, scale, valid),
     rtol=1e-4,
     atol=1e-5,
   )

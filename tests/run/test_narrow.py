@@ -185,7 +185,9 @@ def test_the_budget_pays_for_every_edge(measuring, devices):
     mask = (real == 1).astype(np.float32)
     left = narrowing.left_after(stack.valid, 2, n / 5)
     narrowing.race(count, mask, left)
-    real = narrowing.narrowed(real, stack.valid, np.zeros((9, 9)), left, n / 6)
+    real = narrowing.narrowed(
+      real, stack.valid, np.zeros((9, 9)), left, n / 6, keep_readers=True
+    )
   forwards = 3 * 100 * 64
   assert spent <= paid.share * forwards * 1.001
   assert spent > 0.9 * paid.share * forwards
@@ -244,6 +246,9 @@ def test_a_run_cut_at_a_moment_ends_with_the_same_bits(
     assert ((kept == 1).sum(-1) == 1).all()
     assert set(np.unique(kept)) <= {0, np.float32(1 / 3), np.float32(2 / 3), 1}
   assert (learner == 'measured') == ('choices_clear' in whole.summary)
+  assert (learner in ('measured', 'as_published')) == (
+    'margin' in whole.summary
+  )
   # Killed after the save at the first moment, and then in the middle of it.
   shutil.copytree(tmp_path / 'whole', tmp_path / 'cut')
   for path in (tmp_path / 'cut').iterdir():

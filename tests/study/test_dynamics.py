@@ -64,6 +64,7 @@ def write(tmp_path):
     config.duration, config.log_every = '4 epochs', '3 steps'
     config.model.name = 'resnet14' if level == 'block' else 'resnext20_8x4d'
     config.connectivity.level = level
+    config.connectivity.learner = 'draws'
     config.connectivity.fan_in = 2
     config.connectivity.initial = START
     config.connectivity.phase = '50%'
@@ -206,6 +207,26 @@ def test_entropy_is_of_the_draw_at_its_temperature(last, write, table):
   assert numbers(cells[4]) == pytest.approx([1, *means], abs=5.1e-5)
 
 
+def test_a_narrowing_wiring_draws_nothing(write, table):
+  """Its entropy is that of a uniform choice among the sources still kept."""
+  masks = [np.tri(BLOCKS, dtype=np.float32) for _ in STEPS]
+  for at, mask in enumerate(masks):
+    for row in range(2, BLOCKS):
+      mask[row, : min(at, row - 1)] = 0.25  # lost, the earliest first
+  workdir = write('run', masks, connectivity__learner='measured')
+  cells = table(workdir)[0][str(workdir)]
+  means = [
+    np.mean(
+      [
+        np.log(row + 1 - min(at, row - 1)) / np.log(row + 1)
+        for row in range(2, BLOCKS)
+      ]
+    )
+    for at in (1, 2, 4, 5)
+  ]
+  assert numbers(cells[4]) == pytest.approx([1, *means], abs=5.1e-5)
+
+
 def test_agreement_against_enumeration(write, table):
   choices = [random_sources(seed) for seed in range(3)]
   for seed, sources in enumerate(choices):
@@ -288,7 +309,7 @@ def test_the_start_is_the_networks_own(write):
   )
   network = models.create_model(
     'resnet8', num_classes=10, adapter='projection', initial=START,
-    initial_spread=0.3, seed=4,
+    initial_spread=0.3, seed=4, learner='draws',
   )  # fmt: skip
   start = trajectories.read(workdir).masks[0]
   np.testing.assert_array_equal(start, network.stack.real_mask[...][1:])
