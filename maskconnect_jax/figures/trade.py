@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -13,7 +14,8 @@ from maskconnect_jax.figures import page as paper
 from maskconnect_jax.figures.page import Page
 
 _PANEL, _LEFT, _FOOT = (560, 330), 66, 74  # in points
-_LETTER = 5.1
+_TURN = 0.7  # a name right of this stands left of its point
+_WIDE, _LINE = 120, 13  # of a name, in points
 
 
 def figure(
@@ -51,6 +53,10 @@ def figure(
     raise ValueError('a row needs a name, a group, costs and accuracies')
   x = np.array([fmean(values) for values in costs])
   y = 100 * np.array([fmean(values) for values in accuracies])
+  x_limits = _limits(np.concatenate([*map(np.asarray, costs)]), log=True)
+  y_limits = _limits(
+    100 * np.concatenate([*map(np.asarray, accuracies)]), log=False
+  )
   with style.context(paper.STYLE):
     page = Page(
       _LEFT + _PANEL[0] + 40,
@@ -83,26 +89,68 @@ def figure(
           x[i], y[i], ls='', marker='o', ms=7, color=tint, mec='white',
           gid=f'row-{i + 1}', zorder=4,
         )  # fmt: skip
-        panel.annotate(
-          names[i], (x[i], y[i]), xytext=(7, -4), textcoords='offset points',
-          color=tint, va='top', size=9, zorder=5,
-        )  # fmt: skip
     panel.set_xscale('log')
     panel.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5, 7)))
     panel.xaxis.set_major_formatter(ticker.FuncFormatter(_short))
-    panel.xaxis.set_minor_formatter(ticker.NullFormatter())
+    panel.xaxis.set_minor_locator(ticker.NullLocator())
     panel.yaxis.set_major_formatter('{x:g} %')
-    panel.margins(x=0.08, y=0.08)
+    panel.set_xlim(*x_limits)
+    panel.set_ylim(*y_limits)
     panel.grid(color='#EEEEEE', lw=0.8)
     panel.set_axisbelow(True)
     panel.spines[['top', 'right', 'left']].set_visible(False)
     panel.spines['bottom'].set_color(paper.LIGHT.faint)
+    places = _places(x, y, across=x_limits, up=y_limits)
+    for i, (right, height) in enumerate(places):
+      left = right > _TURN * _PANEL[0]
+      page.write(
+        _LEFT + right + (-8 if left else 8), _FOOT + height + 7, names[i],
+        size=9,
+        color=tints[groups[i]], ha='right' if left else 'left', zorder=9,
+      )  # fmt: skip
     page.write(_LEFT + _PANEL[0] / 2, _FOOT - 30, cost)
     page.legend(
       _LEFT, 16,
       {name: paper.DOT | {'color': tint} for name, tint in tints.items()},
     )  # fmt: skip
   return page.figure
+
+
+def _limits(values: np.ndarray, *, log: bool) -> tuple[float, float]:
+  """Returns the ends of an axis, with a margin on both sides."""
+  values = np.log(values) if log else values
+  margin = 0.07 * max(float(np.ptp(values)), 0.1)
+  low, high = float(values.min() - margin), float(values.max() + margin)
+  return (math.exp(low), math.exp(high)) if log else (low, high)
+
+
+def _places(
+  x: np.ndarray,
+  y: np.ndarray,
+  *,
+  across: tuple[float, float],
+  up: tuple[float, float],
+) -> list[tuple[float, float]]:
+  """Returns where the names go, in points from the panel's corner.
+
+  A name stands beside its point, and below the names that are in its way.
+
+  Args:
+    x: costs, on a logarithmic axis.
+    y: accuracies.
+    across: the limits of the costs' axis.
+    up: the limits of the accuracies' axis.
+  """
+  low, high = np.log(across)
+  right = (np.log(x) - low) / (high - low) * _PANEL[0]
+  height = (y - up[0]) / (up[1] - up[0]) * _PANEL[1]
+  placed: list[int] = []
+  for i in np.argsort(-height, kind='stable').tolist():
+    near = [j for j in placed if abs(right[j] - right[i]) < _WIDE]
+    if near:
+      height[i] = min(height[i], min(height[j] for j in near) - _LINE)
+    placed.append(i)
+  return [(float(a), float(b)) for a, b in zip(right, height, strict=True)]
 
 
 def front_of(costs: np.ndarray, accuracies: np.ndarray) -> list[int]:

@@ -121,7 +121,9 @@ class Row:
     if fields['connectivity.rule'] in ('fixed_prev', 'fixed_all'):
       width = f', width {w}' if (w := fields['model.width']) else ''
       return f'{fields["model.name"]}{width}'
-    return f'K = {fields["connectivity.fan_in"]}'
+    live = fields.get('connectivity.live', 0)
+    text = f'K = {fields["connectivity.fan_in"]}'
+    return f'{text}, {live} live' if live else text
 
   @property
   def devices(self) -> str:
