@@ -9,8 +9,8 @@
   python -m maskconnect_jax.main --config=configs/cifar.py:100,branch \
       --workdir=runs/cifar100_branch
   python -m maskconnect_jax.main \
-      --config=configs/cifar.py:100,branch,as_published \
-      --workdir=runs/cifar100_as_published
+      --config=configs/cifar.py:10,branch,as_published \
+      --workdir=runs/cifar10_as_published
 
 Each block of resnet38 picks 10 sources. With `branch`, each branch picks 4 of 8
 branches. The network is then resnext20_8x4d for CIFAR-10 and resnext29_8x8d for

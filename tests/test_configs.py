@@ -30,8 +30,7 @@ FILES = {
 }
 WORDS = {
   'cifar': (
-    '10', '10,branch', '100', '100,branch', '10,as_published',
-    '100,branch,as_published',
+    '10', '10,branch', '100', '100,branch', '10,branch,as_published',
   ),
   'imagenet': ('', 'branch'),
   'mini_imagenet': ('', 'branch'),

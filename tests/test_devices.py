@@ -139,7 +139,7 @@ def test_a_step_on_eight_devices_is_one_on_one(
   assert sums['correct'] == sums8['correct']
   np.testing.assert_allclose(sums['loss'], sums8['loss'], rtol=1e-4)
   if rule == 'learned':
-    assert np.abs(sums['differences']).min() > 1e-4
+    assert np.abs(sums['differences']).max() > 1e-3
     np.testing.assert_allclose(
       sums['differences'], sums8['differences'], rtol=1e-3, atol=1e-4
     )

@@ -111,11 +111,11 @@ def test_shipped_configs_are_found_in_any_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ('name', 'says'),
   [
-    ('cifar:20', "there is no '20'; give 10, 100, 10,branch or 100,branch"),
+    ('cifar:20', "there is no '20'; give 10 or 100, then branch, as_published"),
     ('cifar:100,leaf', "there is no '100,leaf'; give"),
     ('imagenet:leaf', "there is no 'leaf'; give block or branch"),
     ('mini_imagenet:', "there is no ''; give block or branch"),
-    ('study:cpu-branch', "there is no part 'cpu-branch'; give settings"),
+    ('study:cpu-branch', "there is no part 'cpu-branch'; give learners"),
   ],
 )
 def test_words_that_the_shipped_configs_do_not_know(name, says):

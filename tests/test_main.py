@@ -69,7 +69,7 @@ def refused(cli, tiny, tmp_path):
     ('config.data.flip=maybe', ['config.data.flip=maybe', 'true or false']),
     ('config.seed', ['--config.seed', 'Missing value']),
     ('config.connectivity=3', '--config.connectivity=3'),
-    ('config.connectivity.rule=lerned', 'learned, fixed_prev, fixed_random'),
+    ('config.connectivity.rule=lerned', 'learned, fixed_prev, fixed_near'),
     (
       'config.connectivity.fan_in=0',
       ['fan_in=0', 'number in [1, 2147483647]'],

@@ -70,7 +70,13 @@ def test_version_1_draws_what_it_did():
     ((0,), (0, 1), (0, 1), (0, 2), (0, 1), (0, 3), (0, 1), (3, 4), (2, 8))
   )
   model = models.create_model(
-    'resnet8', num_classes=10, width=4, seed=3, initial_spread=0.5, version='1'
+    'resnet8',
+    num_classes=10,
+    width=4,
+    seed=3,
+    initial_spread=0.5,
+    version='1',
+    learner='draws',
   )
   mask, stem = model.stack.real_mask[...], model.stem.conv.kernel[...]
   np.testing.assert_allclose(mask.sum(), 3.4750905, rtol=1e-5)
