@@ -332,7 +332,8 @@ class Margins:
     choices: rows that lost sources.
     choices_clear: rows in which the worst d that stays exceeds the best d that
       goes by more than two standard errors of the difference.
-    margin: mean of that difference over the rows, in nats.
+    margin: mean of that difference over the rows, in nats. It is negative where
+      a source stays because its block needs a reader.
     margin_standard_error: mean of its standard errors, in nats.
   """
 

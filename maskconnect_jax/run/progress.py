@@ -104,9 +104,13 @@ class Progress:
     )
 
 
-def _is_count(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
   is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-  return is_number and 0 <= value < math.inf
+  return is_number and math.isfinite(value)
+
+
+def _is_count(value: Any) -> bool:
+  return _is_number(value) and value >= 0
 
 
 def _is_margins(values: Any) -> bool:
@@ -114,7 +118,7 @@ def _is_margins(values: Any) -> bool:
   return values == {} or (
     isinstance(values, dict)
     and values.keys() <= names
-    and all(map(_is_count, values.values()))
+    and all(map(_is_number, values.values()))  # a margin may be below 0
   )
 
 

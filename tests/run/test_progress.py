@@ -4,6 +4,7 @@ import json
 import math
 
 import jax.numpy as jnp
+import pytest
 
 from maskconnect_jax.run import metrics
 from maskconnect_jax.run.progress import Progress
@@ -27,6 +28,21 @@ def test_it_comes_back_from_json():
   assert again.pending[0]['loss'] == third
   assert again.pending[0]['loss'].dtype == third.dtype
   assert json.dumps(again.to_json()) == text
+
+
+@pytest.mark.parametrize('margin', [0.25, -0.004, 0])
+def test_margins_come_back_also_below_0(margin):
+  """A source that stays for its reader may be worth less than one that goes."""
+  margins = {
+    'choices': 5, 'choices_clear': 1, 'margin': margin,
+    'margin_standard_error': 0.01,
+  }  # fmt: skip
+  record = json.loads(json.dumps(Progress(margins=margins).to_json()))
+  assert Progress.from_json(record).margins == margins
+  for name, wrong in (('margin', 'x'), ('margin', math.nan), ('other', 1)):
+    damaged = record | {'margins': margins | {name: wrong}}
+    with pytest.raises(ValueError, match='margins'):
+      Progress.from_json(damaged)
 
 
 def test_one_of_version_0_1_0():
