@@ -29,7 +29,8 @@ with the output has d = 0 for all its sources, and keeps the latest ones.
 Losses see a block without a reader only by chance: it costs nothing to leave
 out what nobody reads. So, unless `keep_readers` is False, the rows first give
 as many blocks as possible a reader, and fill the rest of their places by d.
-Without it a K of 2 left 7 of 12 blocks, and cost a point (docs/results.md).
+Without it a K of 2 left 7 to 9 of 12 blocks, and cost a point
+(docs/results.md).
 
 The real mask r records it: an entry is 1 while the source is kept, and n/(N+1)
 if it was lost at moment n. So the largest entries of a row are those that it

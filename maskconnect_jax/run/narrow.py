@@ -166,7 +166,7 @@ class _Measurement:
         if self._run.preemption.noticed():
           raise evaluation.Stopped
         some = masks[start : start + EDGES_AT_ONCE]
-        # Calls of one shape: the mask itself fills up, and costs nothing.
+        # Calls of one shape: the mask itself fills up. Its differences are 0.
         filling = [self._mask] * (EDGES_AT_ONCE - len(some))
         sums = self._program(
           self._run.recipe,

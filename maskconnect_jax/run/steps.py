@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -310,6 +311,25 @@ def batch_statistics(
   return measured
 
 
+def _losses_of_masks(
+  recipe: Recipe,
+  variables: tuple[Any, Any, Any],
+  images: jax.Array,
+  labels: jax.Array,
+  step: Any,
+) -> Callable[[jax.Array], jax.Array]:
+  """Returns the function of a mask to the loss of each image; see below."""
+  inputs = augmented(recipe, images, step)
+
+  def losses(mask: jax.Array) -> jax.Array:
+    model = nnx.merge(recipe.network, *variables)
+    return optax.softmax_cross_entropy_with_integer_labels(
+      model(inputs, mask, train=True), labels
+    )
+
+  return losses
+
+
 def differences(
   recipe: Recipe,
   variables: tuple[Any, Any, Any],
@@ -336,13 +356,7 @@ def differences(
     float32 [n, 2]: the sum over the images of loss(mask) - loss(first mask),
     and that of the squares.
   """
-  inputs = augmented(recipe, images, step)
-
-  def losses(mask: jax.Array) -> jax.Array:
-    model = nnx.merge(recipe.network, *variables)
-    return optax.softmax_cross_entropy_with_integer_labels(
-      model(inputs, mask, train=True), labels
-    )
+  losses = _losses_of_masks(recipe, variables, images, labels, step)
 
   def sums(mask: jax.Array) -> jax.Array:
     difference = losses(mask) - base
@@ -371,17 +385,9 @@ def mask_gradient(
     step: int32 [], decides crops and flips.
     mask: b.
   """
-  inputs = augmented(recipe, images, step)
-
-  def loss(mask: jax.Array) -> jax.Array:
-    model = nnx.merge(recipe.network, *variables)
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-      model(inputs, mask, train=True), labels
-    )
-    return jnp.mean(losses)
-
+  losses = _losses_of_masks(recipe, variables, images, labels, step)
   with recipe.on_mesh():
-    return jax.grad(loss)(mask)
+    return jax.grad(lambda mask: jnp.mean(losses(mask)))(mask)
 
 
 def eval_step(

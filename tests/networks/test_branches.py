@@ -496,7 +496,6 @@ def test_features_of_a_block_are_the_mean_of_its_branches_sum():
     last @ model.head.kernel[...] + model.head.bias[...], model(x), atol=1e-4
   )
   np.testing.assert_array_equal(last, model.features(x, 4))
-  # One block more reads block 3: its features follow from the equations.
   outputs = model.stack.outputs(model.stem(x))
   assert [y.shape[-1] for y in outputs] == [
     block.expand.shape[-1] for block in model.stack.blocks
