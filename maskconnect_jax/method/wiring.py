@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -19,7 +20,7 @@ from maskconnect_jax.method import topology as topology_lib
 from maskconnect_jax.method.spec import NARROWING, WiringSpec
 from maskconnect_jax.method.topology import BranchTopology, Topology
 
-_DRAWS, _AT_ONCE = 8192, 256  # in search of a random wiring
+_DRAWS, _AT_ONCE = 2**18, 256  # in search of a random wiring
 
 
 class RealMask(nnx.Variable[jax.Array]):
@@ -175,16 +176,39 @@ def _random_mask(key: jax.Array, valid: Any, spec: WiringSpec) -> jax.Array:
 
   if not spec.live:
     return draw(key)
+  draw_many = jax.jit(jax.vmap(draw))
   for part in jax.random.split(key, _DRAWS // _AT_ONCE):
-    for mask in jax.vmap(draw)(jax.random.split(part, _AT_ONCE)):
-      topology = topology_lib.from_mask(mask)
-      live = getattr(topology, 'live_branches', None)
-      if (sum(map(len, live)) if live else sum(topology.live)) == spec.live:
-        return mask
+    masks = np.asarray(draw_many(jax.random.split(part, _AT_ONCE)))
+    for found in np.flatnonzero(_num_live(masks) == spec.live):
+      return jnp.asarray(masks[found])
   raise InputError(
     f'none of {_DRAWS:,} random wirings with fan_in={spec.fan_in} has'
     f' {spec.live} live {"blocks" if spec.level == "block" else "branches"}'
   )
+
+
+def _num_live(masks: np.ndarray) -> np.ndarray:
+  """Returns for each mask how many blocks, or branches, the output depends on.
+
+  Args:
+    masks: [N, L, L] or, at the branch level, [N, L - 1, C, C].
+
+  Returns:
+    int [N].
+  """
+  taken = masks.astype(bool)
+  if taken.ndim == 3:
+    needed = np.zeros((len(taken), taken.shape[1] + 1), bool)
+    needed[:, -1] = True
+    for block in range(taken.shape[1], 0, -1):
+      needed[:, :-1] |= needed[:, block, None] & taken[:, block - 1]
+    return needed[:, 1:].sum(-1)
+  layer = np.ones((len(taken), taken.shape[-1]), bool)
+  count = layer.sum(-1)
+  for block in range(taken.shape[1] - 1, -1, -1):
+    layer = (layer[:, :, None] & taken[:, block]).any(1)
+    count += layer.sum(-1)
+  return count
 
 
 def wirings_of(model: nnx.Module) -> list[Wiring]:

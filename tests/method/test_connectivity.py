@@ -430,7 +430,21 @@ def test_a_random_wiring_has_as_many_live_blocks_as_asked_for(level):
   assert len(found) > 2
 
 
-def test_a_number_of_live_blocks_that_no_wiring_has_is_refused():
+def test_a_rare_number_of_live_blocks_is_found():
+  # One in 12,000 wirings: the chance of none among 2^18 is 1e-9.
+  spec = WiringSpec(fan_in=2, rule='fixed_random', live=18)
+  topology = wiring.Wiring(
+    spec,
+    valid=connectivity.valid_sources(18),
+    rngs=nnx.Rngs(connectivity=10),
+    topology=None,
+  ).topology
+  read = {source for row in topology.sources for source in row}
+  assert read == set(range(18))  # so all are live, from the last one back
+
+
+def test_a_number_of_live_blocks_that_no_wiring_has_is_refused(monkeypatch):
+  monkeypatch.setattr(wiring, '_DRAWS', 512)
   spec = WiringSpec(fan_in=1, rule='fixed_random', live=L + 1)
   with pytest.raises(
     InputError, match=rf'random wirings.* {L + 1} live blocks'
