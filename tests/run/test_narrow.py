@@ -230,7 +230,15 @@ def assert_same(one, other):
     assert other[3][name].tobytes() == array.tobytes(), name
 
 
-@pytest.mark.parametrize('learner', LEARNERS)
+@pytest.mark.parametrize(
+  'learner',
+  [
+    learner
+    if learner in ('measured', 'as_published')
+    else pytest.param(learner, marks=pytest.mark.slow)
+    for learner in LEARNERS
+  ],
+)
 def test_a_run_cut_at_a_moment_ends_with_the_same_bits(
   small, learner, tmp_path, arrays_in, capsys
 ):
