@@ -43,6 +43,26 @@ lint: $(VENV)/.installed-test  ## style, formatting and types
 	@$(VPYTHON) -m ruff format --check
 	@$(VPYTHON) -m mypy
 
+.PHONY: docs
+docs: $(VENV)/.installed-docs  ## the documentation site, in build/site; every link checked
+	@$(VPYTHON) -m sphinx -W --keep-going -q -b html docs build/site
+	@cd build/site && ../../$(VENV)/bin/linkchecker --no-status --no-warnings \
+	  --ignore-url='^https?:' index.html
+	@echo 'open build/site/index.html'
+
+.PHONY: release
+release: $(VENV)/.installed-release  ## sdist and wheel in dist/, checked and tried in a clean environment
+	@set -e; rm -rf dist; \
+	$(VPYTHON) -m build -q; \
+	$(VPYTHON) -m twine check --strict dist/*; \
+	tmp=$$(mktemp -d); trap 'rm -rf "$$tmp"' EXIT; \
+	$(VPYTHON) -m venv "$$tmp/venv"; \
+	"$$tmp/venv/bin/python" -m pip install -qq dist/*.whl; \
+	cd "$$tmp"; \
+	venv/bin/maskconnect --mode=describe --config=digits >described; \
+	tail -n 1 described
+	@ls -l dist
+
 .PHONY: format
 format: $(VENV)/.installed-test  ## rewrite the files in the house style
 	@$(VPYTHON) -m ruff check --select I --fix
@@ -58,7 +78,7 @@ update:  ## renew the pins of PYTHON's version in constraints/
 	pins=constraints/py$$(echo $$version | tr -d .).txt; \
 	echo "Looking for the newest versions for Python $$version"; \
 	$(PYTHON) -m venv "$$tmp/venv"; \
-	"$$tmp/venv/bin/python" -m pip install -qq -e '.[test]'; \
+	"$$tmp/venv/bin/python" -m pip install -qq -e '.[test,docs,release]'; \
 	"$$tmp/venv/bin/python" -m pip check -q; \
 	"$$tmp/venv/bin/python" -m pip freeze --all --exclude-editable \
 	  --exclude pip --exclude wheel >"$$tmp/pins"; \
@@ -67,7 +87,7 @@ update:  ## renew the pins of PYTHON's version in constraints/
 	fi; \
 	mkdir -p constraints; \
 	{ echo "# Made by \`make update\` on Python $$version: the newest versions of"; \
-	  echo '# everything that .[test] installs. Not edited by hand.'; \
+	  echo '# everything that .[test,docs,release] installs. Not edited by hand.'; \
 	  cat "$$tmp/pins"; } >$$pins.new; \
 	mv $$pins.new $$pins; \
 	echo "Wrote $$pins"
@@ -97,7 +117,8 @@ PROBLEM = $(shell \
 # only after a change of what is to be installed. `.unfinished` is there while
 # something is under way: an environment in which that was cut short is made
 # anew. So is one whose Python has gone from the machine.
-STAMPS := $(VENV)/.installed $(VENV)/.installed-test
+STAMPS := $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-docs \
+  $(VENV)/.installed-release
 ifneq ($(shell test -x $(VPYTHON) && test ! -e $(VENV)/.unfinished && echo ok),ok)
 .PHONY: $(STAMPS)
 endif
@@ -110,7 +131,15 @@ $(VENV)/.installed:
 
 $(VENV)/.installed-test:
 	$(call install,.[test])
-	@touch $(STAMPS)
+	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-docs:
+	$(call install,.[docs])
+	@touch $(VENV)/.installed $@
+
+$(VENV)/.installed-release:
+	$(call install,.[release])
+	@touch $(VENV)/.installed $@
 
 define install
 	@$(if $(PROBLEM),$(error $(PROBLEM)))

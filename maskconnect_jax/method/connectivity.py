@@ -197,7 +197,7 @@ def proxy(
 ) -> jax.Array:
   """Returns the function of r to which `straight_through` gives the gradient.
 
-  With g = dloss/db, the gradient of an entry of r is
+  With g = dloss/db, the gradient of an entry of r is::
 
     'all':         g
     'drawn':       g where drawn, else 0

@@ -113,7 +113,7 @@ def edges_measured(valid: Any, fan_in: int, moments: int) -> int:
 
 
 def without(mask: np.ndarray, edges: np.ndarray) -> np.ndarray:
-  """Returns b - e for each edge e, [E, *mask.shape].
+  """Returns b - e for each edge e, [E, ...], as the mask.
 
   Args:
     mask: b.
@@ -185,8 +185,8 @@ def race(
   """Measures the edges that some rows must lose, the undecided ones longer.
 
   Args:
-    measure: called with masks [n, *mask.shape], which lack an edge each, and
-      with the number of a set of images, 0, 1, ...; returns the sums of
+    measure: called with masks [n, ...] that lack an edge each, and with
+      the number of a set of images, 0, 1, ...; returns the sums of
       `Differences.add`, [n, 2], and the number of images.
     mask: b, [..., rows, sources].
     left: int [..., rows], how many sources each row keeps.
@@ -310,7 +310,7 @@ def estimate(
   times m, stands for it.
 
   Args:
-    gradients: G of each batch, [batches, *mask.shape].
+    gradients: G of each batch, [batches, ...], of b's shape each.
     mask: b, [..., rows, sources].
     images: m.
 
