@@ -21,7 +21,7 @@ export PIP_NO_INPUT := 1
 .PHONY: help
 help:  ## this list
 	@echo 'make TARGET [PYTHON=python3.12] [ARGS="..."]'
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' \
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-9s %s\n", $$1, $$2 }' \
 	  $(MAKEFILE_LIST)
 
 .PHONY: demo
@@ -36,6 +36,10 @@ test: $(VENV)/.installed-test  ## the test suite; ARGS='-k resume'
 .PHONY: slow
 slow: $(VENV)/.installed-test  ## the tests that take minutes each
 	@$(VPYTHON) -m pytest -n 2 --dist loadfile -m slow $(ARGS)
+
+.PHONY: notebooks
+notebooks: $(VENV)/.installed-notebooks  ## run the notebooks, from a wheel
+	@$(VPYTHON) -m pytest -m slow tests/test_notebooks.py $(ARGS)
 
 .PHONY: lint
 lint: $(VENV)/.installed-test  ## style, formatting and types
@@ -78,7 +82,7 @@ update:  ## renew the pins of PYTHON's version in constraints/
 	pins=constraints/py$$(echo $$version | tr -d .).txt; \
 	echo "Looking for the newest versions for Python $$version"; \
 	$(PYTHON) -m venv "$$tmp/venv"; \
-	"$$tmp/venv/bin/python" -m pip install -qq -e '.[test,docs,release]'; \
+	"$$tmp/venv/bin/python" -m pip install -qq -e '.[test,docs,notebooks,release]'; \
 	"$$tmp/venv/bin/python" -m pip check -q; \
 	"$$tmp/venv/bin/python" -m pip freeze --all --exclude-editable \
 	  --exclude pip --exclude wheel >"$$tmp/pins"; \
@@ -87,7 +91,7 @@ update:  ## renew the pins of PYTHON's version in constraints/
 	fi; \
 	mkdir -p constraints; \
 	{ echo "# Made by \`make update\` on Python $$version: the newest versions of"; \
-	  echo '# everything that .[test,docs,release] installs. Not edited by hand.'; \
+	  echo '# everything that .[test,docs,notebooks,release] installs. Not edited by hand.'; \
 	  cat "$$tmp/pins"; } >$$pins.new; \
 	mv $$pins.new $$pins; \
 	echo "Wrote $$pins"
@@ -118,7 +122,7 @@ PROBLEM = $(shell \
 # something is under way: an environment in which that was cut short is made
 # anew. So is one whose Python has gone from the machine.
 STAMPS := $(VENV)/.installed $(VENV)/.installed-test $(VENV)/.installed-docs \
-  $(VENV)/.installed-release
+  $(VENV)/.installed-release $(VENV)/.installed-notebooks
 ifneq ($(shell test -x $(VPYTHON) && test ! -e $(VENV)/.unfinished && echo ok),ok)
 .PHONY: $(STAMPS)
 endif
@@ -137,9 +141,15 @@ $(VENV)/.installed-docs:
 	$(call install,.[docs])
 	@touch $(VENV)/.installed $@
 
+$(VENV)/.installed-notebooks:
+	$(call install,.[test$(comma)notebooks])
+	@touch $(VENV)/.installed $(VENV)/.installed-test $@
+
 $(VENV)/.installed-release:
 	$(call install,.[release])
 	@touch $(VENV)/.installed $@
+
+comma := ,
 
 define install
 	@$(if $(PROBLEM),$(error $(PROBLEM)))

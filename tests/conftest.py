@@ -12,6 +12,7 @@ import json
 import os
 import runpy
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -178,11 +179,34 @@ def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
   return run
 
 
+@pytest.fixture(scope='session')
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  """A wheel of the package, built without the network."""
+  # From 70.1 on setuptools makes wheels by itself.
+  pytest.importorskip('setuptools', minversion='70.1')
+  root = Path(__file__).parents[1]
+  source = tmp_path_factory.mktemp('source')  # building leaves files in it
+  for name in ('setup.cfg', 'pyproject.toml', 'README.md', 'LICENSE'):
+    shutil.copy(root / name, source)
+  for name in ('configs', 'maskconnect_jax'):
+    ignored = shutil.ignore_patterns('__pycache__')
+    shutil.copytree(root / name, source / name, ignore=ignored)
+  built = tmp_path_factory.mktemp('built')
+  subprocess.run(
+    [
+      sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps',
+      '--no-index', '--no-build-isolation', f'--wheel-dir={built}', source,
+    ],
+    check=True, cwd=source,
+  )  # fmt: skip
+  (path,) = built.glob('*.whl')
+  return path
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
   """Mounts a file system of the size given, such as '300k'."""
   import contextlib
-  import subprocess
 
   with contextlib.ExitStack() as stack:
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -13,7 +12,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = ('setup.cfg', 'pyproject.toml', 'README.md', 'LICENSE')
 
 
 def run(*arguments, cwd, **environment):
@@ -27,25 +25,6 @@ def run(*arguments, cwd, **environment):
   )
   assert done.returncode == 0, done.stdout + done.stderr
   return done.stdout
-
-
-@pytest.fixture(scope='module')
-def wheel(tmp_path_factory):
-  # From 70.1 on setuptools makes wheels by itself, without the network.
-  pytest.importorskip('setuptools', minversion='70.1')
-  source = tmp_path_factory.mktemp('source')  # building leaves files in it
-  for name in FILES:
-    shutil.copy(ROOT / name, source)
-  for name in ('configs', 'maskconnect_jax'):
-    ignored = shutil.ignore_patterns('__pycache__')
-    shutil.copytree(ROOT / name, source / name, ignore=ignored)
-  built = tmp_path_factory.mktemp('built')
-  run(
-    sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--no-index',
-    '--no-build-isolation', f'--wheel-dir={built}', source, cwd=source,
-  )  # fmt: skip
-  (path,) = built.glob('*.whl')
-  return path
 
 
 def test_it_holds_every_file(wheel):
