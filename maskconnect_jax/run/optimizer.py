@@ -15,8 +15,6 @@ from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import connectivity
 from maskconnect_jax.method.spec import NARROWING
 
-NAMES = ('sgd', 'adamw', 'lamb', 'lion')
-
 
 def schedule(
   kind: str,
@@ -96,7 +94,7 @@ def weights_transform(
       matrix.
     clip_norm: the largest norm of all gradients together, before weight decay;
       larger ones are scaled down to it. 0: any norm.
-    name: one of `NAMES`.
+    name: 'sgd', 'adamw', 'lamb' or 'lion'.
   """
 
   def decays(weights: Any) -> Any:
