@@ -18,7 +18,7 @@ from flax import nnx
 
 from maskconnect_jax.method.wiring import RealMask
 from maskconnect_jax.networks import layers, streams
-from maskconnect_jax.run import augment
+from maskconnect_jax.run import augment, distributed
 
 
 @jax.tree_util.register_dataclass
@@ -460,7 +460,7 @@ def eval_step(
     mask_step: the training step whose temperature the draw uses.
 
   Returns:
-    See `scores`.
+    See `scores`; and 'outcomes', see `outcomes`, on all devices.
   """
   model = nnx.merge(recipe.network, *variables)
   mask = None
@@ -468,7 +468,29 @@ def eval_step(
     mask = model.draw(mask_key, recipe.temperature(mask_step))
   with recipe.on_mesh():
     logits = model(augment.normalize(images, recipe.mean, recipe.std), mask)
-  return scores(logits, labels, counted)
+  return scores(logits, labels, counted) | {
+    'outcomes': jax.lax.with_sharding_constraint(
+      outcomes(logits, labels, counted),
+      distributed.replicated(recipe.batch_sharding.mesh),
+    )
+  }
+
+
+def outcomes(
+  logits: jax.Array, labels: jax.Array, counted: jax.Array
+) -> jax.Array:
+  """Returns the label of each example and the class it was taken for.
+
+  Args:
+    logits: float32 [batch, num_classes].
+    labels: int32 [batch].
+    counted: bool [batch]; False for padding.
+
+  Returns:
+    int32 [batch, 2]; (-1, -1) for padding.
+  """
+  pairs = jnp.stack([labels, jnp.argmax(logits, -1).astype(jnp.int32)], -1)
+  return jnp.where(counted[:, None], pairs, -1)
 
 
 def scores(

@@ -70,8 +70,8 @@ def by_torchvision(rng, height, width):
   for _ in range(10):
     area = height * width * rng.uniform(0.02, 0.33)
     aspect = np.exp(rng.uniform(np.log(0.3), np.log(3.3)))
-    h = int(round(np.sqrt(area * aspect)))
-    w = int(round(np.sqrt(area / aspect)))
+    h = round(np.sqrt(area * aspect))
+    w = round(np.sqrt(area / aspect))
     if h < height and w < width:
       return h, w
   return 0, 0
