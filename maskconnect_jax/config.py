@@ -100,11 +100,12 @@ FIELDS: dict[str, Field] = {
   'optimizer.accumulate_steps': whole(1),
   'optimizer.label_smoothing': Number(0, 1),
   'optimizer.average': Number(0, 1, open=')'),  # 1 would keep the first weights
-  'data.source': Choice(('digits', 'idx', 'folder', 'tfds')),
+  'data.source': Choice(('digits', 'idx', 'folder', 'table', 'tfds')),
   'data.name': Text(),
   'data.dir': File(),
   'data.image_size': whole(0, limits.MAX_SIDE),
   'data.eval_resize': whole(0, limits.MAX_SIDE),
+  'data.val_labels': File(),
   'data.test_fraction': Number(0, 1, open='()'),
   'data.validation': whole(0),
   'data.train_images': whole(0),
@@ -134,6 +135,7 @@ FIELDS: dict[str, Field] = {
 ONLY_WITH = {
   'model.remat': ('connectivity.level', 'block'),
   'model.drop_path': ('connectivity.level', 'block'),
+  'data.val_labels': ('data.source', 'folder'),
   'connectivity.stem_source': ('connectivity.level', 'block'),
   'connectivity.scale': ('connectivity.level', 'block'),
   'connectivity.adapter': ('connectivity.level', 'block'),
@@ -266,10 +268,11 @@ def _default_data() -> ml_collections.ConfigDict:
   data = ml_collections.ConfigDict()
   data.source = 'digits'
   data.name = ''  # the TFDS name, with source 'tfds'
-  data.dir = ''  # folder of the files ('tfds': its data_dir)
+  data.dir = ''  # folder of the files ('tfds': its data_dir); 'table': the file
   data.image_size = 0  # pixels of height and width; 0: as stored
   data.eval_resize = 0  # shorter side before the crop; 0: squashed, no crop
-  data.test_fraction = 0.2  # for testing, of a folder without test images
+  data.val_labels = ''  # 'folder': list of the classes of a flat test/ or val/
+  data.test_fraction = 0.2  # for testing, of a set without test images
   data.validation = 0  # training images held out for choosing settings
   data.train_images = 0  # how many of the others to train on; 0: all
   data.skip_errors = False  # count and skip images that do not decode
