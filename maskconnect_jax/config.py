@@ -286,7 +286,8 @@ def _default_data() -> ml_collections.ConfigDict:
   data.flip = True  # random horizontal flip
   data.randaugment = 0  # 'resized': RandAugment's N; 0: off
   data.randaugment_magnitude = 9.0  # RandAugment's M, 0 to 10
-  data.trivialaugment = False  # one operation an image, of any strength
+  # TrivialAugment: one operation an image, of any strength, on the host.
+  data.trivialaugment = False
   data.mixup = 0.0  # alpha of mixup; 0: off
   data.cutmix = 0.0  # alpha of CutMix; with mixup, each batch has one of them
   data.erasing = 0.0  # share of images in which a random box is erased
@@ -387,6 +388,11 @@ def _check_data(data: ml_collections.ConfigDict) -> None:
     raise InputError(
       f'config.data.crop_scale={shown(data.crop_scale)} must be two shares, the'
       ' smaller first, such as (0.08, 1.0)'
+    )
+  if data.trivialaugment and data.randaugment:
+    raise InputError(
+      'config.data.trivialaugment and config.data.randaugment are two ways to'
+      ' one end; leave one of them out'
     )
   if data.mean and data.std and len(data.mean) != len(data.std):
     raise InputError(
