@@ -245,6 +245,19 @@ def architecture_of(
   return architecture
 
 
+def served_as(job: Experiment) -> dict[str, Any]:
+  """Returns the arguments of `inference.save` that a run has from its start."""
+  return {
+    'architecture': job.architecture,
+    'classes': job.dataset.classes,
+    'image_shape': job.dataset.image_shape,
+    'resize': job.config.data.eval_resize,
+    'mean': job.recipe.mean,
+    'std': job.recipe.std,
+    'max_pixels': job.config.data.max_pixels,
+  }
+
+
 def held_out(
   job: Experiment,
 ) -> tuple[str, datasets.Split | datasets.LazySplit]:

@@ -201,17 +201,7 @@ def write(
   Raises:
     InputError: a file cannot be written, as on a full disk.
   """
-  inference.save(
-    workdir / 'model',
-    pruned,
-    architecture=job.architecture,
-    classes=job.dataset.classes,
-    image_shape=job.dataset.image_shape,
-    resize=job.config.data.eval_resize,
-    mean=job.recipe.mean,
-    std=job.recipe.std,
-    max_pixels=job.config.data.max_pixels,
-  )
+  inference.save(workdir / 'model', pruned, **experiment.served_as(job))
   if jax.process_index():
     return
   history.save()
