@@ -34,6 +34,21 @@ def test_flat():
   assert config_lib.flat(config) == {'a': 1, 'b.c': (1, 2), 'b.d.e': 'x'}
 
 
+def test_nesterovs_form_is_for_sgd_alone():
+  config = changed('optimizer.nesterov', False)
+  config_lib.check(config)
+  config.optimizer.name = 'adamw'
+  with pytest.raises(config_lib.InputError, match="optimizer.name='sgd' alone"):
+    config_lib.check(config)
+
+
+def test_two_ways_to_augment_exclude_each_other():
+  config = changed('data.randaugment', 1)
+  config.data.crop, config.data.trivialaugment = 'resized', True
+  with pytest.raises(config_lib.InputError, match='leave one of them out'):
+    config_lib.check(config)
+
+
 def test_default_passes():
   config_lib.check(config_lib.default())
 
@@ -103,6 +118,9 @@ def changed(path, value):
     ('connectivity.shuffled', True, "is for .*rule='fixed_given' alone"),
     ('data.crop_scale', (0.5, 0.1), 'the smaller first'),
     ('data.randaugment', 2, "for .*crop='resized' alone, not for 'pad'"),
+    ('data.val_labels', 'x', "for .*source='folder' alone, not for 'digits'"),
+    ('optimizer.name', 'adam', 'not one of sgd, adamw, lamb, lion'),
+    ('model.drop_path', 1.0, r'must be a number in \[0, 1\)'),
   ],
 )
 def test_bad_values(path, value, message):

@@ -64,7 +64,10 @@ ARROWS: dict[str, set[str]] = {
   'run.inference': {
     'config', 'files', 'limits', 'data.image_headers', 'data.image_inputs',
     'data.images', 'method', 'networks', 'run.augment', 'run.checkpoint',
-    'run.cores', 'run.distributed', 'run.model_record',
+    'run.cores', 'run.distributed', 'run.model_record', 'run.snapshot',
+  },
+  'run.snapshot': {
+    'files', 'method', 'networks', 'run.checkpoint', 'run.model_record',
   },
 }  # fmt: skip
 NEEDS_ORBAX = {'run.checkpoint', 'run.storage'}

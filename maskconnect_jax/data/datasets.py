@@ -273,7 +273,9 @@ def load(data: ml_collections.ConfigDict) -> Dataset:
         ' training and test images are needed'
       )
   gigabytes = len(source) * source.channels * data.image_size**2 / 1e9
-  decoded_later = data.crop == 'resized' or gigabytes > data.memory_gb
+  decoded_later = (
+    data.crop == 'resized' or data.trivialaugment or gigabytes > data.memory_gb
+  )
   dataset = (_lazy if decoded_later else _in_memory)(source, data)
   dataset = dataclasses.replace(dataset, identity=source.identity)
   if data.validation:
@@ -319,14 +321,20 @@ def _lazy(source: Source, data: ml_collections.ConfigDict) -> Dataset:
       scale=tuple(data.crop_scale),
       randaugment_ops=data.randaugment,
       randaugment_magnitude=data.randaugment_magnitude,
+      trivial=data.trivialaugment,
       max_pixels=data.max_pixels,
     )
   else:  # cropped on the device
 
     def augment(
-      record: photographs.Record, _: np.random.Generator
+      record: photographs.Record, rng: np.random.Generator
     ) -> np.ndarray:
-      return decode(record)
+      pixels = decode(record)
+      if not data.trivialaugment:
+        return pixels
+      return photographs.trivially_augmented(
+        pixels, rng, channels=source.channels
+      )
 
   train, test = (
     LazySplit(source, numbers, augment, decode, data.skip_errors)

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from maskconnect_jax.data import image_headers, images
-from maskconnect_jax.data.randaugment import randaugment
+from maskconnect_jax.data.randaugment import randaugment, trivialaugment
 
 # An encoded file's content, its path, or decoded uint8 [H, W, C].
 Record = bytes | str | os.PathLike[str] | np.ndarray
@@ -56,9 +56,10 @@ def training_image(
   ratio: tuple[float, float] = (3 / 4, 4 / 3),
   randaugment_ops: int = 0,
   randaugment_magnitude: float = 9.0,
+  trivial: bool = False,
   max_pixels: int = image_headers.MAX_PIXELS,
 ) -> np.ndarray:
-  """Returns a random crop of an image, resized, with RandAugment if asked for.
+  """Returns a random crop of an image, resized and, if asked for, augmented.
 
   Args:
     record: the content of an image file, its path, or uint8 [H, W, C].
@@ -69,6 +70,7 @@ def training_image(
     ratio: smallest and largest width / height of the crop.
     randaugment_ops: how many operations of RandAugment to apply.
     randaugment_magnitude: strength of the operations, 0 to 10.
+    trivial: whether to apply TrivialAugment.
     max_pixels: width times height of the largest image to decode.
 
   Returns:
@@ -88,6 +90,8 @@ def training_image(
     round(left / reduction) : round((left + wide) / reduction),
   ]
   pixels = _resize(pixels, size)
+  if trivial:
+    return trivially_augmented(pixels, rng, channels=channels)
   if randaugment_ops:
     augmented = randaugment(
       Image.fromarray(pixels),
@@ -97,6 +101,21 @@ def training_image(
     )
     return images.to_array(augmented, channels=channels)
   return images.to_array(pixels, channels=channels)
+
+
+def trivially_augmented(
+  pixels: np.ndarray, rng: np.random.Generator, *, channels: int
+) -> np.ndarray:
+  """Returns an image after TrivialAugment, uint8 [H, W, channels].
+
+  Args:
+    pixels: uint8 [H, W, 3], or [H, W, 1] for a grey image.
+    rng: all randomness comes from it.
+    channels: C of the result, 1 (grey) or 3 (RGB).
+  """
+  grey = pixels.shape[-1] == 1
+  image = Image.fromarray(pixels[..., 0] if grey else pixels)
+  return images.to_array(trivialaugment(image, rng), channels=channels)
 
 
 def evaluation_image(

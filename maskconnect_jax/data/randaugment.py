@@ -1,4 +1,4 @@
-"""RandAugment on Pillow images: one magnitude, operations drawn at random.
+"""RandAugment and TrivialAugment on Pillow images: operations at random.
 
 Cubuk, Zoph, Shlens, Le, *RandAugment: Practical automated data augmentation
 with a reduced search space*, 2020, arXiv 1909.13719. The operations and their
@@ -6,6 +6,9 @@ ranges are torchvision's: posterize keeps at least 4 bits, enhancements scale by
 1 - 0.9 to 1 + 0.9. Magnitude 10 is the end of a range, as in the paper's own
 code and in timm; in torchvision it is 30. Pixels that a shear, a translation or
 a rotation brings in from outside the image are grey.
+
+Müller, Hutter, *TrivialAugment: Tuning-free yet state-of-the-art data
+augmentation*, 2021, arXiv 2103.10158, has the same operations in wider ranges.
 """
 
 from __future__ import annotations
@@ -52,6 +55,29 @@ def randaugment(
   return image
 
 
+def trivialaugment(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+  """Applies one operation, drawn uniformly, at a strength drawn uniformly.
+
+  The ranges are those of the paper's wide space, in 31 steps from 0 to the end:
+  shears up to 0.99, translations up to 32 pixels, rotations up to 135 degrees,
+  enhancements by 1 - 0.99 to 1 + 0.99, posterize down to 2 bits, solarize from
+  0 on.
+
+  Args:
+    image: of mode L or RGB.
+    rng: all randomness comes from it: operation, strength and direction.
+
+  Returns:
+    An image of the same mode and size.
+  """
+  name = str(rng.choice(list(OPERATIONS)))
+  level = rng.choice((-1, 1)) * rng.integers(31) / 30 * _WIDER.get(name, 1)
+  if name.startswith('translate'):
+    side = image.width if name == 'translate_x' else image.height
+    level *= 32 / (150 / 331 * side)
+  return OPERATIONS[name](image, float(level))
+
+
 def _affine(image: Image.Image, *matrix: float) -> Image.Image:
   """Reads the pixel of (x, y) at `matrix` times (x, y, 1)."""
   return image.transform(
@@ -72,8 +98,8 @@ def _rotate(image: Image.Image, level: float) -> Image.Image:
 def _enhance(
   kind: Callable[[Image.Image], ImageEnhance._Enhance],
 ) -> Callable[[Image.Image, float], Image.Image]:
-  # The floor keeps some of the image beyond the end of the range.
-  return lambda image, level: kind(image).enhance(max(1 + 0.9 * level, 0.1))
+  # The floor keeps some of the image beyond the end of the wider range.
+  return lambda image, level: kind(image).enhance(max(1 + 0.9 * level, 0.01))
 
 
 def _grey(image: Image.Image) -> tuple[int, ...]:
@@ -105,4 +131,16 @@ OPERATIONS: dict[str, Callable[[Image.Image, float], Image.Image]] = {
   ),
   'autocontrast': lambda image, level: ImageOps.autocontrast(image),
   'equalize': lambda image, level: ImageOps.equalize(image),
+}
+
+# The end of TrivialAugment's range, in ends of RandAugment's.
+_WIDER = {
+  'shear_x': 3.3,
+  'shear_y': 3.3,
+  'rotate': 4.5,
+  'brightness': 1.1,
+  'color': 1.1,
+  'contrast': 1.1,
+  'sharpness': 1.1,
+  'posterize': 1.5,
 }

@@ -1,4 +1,4 @@
-"""Data sources: digits, IDX files, image folders and TFDS.
+"""Data sources: digits, IDX files, image folders, tables of files and TFDS.
 
 A data source gives random access to its records as they are stored. Nothing is
 decoded here.
@@ -22,7 +22,12 @@ from absl import logging
 
 from maskconnect_jax import names
 from maskconnect_jax.config import given_path
-from maskconnect_jax.data import class_folders, fingerprint, image_headers
+from maskconnect_jax.data import (
+  class_folders,
+  fingerprint,
+  image_headers,
+  tables,
+)
 from maskconnect_jax.data.photographs import Record
 from maskconnect_jax.errors import InputError
 
@@ -212,6 +217,9 @@ def _image_folder(data: ml_collections.ConfigDict) -> Source:
   Without a folder for training and one for testing, the classes lie in DIR
   itself, and `data.test_fraction` of their images are for testing.
 
+  With `data.val_labels` the test images lie in one folder, and the list has
+  their classes.
+
   Every file that `image_files` finds counts as an image, with any suffix. A
   file that is no image is an error: leaving it out would silently train on less
   data.
@@ -233,10 +241,12 @@ def _image_folder(data: ml_collections.ConfigDict) -> Source:
       class_folders.class_files(root), data.test_fraction, data.dir
     )
   else:
-    train, test = (
-      class_folders.class_files(train_root),
-      class_folders.class_files(test_root),
-    )
+    train = class_folders.class_files(train_root)
+    if data.val_labels:
+      labels = given_path(data.val_labels, 'config.data.val_labels')
+      test = tables.listed(test_root, labels, train)
+    else:
+      test = class_folders.class_files(test_root)
   if odd := sorted(set(train) ^ set(test)):
     where = [
       f'{names.distinct(name)} is only in'
@@ -247,17 +257,48 @@ def _image_folder(data: ml_collections.ConfigDict) -> Source:
       f'config.data.dir={data.dir!r}: train and test differ in classes'
       f' ({names.some(where, 5)}); both need the same class folders'
     )
+  return _of_files(data, train, test, (train_root, test_root))
+
+
+def _table(data: ml_collections.ConfigDict) -> Source:
+  """Returns the images of a table of path, label and split as RGB."""
+  path = given_path(data.dir, 'config.data.dir')
+  if not path.is_file():
+    raise InputError(
+      f'config.data.dir={data.dir!r} is no file; config.data.source='
+      "'table' needs FILE.csv or FILE.jsonl of path, label and split"
+    )
+  train, test = tables.read(path)
+  if not test:
+    train, test = _split(train, data.test_fraction, data.dir)
+  return _of_files(data, train, test, (path.parent, path.parent))
+
+
+def _of_files(
+  data: ml_collections.ConfigDict,
+  train: tables.ByClass,
+  test: tables.ByClass,
+  folders: tuple[pathlib.Path, pathlib.Path],
+) -> Source:
+  """Returns a data source of image files, read as RGB.
+
+  Args:
+    data: `config.data`.
+    train: the training images of each class.
+    test: the test images of the same classes.
+    folders: of the training and of the test images, which may be moved.
+  """
   found = [*train.values(), *test.values()]
   paths = [str(path) for files in found for path in files]
   labels = np.repeat(
     np.tile(np.arange(len(train)), 2), [len(files) for files in found]
   )
   num_train = sum(map(len, train.values()))
-  bases = len(str(train_root)), len(str(test_root))
+  bases = [str(folder) for folder in folders]
 
   def named(i: int) -> tuple[str, str]:
     part = int(i >= num_train)
-    below = paths[i][bases[part] :].replace(os.sep, '/')
+    below = paths[i].removeprefix(bases[part]).replace(os.sep, '/')
     return ('train', 'test')[part] + below, paths[i]
 
   return Source(
@@ -294,7 +335,7 @@ def _split(
       sides[value < fraction].append(path)
     if not all(sides):
       raise InputError(
-        f'config.data.dir={folder!r} holds classes alone, and'
+        f'config.data.dir={folder!r} has no test images, and'
         f' config.data.test_fraction={fraction:g} leaves the class'
         f' {names.distinct(name)}, with {len(paths)} images, without'
         f' {"training" if sides[1] else "test"} images; add images to it, or'
@@ -302,7 +343,7 @@ def _split(
       )
     train[name], test[name] = sides
   logging.warning(
-    '%s holds classes alone: %d of its %d images are for testing, chosen by'
+    '%s has no test images: %d of its %d images are for testing, chosen by'
     ' their names (config.data.test_fraction=%g)',
     folder,
     sum(map(len, test.values())),
@@ -406,6 +447,7 @@ _SOURCES: dict[str, Callable[[ml_collections.ConfigDict], Source]] = {
   'digits': _digits,
   'idx': _idx,
   'folder': _image_folder,
+  'table': _table,
   'tfds': _tfds,
 }
 

@@ -13,12 +13,13 @@ from maskconnect_jax.networks import layers
 
 
 class BasicBlock(nnx.Module):
-  """Two 3x3 convolutions and a shortcut without parameters (option A).
+  """Two 3x3 convolutions and a shortcut.
 
   y = relu(F(x) + S(x)). S is the identity. In a block that opens a stage, S
-  takes every second pixel and appends zero channels. The first convolution
-  carries the stride. He et al., "Deep Residual Learning for Image Recognition",
-  2016, section 4.2.
+  takes every second pixel and appends zero channels (option A, of the networks
+  for CIFAR); or, `projected`, it is a 1x1 convolution with BatchNorm (option B,
+  of those for ImageNet). The first convolution carries the stride. He et al.,
+  "Deep Residual Learning for Image Recognition", 2016, sections 3.3 and 4.2.
   """
 
   def __init__(
@@ -27,9 +28,22 @@ class BasicBlock(nnx.Module):
     features: int,
     *,
     stride: int = 1,
+    projected: bool = False,
+    zero_init: bool = False,
     dtype: DTypeLike = jnp.float32,
     rngs: nnx.Rngs,
   ) -> None:
+    """Builds the block.
+
+    Args:
+      in_features: channels of the input.
+      features: channels of the output.
+      stride: s, of the first convolution and the shortcut.
+      projected: whether a shortcut to another shape has parameters.
+      zero_init: see `Bottleneck`.
+      dtype: of the activations.
+      rngs: its 'params' stream draws the kernels.
+    """
     self.features = features
     self.stride = stride
     self.conv1 = layers.Conv(
@@ -37,17 +51,37 @@ class BasicBlock(nnx.Module):
     )
     self.norm1 = layers.BatchNorm(features, dtype=dtype)
     self.conv2 = layers.Conv(features, features, 3, dtype=dtype, rngs=rngs)
-    self.norm2 = layers.BatchNorm(features, dtype=dtype)
+    self.norm2 = layers.BatchNorm(features, zero_init=zero_init, dtype=dtype)
+    self.projected = projected and (stride != 1 or in_features != features)
+    if self.projected:
+      self.shortcut_conv = layers.Conv(
+        in_features, features, 1, stride=stride, dtype=dtype, rngs=rngs
+      )
+      self.shortcut_norm = layers.BatchNorm(features, dtype=dtype)
 
-  def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-    """Maps [N, H, W, in_features] to [N, ceil(H/s), ceil(W/s), features]."""
+  def __call__(
+    self, x: jax.Array, *, train: bool = False, keep: jax.Array | None = None
+  ) -> jax.Array:
+    """Maps [N, H, W, in_features] to [N, ceil(H/s), ceil(W/s), features].
+
+    Args:
+      x: the input.
+      train: whether BatchNorm takes the batch's statistics.
+      keep: float [N], times the residual of each image; None: 1.
+    """
     residual = self.conv1(x)
     residual = self.norm1(residual, use_running_average=not train)
     residual = self.conv2(backend.relu(residual))
     residual = self.norm2(residual, use_running_average=not train)
-    shortcut = adapters.zero_pad_channels(
-      x[:, :: self.stride, :: self.stride], self.features
-    )
+    residual = _kept(residual, keep)
+    if self.projected:
+      shortcut = self.shortcut_norm(
+        self.shortcut_conv(x), use_running_average=not train
+      )
+    else:
+      shortcut = adapters.zero_pad_channels(
+        x[:, :: self.stride, :: self.stride], self.features
+      )
     return backend.relu(residual + shortcut)
 
 
@@ -102,14 +136,26 @@ class Bottleneck(nnx.Module):
       )
       self.shortcut_norm = layers.BatchNorm(features, dtype=dtype)
 
-  def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-    """Maps [N, H, W, in_features] to [N, ceil(H/s), ceil(W/s), features]."""
+  def __call__(
+    self, x: jax.Array, *, train: bool = False, keep: jax.Array | None = None
+  ) -> jax.Array:
+    """Maps [N, H, W, in_features] to [N, ceil(H/s), ceil(W/s), features].
+
+    See `BasicBlock.__call__`.
+    """
     running = not train
     residual = self.norm1(self.conv1(x), use_running_average=running)
     residual = self.conv2(backend.relu(residual))
     residual = self.norm2(residual, use_running_average=running)
     residual = self.conv3(backend.relu(residual))
     residual = self.norm3(residual, use_running_average=running)
+    residual = _kept(residual, keep)
     if self.projected:
       x = self.shortcut_norm(self.shortcut_conv(x), use_running_average=running)
     return backend.relu(residual + x)
+
+
+def _kept(residual: jax.Array, keep: jax.Array | None) -> jax.Array:
+  if keep is None:
+    return residual
+  return residual * keep.astype(residual.dtype)[:, None, None, None]

@@ -50,8 +50,9 @@ class Architecture:
     bottleneck: True for bottlenecks, False for basic blocks.
     cardinality: C, groups of a bottleneck's 3x3 convolution.
     branch_width: w, channels of a group in the first stage; 0: width / C.
-    large_images: True for ImageNet's stem and residuals that start at zero,
-      False for CIFAR's.
+    large_images: True for ImageNet's stem, shortcuts with parameters and
+      residuals that start at zero; False for CIFAR's stem and, of basic
+      blocks, shortcuts without parameters.
   """
 
   blocks_per_stage: tuple[int, ...]
@@ -178,6 +179,8 @@ class Architecture:
           channels[index],
           channels[index + 1],
           stride=stride,
+          projected=self.large_images,
+          zero_init=self.large_images,
           dtype=dtype,
           rngs=rngs,
         )
@@ -352,6 +355,7 @@ class Network(nnx.Module):
     mask: jax.Array | None = None,
     *,
     train: bool = False,
+    keep: jax.Array | None = None,
   ) -> jax.Array:
     """Returns logits, float32 [N, num_classes].
 
@@ -360,7 +364,10 @@ class Network(nnx.Module):
       mask: b from `draw`; None takes the top K of r. A topology takes the place
         of both.
       train: whether BatchNorm takes the batch's statistics and keeps them.
+      keep: [N, L], times the residuals of each image and block, for stochastic
+        depth; None: 1. It is for level 'block' alone.
     """
+    options = {} if keep is None else {'keep': keep}
     # The backward pass inherits the precision of the forward pass.
     precise = (
       contextlib.nullcontext()
@@ -369,7 +376,7 @@ class Network(nnx.Module):
     )
     with precise:
       x = self.stem(images, train=train)
-      x = self.pool(self.stack(x, mask, train=train))
+      x = self.pool(self.stack(x, mask, train=train, **options))
       if self.head_norm is not None:
         x = self.head_norm(x, use_running_average=not train)
       return self.head(x)
@@ -440,9 +447,14 @@ def _imagenet(
   depth: int, cardinality: int = 1, branch_width: int = 0
 ) -> Architecture:
   return Architecture(
-    {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}[depth],
+    {
+      18: (2, 2, 2, 2),
+      34: (3, 4, 6, 3),
+      50: (3, 4, 6, 3),
+      101: (3, 4, 23, 3),
+    }[depth],
     width=64,
-    bottleneck=True,
+    bottleneck=depth >= 50,
     cardinality=cardinality,
     branch_width=branch_width,
     large_images=True,
@@ -451,6 +463,8 @@ def _imagenet(
 
 REGISTRY: dict[str, Architecture] = {
   **{f'resnet{d}': _cifar(d) for d in (20, 32, 38, 44, 56, 74, 110)},
+  'resnet18': _imagenet(18),
+  'resnet34': _imagenet(34),
   'resnet50': _imagenet(50),
   'resnet101': _imagenet(101),
   'resnext20_8x4d': _cifar_resnext(20, 8, 4),
@@ -474,7 +488,8 @@ def list_models(pattern: str = '*') -> list[str]:
 def architecture_of(name: Any) -> Architecture:
   """Returns the architecture of a name, or an `Architecture` unchanged.
 
-  A name of the registry comes first: 'resnet50' and 'resnet101' are ImageNet's.
+  A name of the registry comes first: 'resnet18', '34', '50' and '101' are
+  ImageNet's.
   Other names are of CIFAR's form: 'resnetD' with D = 6n+2 has basic blocks,
   'resnetD_bottleneck' with D = 9n+2 has bottlenecks.
 

@@ -282,6 +282,50 @@ def digest(arrays: Any) -> int:
   return crc
 
 
+def read_state(folder: Path) -> dict[str, Any]:
+  """Reads one checkpoint of `Checkpoints`, and leaves the others alone.
+
+  Args:
+    folder: the checkpoint's own folder, such as checkpoints/24.
+
+  Returns:
+    The parts of the state as nested dicts of arrays on the first device. Keys
+    that are numbers are ints, as in a network's pure state.
+
+  Raises:
+    InputError: the checkpoint is missing or damaged, or cannot be read.
+  """
+  sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  stored.check_permissions(folder)
+  with storage.Session(folder) as session, storage.quiet() as settle:
+    try:
+      found: Any = session.call(ocp.metadata, session.path).metadata
+      own = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+          tuple(leaf.shape), leaf.dtype, sharding=sharding
+        ),
+        found,
+      )
+      loaded = _numbered(session.call(ocp.load, session.path, own))
+      if digest(loaded) != stored.digest_of(folder):
+        raise ValueError('its arrays are not those that were saved')
+      return loaded
+    except Exception as error:  # a broken file makes Orbax raise anything
+      damage = storage.first_line(error)
+      settle()
+  raise InputError(f'checkpoint {folder} is damaged ({damage})')
+
+
+def _numbered(tree: Any) -> Any:
+  """Turns keys such as '10' into numbers, which sort as those of the state."""
+  if isinstance(tree, dict):
+    return {
+      int(key) if str(key).isdigit() else key: _numbered(value)
+      for key, value in tree.items()
+    }
+  return list(map(_numbered, tree)) if isinstance(tree, list | tuple) else tree
+
+
 def save_arrays(folder: Path, arrays: dict[str, jax.Array]) -> None:
   """Writes named arrays into a new folder, and waits until they are written.
 

@@ -30,6 +30,7 @@ from maskconnect_jax.run import (
   cores,
   distributed,
   model_record,
+  snapshot,
 )
 
 K = TypeVar('K')
@@ -70,29 +71,20 @@ def save(
     InputError: the model cannot be written, as on a full disk; a folder already
       there stays.
   """
-  height, width, channels = image_shape
   arrays = _named_arrays(model)
   if jax.process_index():
     checkpoint.save_arrays(files.temporary_of(folder) / 'arrays', arrays)
     return
-  record = {
-    'schema': model_record.SCHEMA,
-    'architecture': (
-      {'version': model.version} | architecture | model.stack.spec.to_dict()
-    ),
-    'topology': model.topology.to_dict(),
-    'digest': checkpoint.digest(arrays),
-    'classes': list(classes),
-    'preprocessing': {
-      'height': height,
-      'width': width,
-      'channels': channels,
-      'resize': resize,
-      'mean': list(mean),
-      'std': list(std),
-      'max_pixels': max_pixels,
-    },
-  }
+  record = snapshot.description(
+    model,
+    architecture=architecture,
+    classes=classes,
+    image_shape=image_shape,
+    resize=resize,
+    mean=mean,
+    std=std,
+    max_pixels=max_pixels,
+  ) | {'digest': checkpoint.digest(arrays)}
   size = sum(array.nbytes for array in arrays.values())
   with files.replacing(folder, size) as temporary:
     temporary.mkdir(parents=True)
@@ -100,17 +92,28 @@ def save(
     files.write_json(temporary / 'model.json', record)
 
 
-def load(folder: str | Path) -> Classifier:
+def load(folder: str | Path, step: int | str | None = None) -> Classifier:
   """Reads a model.
 
   Args:
-    folder: the workdir of a finished run, such as 'runs/digits', or a model
-      folder, which may have been moved anywhere.
+    folder: the workdir of a run, such as 'runs/digits', or a model folder,
+      which may have been moved anywhere. Of a run that is not finished, the
+      newest whole checkpoint is read.
+    step: reads a checkpoint of a workdir instead: that after so many steps; or
+      'best', that with the best accuracy on the images that the run was
+      evaluated on. A network that still learns its wiring is wired as it is
+      evaluated then.
 
   Raises:
-    InputError: the folder holds no whole model.
+    InputError: the folder holds no whole model, or no such checkpoint.
   """
   folder = given_path(folder, '--workdir')
+  if step is not None or _is_unfinished(folder):
+    if step not in (None, 'best') and type(step) is not int:
+      raise InputError(
+        f"step={limits.shown(step)} is neither 'best' nor a whole number"
+      )
+    return Classifier(*snapshot.read(folder, step))
   if (folder / 'model' / 'model.json').is_file():  # a workdir
     folder /= 'model'
   path = folder / 'model.json'
@@ -152,6 +155,15 @@ def load(folder: str | Path) -> Classifier:
     for path, leaf in flat
   )
   return Classifier(network, loaded, record)
+
+
+def _is_unfinished(folder: Path) -> bool:
+  """Whether this is the workdir of a run without a model, with checkpoints."""
+  finished = (folder / 'model' / 'model.json').is_file()
+  begun = (folder / 'inputs.json').is_file() and any(
+    path.name.isdigit() for path in (folder / 'checkpoints').glob('[0-9]*')
+  )
+  return begun and not finished
 
 
 def _named_arrays(model: Any) -> dict[str, Any]:

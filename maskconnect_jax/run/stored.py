@@ -69,6 +69,16 @@ def _check_metadata(content: Any) -> None:
       raise TypeError(name)
 
 
+def digest_of(folder: Path) -> Any:
+  """Returns the digest that is kept beside the arrays of a checkpoint.
+
+  Raises:
+    OSError, ValueError, KeyError or TypeError: it is missing or damaged.
+  """
+  content = json.loads((folder / _METADATA).read_bytes())
+  return content['custom_metadata']['digest']
+
+
 def _set_aside(path: Path) -> None:
   with contextlib.suppress(FileNotFoundError):  # another process was faster
     path.rename(path.with_name(f'{path.name}.damaged'))

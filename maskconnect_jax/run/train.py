@@ -34,6 +34,7 @@ from maskconnect_jax.run import (
   metrics,
   narrow,
   profile,
+  snapshot,
   steps,
   workdirs,
 )
@@ -136,6 +137,7 @@ def start(job: experiment.Experiment, workdir: Path) -> Run:
   inputs = workdirs.checked_inputs(
     workdir, job.dataset.identity, job.model.topology if given else None
   )
+  inputs['model'] = snapshot.description(job.model, **experiment.served_as(job))
   if primary:
     workdirs.remove_leftovers(workdir)
     if not (workdir / 'config.json').exists():

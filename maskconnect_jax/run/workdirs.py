@@ -38,7 +38,7 @@ from maskconnect_jax.errors import InputError
 INPUTS_SCHEMA = 'maskconnect_jax.inputs/1'
 
 # Fields that hold a path. inputs.json identifies the content found there.
-PLACES = ('data.dir', 'connectivity.topology')
+PLACES = ('data.dir', 'data.val_labels', 'connectivity.topology')
 
 _FOLDERS = ('checkpoints', 'figures', 'model', 'tensorboard')
 _FILES = (

@@ -872,3 +872,21 @@ print(len(datasets.load(data).train), 'tensorflow' in sys.modules)
     [sys.executable, '-c', code], capture_output=True, text=True, check=True
   )
   assert done.stdout == '4 False\n'
+
+
+@pytest.mark.parametrize('crop', ['pad', 'resized'])
+def test_trivialaugment_changes_training_images_alone(crop):
+  data = {'image_size': 8, 'crop': crop, 'crop_scale': (1.0, 1.0)}
+  plain, augmented = (load(**data, trivialaugment=on) for on in (False, True))
+  assert isinstance(augmented.train, datasets.LazySplit)
+
+  def image(i, seed):
+    rng = np.random.default_rng(seed)
+    return augmented.train.training_example(i, rng)[0]
+
+  np.testing.assert_array_equal(image(0, 1), image(0, 1))
+  assert image(0, 1).shape == (8, 8, 1)
+  assert len({image(0, seed).tobytes() for seed in range(20)}) > 10
+  test = augmented.test.evaluation_example(3)[0]
+  if crop == 'pad':  # the set without it is in memory
+    np.testing.assert_array_equal(test, plain.test.images[3])

@@ -7,7 +7,11 @@ import pytest
 from PIL import Image
 
 from maskconnect_jax import config
-from maskconnect_jax.data.randaugment import OPERATIONS, randaugment
+from maskconnect_jax.data.randaugment import (
+  OPERATIONS,
+  randaugment,
+  trivialaugment,
+)
 
 RNG = np.random.default_rng(0)
 # Smooth, so that interpolation can be told from the formula; no 0 and no 255.
@@ -164,6 +168,44 @@ def test_operations_are_the_papers_drawn_evenly_in_both_directions(monkeypatch):
   np.testing.assert_allclose(
     [drawn[name] for name in OPERATIONS], 200, atol=5 * 200**0.5
   )
+
+
+def test_trivialaugment_draws_one_operation_of_any_strength(monkeypatch):
+  """The ends of the wide space: table 1 of the paper, on 40 x 32 pixels."""
+  levels = {name: [] for name in OPERATIONS}
+  for name in OPERATIONS:
+
+    def record(image, level, name=name):
+      levels[name].append(level)
+      return image
+
+    monkeypatch.setitem(OPERATIONS, name, record)
+  rng = np.random.default_rng(0)
+  image = Image.fromarray(SMOOTH)
+  for _ in range(5600):
+    trivialaugment(image, rng)
+  counts = [len(drawn) for drawn in levels.values()]
+  np.testing.assert_allclose(counts, 400, atol=5 * 400**0.5)
+  ends = {
+    'shear_x': 0.99 / 0.3, 'shear_y': 0.99 / 0.3, 'rotate': 135 / 30,
+    'translate_x': 32 / (150 / 331 * 40), 'translate_y': 32 / (150 / 331 * 32),
+    'brightness': 0.99 / 0.9, 'color': 0.99 / 0.9, 'contrast': 0.99 / 0.9,
+    'sharpness': 0.99 / 0.9, 'posterize': (8 - 2) / 4,
+  }  # fmt: skip
+  for name, drawn in levels.items():
+    steps = np.array(drawn) / ends.get(name, 1) * 30
+    np.testing.assert_allclose(steps, np.round(steps), atol=1e-9)
+    assert {*np.abs(np.round(steps))} == set(range(31))
+    assert abs(np.mean(steps)) < 5 * 17.9 / 400**0.5  # both directions
+
+
+def test_the_ends_of_the_wide_space_are_reached():
+  dark, bright = (
+    np.asarray(apply('brightness', s * 1.1), int) for s in (-1, 1)
+  )
+  np.testing.assert_allclose(dark, 0.01 * SMOOTH, atol=1)
+  np.testing.assert_allclose(bright, np.minimum(1.99 * SMOOTH, 255), atol=1)
+  np.testing.assert_array_equal(apply('posterize', -1.5), SMOOTH // 64 * 64)
 
 
 @pytest.mark.parametrize('magnitude', [0, 9, 30])

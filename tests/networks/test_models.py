@@ -791,10 +791,10 @@ def test_bfloat16_keeps_all_else_float32_and_the_logits_near():
 def test_list_models_matches_patterns():
   names = ['resnet20', 'resnet32', 'resnet38', 'resnet44', 'resnet56']
   names += ['resnet74', 'resnet110']
-  names += ['resnet50', 'resnet101']
+  names += ['resnet18', 'resnet34', 'resnet50', 'resnet101']
   assert models.list_models('resnet*') == names
   assert len(models.list_models()) == len(names) + 6
-  assert models.list_models('*4') == ['resnet44', 'resnet74']
+  assert models.list_models('*4') == ['resnet44', 'resnet74', 'resnet34']
   assert models.list_models('vgg*') == []
 
 

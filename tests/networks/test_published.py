@@ -26,6 +26,9 @@ RESNEXT = models.Architecture(
 )  # fmt: skip
 
 
+BASIC = models.Architecture(DEPTHS, width=64, large_images=True)
+
+
 def shapes(depths, width, classes, groups=1, inner_of=lambda w: w):
   """Name and shape of every array, as torchvision's constructor makes them."""
   found = {}
@@ -40,16 +43,22 @@ def shapes(depths, width, classes, groups=1, inner_of=lambda w: w):
   channels = width
   for stage, depth in enumerate(depths):
     wide = width * 2**stage
-    inner, out = inner_of(wide), 4 * wide
+    inner, out = (inner_of(wide), 4 * wide) if inner_of else (wide, wide)
     for block in range(depth):
       name = f'layer{stage + 1}.{block}'
-      found[f'{name}.conv1.weight'] = (inner, channels, 1, 1)
-      norm(f'{name}.bn1', inner)
-      found[f'{name}.conv2.weight'] = (inner, inner // groups, 3, 3)
-      norm(f'{name}.bn2', inner)
-      found[f'{name}.conv3.weight'] = (out, inner, 1, 1)
-      norm(f'{name}.bn3', out)
-      if block == 0:
+      if inner_of:
+        found[f'{name}.conv1.weight'] = (inner, channels, 1, 1)
+        norm(f'{name}.bn1', inner)
+        found[f'{name}.conv2.weight'] = (inner, inner // groups, 3, 3)
+        norm(f'{name}.bn2', inner)
+        found[f'{name}.conv3.weight'] = (out, inner, 1, 1)
+        norm(f'{name}.bn3', out)
+      else:  # a basic block
+        found[f'{name}.conv1.weight'] = (out, channels, 3, 3)
+        norm(f'{name}.bn1', out)
+        found[f'{name}.conv2.weight'] = (out, out, 3, 3)
+        norm(f'{name}.bn2', out)
+      if block == 0 and (stage or inner_of):
         found[f'{name}.downsample.0.weight'] = (out, channels, 1, 1)
         norm(f'{name}.downsample.1', out)
       channels = out
@@ -100,11 +109,15 @@ def forward(w, x, depths, groups):
   for stage, depth in enumerate(depths):
     for block in range(depth):
       name, stride = f'layer{stage + 1}.{block}', 1 + (stage > 0 and block == 0)
-      y = jax.nn.relu(norm(conv(x, f'{name}.conv1'), f'{name}.bn1'))
-      y = conv(y, f'{name}.conv2', stride, groups)
-      y = jax.nn.relu(norm(y, f'{name}.bn2'))
-      y = norm(conv(y, f'{name}.conv3'), f'{name}.bn3')
-      if block == 0:
+      if f'{name}.conv3.weight' in w:
+        y = jax.nn.relu(norm(conv(x, f'{name}.conv1'), f'{name}.bn1'))
+        y = conv(y, f'{name}.conv2', stride, groups)
+        y = jax.nn.relu(norm(y, f'{name}.bn2'))
+        y = norm(conv(y, f'{name}.conv3'), f'{name}.bn3')
+      else:
+        y = jax.nn.relu(norm(conv(x, f'{name}.conv1', stride), f'{name}.bn1'))
+        y = norm(conv(y, f'{name}.conv2'), f'{name}.bn2')
+      if f'{name}.downsample.0.weight' in w:
         x = norm(
           conv(x, f'{name}.downsample.0', stride), f'{name}.downsample.1'
         )
@@ -114,8 +127,8 @@ def forward(w, x, depths, groups):
 
 @pytest.mark.parametrize(
   ('network', 'groups', 'inner_of'),
-  [(NETWORK, 1, lambda w: w), (RESNEXT, 4, lambda w: 2 * w)],
-  ids=['resnet', 'resnext'],
+  [(NETWORK, 1, lambda w: w), (RESNEXT, 4, lambda w: 2 * w), (BASIC, 1, None)],
+  ids=['resnet', 'resnext', 'basic'],
 )
 def test_logits_are_those_of_the_published_network(network, groups, inner_of):
   with jax.enable_x64():
@@ -148,11 +161,17 @@ def test_logits_are_those_of_the_published_network(network, groups, inner_of):
 
 @pytest.mark.parametrize(
   ('name', 'depths', 'entries'),
-  [('resnet50', (3, 4, 6, 3), 320), ('resnet101', (3, 4, 23, 3), 626)],
+  [
+    ('resnet18', (2, 2, 2, 2), 122),
+    ('resnet34', (3, 4, 6, 3), 218),
+    ('resnet50', (3, 4, 6, 3), 320),
+    ('resnet101', (3, 4, 23, 3), 626),
+  ],
 )
 def test_every_array_of_a_published_network_has_a_place(name, depths, entries):
   """The number of entries is that of torchvision's state_dict."""
-  expected = shapes(depths, 64, 1000)
+  inner_of = (lambda width: width) if entries >= 320 else None
+  expected = shapes(depths, 64, 1000, inner_of=inner_of)
   assert len(expected) == entries
   model = nnx.eval_shape(
     lambda: models.create_model(name, num_classes=1000, rule='fixed_prev')

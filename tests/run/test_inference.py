@@ -16,6 +16,7 @@ from PIL import Image
 
 import maskconnect_jax
 from maskconnect_jax import config, files
+from maskconnect_jax.data import datasets
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import topology
 from maskconnect_jax.networks import models
@@ -123,17 +124,99 @@ def test_a_model_is_used_without_the_training_stack(finished):
   """grain, TFDS and TensorBoard are not needed to load and predict."""
   program = f"""
 import sys
-for name in ('grain', 'tensorflow_datasets', 'tensorboardX', 'sklearn'):
+for name in ('clu', 'grain', 'tensorflow_datasets', 'tensorboardX', 'sklearn'):
   sys.modules[name] = None
 import numpy as np, maskconnect_jax
 model = maskconnect_jax.load({str(finished.workdir)!r})
 images = np.zeros((2, 8, 8, 1), np.uint8)
 print(model.predict(images).shape, model.features(images).shape)
+maskconnect_jax.load({str(finished.workdir)!r}, 24)
 """
   ran = subprocess.run(
     [sys.executable, '-c', program], capture_output=True, text=True, check=False
   )
   assert ran.stdout == '(2, 10) (2, 32)\n', ran.stderr
+
+
+@pytest.fixture
+def unfinished(finished, tmp_path):
+  """The workdir as it was right before the model was written."""
+  shutil.copytree(
+    finished.workdir,
+    tmp_path / 'run',
+    ignore=shutil.ignore_patterns('model', 'summary.json', 'figures'),
+  )
+  return tmp_path / 'run'
+
+
+def assert_same_arrays(one, other):
+  assert one.keys() == other.keys()
+  for name, array in one.items():
+    np.testing.assert_array_equal(array, other[name], err_msg=name)
+
+
+def logged(workdir):
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  found = (json.loads(line) for line in lines)
+  return {r['step']: r['test_accuracy'] for r in found if 'test_accuracy' in r}
+
+
+def test_a_run_that_is_not_finished_gives_its_newest_checkpoint(
+  unfinished, model, caplog
+):
+  newest = inference.load(unfinished)
+  assert newest.topology == model.topology
+  assert newest.classes == model.classes
+  own = ('classes', 'preprocessing', 'architecture', 'topology')
+  assert all(newest.record[name] == model.record[name] for name in own)
+  assert_same_arrays(newest.arrays, model.arrays)
+  accuracies = logged(unfinished)
+  best = max(accuracies, key=lambda step: (accuracies[step], step))
+  assert_same_arrays(
+    inference.load(unfinished, 'best').arrays,
+    inference.load(unfinished, best).arrays,
+  )
+  # A damaged checkpoint is passed over, unless it is asked for.
+  data = max(
+    (unfinished / 'checkpoints/24/state').rglob('d/*'),
+    key=lambda path: path.stat().st_size,
+  )
+  content = bytearray(data.read_bytes())
+  content[len(content) // 2] ^= 255
+  data.write_bytes(content)
+  before = inference.load(unfinished)
+  assert 'checkpoints/24 is damaged' in caplog.text
+  assert_same_arrays(before.arrays, inference.load(unfinished, 20).arrays)
+  with pytest.raises(InputError, match='checkpoints/24 is damaged'):
+    inference.load(unfinished, 24)
+
+
+def test_a_checkpoint_predicts_as_it_was_evaluated(finished):
+  """In the connectivity phase, in which r still has sources to choose from."""
+  dataset = datasets.load(config.default().data)
+  early = inference.load(finished.workdir, 8)
+  found = early.predict(dataset.test.images).argmax(1) == dataset.test.labels
+  assert found.mean() == pytest.approx(logged(finished.workdir)[8])
+
+
+@pytest.mark.parametrize(
+  ('step', 'says'),
+  [
+    (7, 'no checkpoint of step 7; those there: 4, 8, 12, 16, 20, 24'),
+    ('bets', "step='bets' is neither 'best' nor a whole number"),
+  ],
+)
+def test_checkpoints_that_are_not_there(step, says, finished):
+  with pytest.raises(InputError, match=says):
+    inference.load(finished.workdir, step)
+
+
+def test_runs_of_earlier_versions_do_not_describe_their_network(unfinished):
+  inputs = json.loads((unfinished / 'inputs.json').read_text())
+  del inputs['model']
+  (unfinished / 'inputs.json').write_text(json.dumps(inputs))
+  with pytest.raises(InputError, match='does not describe the network'):
+    inference.load(unfinished)
 
 
 def test_nothing_to_predict(model):

@@ -1,0 +1,182 @@
+"""Tables of files and flat val/ folders, against folders of the same images."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskconnect_jax import config
+from maskconnect_jax.data import datasets, sources
+
+CLASSES = ('ant', 'bee')
+
+
+@pytest.fixture
+def root(tmp_path):
+  """train/<class>/ and val/<class>/, beside images of other places."""
+  rng = np.random.default_rng(0)
+  for part, count in (('train', 4), ('val', 2)):
+    for name in CLASSES:
+      (tmp_path / part / name).mkdir(parents=True)
+      for i in range(count):
+        pixels = rng.integers(0, 256, (6, 6, 3), np.uint8)
+        path = tmp_path / part / name / f'{name}{i}.png'
+        Image.fromarray(pixels).save(path)
+  return tmp_path
+
+
+def load(**fields):
+  data = config.default().data
+  with data.unlocked():
+    data.update(fields)
+  return datasets.load(data)
+
+
+def rows_of(root):
+  """One row an image, in a mixed order."""
+  paths = sorted(root.glob('*/*/*.png'), key=lambda path: path.name[::-1])
+  return [
+    (str(path.relative_to(root)), path.parent.name, path.parent.parent.name)
+    for path in paths
+  ]
+
+
+def by_content(split):
+  return sorted(
+    (image.tobytes(), int(label))
+    for image, label in zip(split.images, split.labels, strict=True)
+  )
+
+
+def write_csv(path, rows, head='path,label,split'):
+  path.write_text('\n'.join([head, *(','.join(row) for row in rows)]) + '\n')
+  return path
+
+
+def test_a_table_is_the_folder_it_lists(root):
+  expected = load(source='folder', dir=str(root))
+  table = write_csv(root / 'all.csv', rows_of(root))
+  lines = root / 'all.jsonl'
+  lines.write_text(
+    '\n'.join(
+      json.dumps({'label': label, 'path': path, 'split': split.upper()})
+      for path, label, split in rows_of(root)
+    )
+  )
+  for file in (table, lines):
+    found = load(source='table', dir=str(file))
+    assert found.classes == CLASSES
+    for part in ('train', 'test'):
+      own = by_content(getattr(found, part))
+      assert own == by_content(getattr(expected, part))
+
+
+def test_a_table_that_moves_with_its_images_stays_the_same_set(root, tmp_path):
+  write_csv(root / 'all.csv', rows_of(root))
+  data = config.default().data
+  data.source, data.dir = 'table', str(root / 'all.csv')
+  before = sources.open_source(data).identity.digest()
+  moved = root.rename(tmp_path.with_name(f'{tmp_path.name}-moved'))
+  data.dir = str(moved / 'all.csv')
+  assert sources.open_source(data).identity.digest() == before
+  write_csv(moved / 'all.csv', rows_of(moved)[::-1])
+  assert sources.open_source(data).identity.digest() != before
+
+
+def test_numbers_are_sorted_as_numbers(root):
+  rows = [
+    (path, '10' if label == 'ant' else '9', split)
+    for path, label, split in rows_of(root)
+  ]
+  found = load(source='table', dir=str(write_csv(root / 'n.csv', rows)))
+  assert found.classes == ('9', '10')
+
+
+def test_without_a_split_names_decide(root):
+  rows = [row[:2] for row in rows_of(root)]
+  table = write_csv(root / 'all.csv', rows, 'path,label')
+  found = load(source='table', dir=str(table), test_fraction=0.5)
+  assert len(found.train) + len(found.test) == 12
+  assert {*found.train.labels} == {*found.test.labels} == {0, 1}
+
+
+def test_validation_rows_beside_test_rows_are_not_used(root, caplog):
+  rows = rows_of(root)
+  rows = [
+    (*r[:2], 'test' if '0' in r[0] and r[2] == 'val' else r[2]) for r in rows
+  ]
+  found = load(source='table', dir=str(write_csv(root / 'a.csv', rows)))
+  assert (len(found.train), len(found.test)) == (8, 2)
+  assert '2 images of the split val are not used' in caplog.text
+
+
+@pytest.mark.parametrize(
+  ('name', 'text', 'says'),
+  [
+    ('a.csv', 'file,label\nx,y\n', 'has the columns file, label; its first'),
+    ('a.csv', '', 'has the columns \\(none\\)'),
+    ('a.csv', 'path,label\n,ant\n', "line 2: path is ''; it must be text"),
+    ('a.csv', 'path,label\nx\n', 'line 2: label is None'),
+    ('a.csv', 'path,label,split\nx,ant,trian\n', 'line 2: the split trian is'),
+    ('a.csv', 'path,label\nx,ant\nx,bee\n', 'line 3: x is there twice'),
+    ('a.csv', 'path,label,split\nx,ant,test\n', 'has no training images'),
+    (
+      'a.csv',
+      'path,label,split\nx,ant,train\ny,bee,test\n',
+      'test images of bee, but no training images',
+    ),
+    ('a.jsonl', '{"path": "x"', 'is no jsonl file'),
+    ('a.jsonl', '\n[1]\n', 'line 2: not an object'),
+    ('a.jsonl', '{"path": "x", "label": ["a", "b"]}', r"label is \['a', 'b'\]"),
+    ('a.txt', 'path,label\n', 'is no table; give FILE.csv or FILE.jsonl'),
+    ('a.csv', 'path,label\nx,ant\ny,ant\n', 'test_fraction=0.2 leaves'),
+  ],
+)
+def test_tables_that_cannot_be_used(name, text, says, tmp_path):
+  (tmp_path / name).write_text(text)
+  with pytest.raises(config.InputError, match=says) as error:
+    load(source='table', dir=str(tmp_path / name))
+  assert '\n' not in str(error.value)
+  with pytest.raises(config.InputError, match='is no file'):
+    load(source='table', dir=str(tmp_path))
+
+
+@pytest.fixture
+def flat(root, tmp_path):
+  """The same images, but val/ is flat, as ImageNet's; and its classes."""
+  expected = load(source='folder', dir=str(root))
+  names = {}
+  for number, path in enumerate(sorted(root.glob('val/*/*.png'), reverse=True)):
+    name = f'ILSVRC2012_val_{number:08}'
+    names[name] = path.parent.name
+    path.rename(root / 'val' / f'{name}.JPEG')
+  for name in CLASSES:
+    (root / 'val' / name).rmdir()
+  (root / 'labels.txt').write_text('\n'.join(names.values()) + '\n')
+  solution = [f'{name},{label} 1 2 30 40 ' for name, label in names.items()]
+  text = '\n'.join(['ImageId,PredictionString', *reversed(solution)])
+  (root / 'LOC_val_solution.csv').write_text(text)
+  return root, expected
+
+
+@pytest.mark.parametrize('name', ['labels.txt', 'LOC_val_solution.csv'])
+def test_a_flat_val_is_that_of_class_folders(name, flat):
+  root, expected = flat
+  found = load(source='folder', dir=str(root), val_labels=str(root / name))
+  assert by_content(found.test) == by_content(expected.test)
+  assert by_content(found.train) == by_content(expected.train)
+
+
+@pytest.mark.parametrize(
+  ('text', 'says'),
+  [
+    ('ant\n', 'has 1 lines, but .* has 4 images'),
+    ('1\n2\n3\n4\n', 'the class 1, which is no folder of train/'),
+  ],
+)
+def test_lists_of_other_images(text, says, flat):
+  root, _ = flat
+  (root / 'labels.txt').write_text(text)
+  with pytest.raises(config.InputError, match=says):
+    load(source='folder', dir=str(root), val_labels=str(root / 'labels.txt'))
