@@ -13,9 +13,9 @@ from matplotlib import collections, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from maskconnect_jax.figures import layout
+from maskconnect_jax.drawing import layout
 from maskconnect_jax.figures import page as paper
-from maskconnect_jax.figures.layout import (
+from maskconnect_jax.drawing.layout import (
   BlockSources,
   BranchSources,
   Ints,

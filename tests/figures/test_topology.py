@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from maskconnect_jax.figures import page
-from maskconnect_jax.figures.layout import runs_of
+from maskconnect_jax.drawing.layout import runs_of
 from maskconnect_jax.figures.topology import topology_figure
 
 

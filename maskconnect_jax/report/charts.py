@@ -1,0 +1,338 @@
+"""Charts as SVG: lines over steps, and dots in rows.
+
+A chart is 360 units wide, which is about its width in pixels on a phone and in
+a column of a wide page, so that its text has the size of other text.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib import ticker
+
+from maskconnect_jax.report import html
+
+_WIDTH, _HEIGHT = 360, 190
+_LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 20, 24
+_ACROSS, _UP = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+_ROW = 26  # height of a row of dots
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+  """A line of a chart.
+
+  Attributes:
+    name: in the key; '' leaves it out of the key.
+    x: steps, in rising order.
+    y: a value for each step; None: not measured.
+    tint: number of its colour.
+    dots: whether each value is a dot, as of values that are far apart.
+    stair: whether the value holds until the next step.
+  """
+
+  name: str
+  x: Sequence[float]
+  y: Sequence[float | None]
+  tint: int = 0
+  dots: bool = False
+  stair: bool = False
+
+  @property
+  def points(self) -> list[tuple[float, float]]:
+    """The measured values, as (step, value)."""
+    return [
+      (float(x), float(y))
+      for x, y in zip(self.x, self.y, strict=True)
+      if y is not None and math.isfinite(y)
+    ]
+
+
+def lines(
+  title: str,
+  drawn: Sequence[Line],
+  *,
+  total: int,
+  freeze: int = 0,
+  percent: bool = False,
+  log: bool = False,
+  whole: bool = False,
+  about: str = '',
+) -> str:
+  """Returns a chart of values over steps, the phases marked.
+
+  Args:
+    title: above the chart.
+    drawn: the lines; those without a value are left out.
+    total: the last step of the axis.
+    freeze: where the connectivity phase ends; 0: it is not marked.
+    percent: whether values are shares, written in per cent.
+    log: whether the scale is logarithmic; values that are not positive are
+      left out.
+    whole: whether values are whole numbers, from 0.
+    about: a line below the chart.
+
+  Returns:
+    A `<figure>`; '' without a value.
+  """
+  kept = []
+  for line in drawn:
+    points = [p for p in line.points if not log or p[1] > 0]
+    if points:
+      kept.append((line, points))
+  if not kept:
+    return ''
+  values = [y for _, points in kept for _, y in points]
+  ticks = _ticks(values, log=log, percent=percent, whole=whole)
+  low, high = ticks[0], ticks[-1]
+
+  def right(step: float) -> float:
+    return _LEFT + _ACROSS * step / max(total, 1)
+
+  def down(value: float) -> float:
+    a, b, c = (math.log(v) if log else v for v in (low, high, value))
+    return _TOP + _UP * (1 - (c - a) / ((b - a) or 1))
+
+  parts = []
+  if freeze:
+    parts.append(_phases(right(0), right(min(freeze, total)), freeze < total))
+  for tick in ticks:
+    parts.append(
+      f'<line class="rule" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}"'
+      f' y1="{down(tick):.1f}" y2="{down(tick):.1f}"/>'
+      f'<text x="{_LEFT - 6}" y="{down(tick) + 3.5:.1f}" text-anchor="end">'
+      f'{_short(tick, percent)}</text>'
+    )
+  for step in _steps(total):
+    anchor = 'end' if step > 0.9 * total else 'middle'
+    parts.append(
+      f'<text x="{right(step):.1f}" y="{_HEIGHT - 7}" text-anchor="{anchor}">'
+      f'{step:,.0f}{" steps" if step == _steps(total)[-1] else ""}</text>'
+    )
+  for line, points in kept:
+    places = [(right(x), down(y)) for x, y in points]
+    parts.append(_trace(line, points, places, percent))
+  spoken = '; '.join(
+    f'{line.name or title} from {_short(points[0][1], percent)} to'
+    f' {_short(points[-1][1], percent)}'
+    for line, points in kept[:4]
+  )
+  drawing = (
+    f'<svg class="chart" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img"'
+    f' aria-label="{html.text(title)} over steps: {html.text(spoken)}.">'
+    f'{"".join(parts)}</svg>'
+  )
+  return html.figure(title, _key(kept) + drawing, about=about)
+
+
+def _key(kept: Sequence[tuple[Line, object]]) -> str:
+  named = [line for line, _ in kept if line.name]
+  if len(named) < 2:
+    return ''
+  return (
+    '<ul class="key" aria-hidden="true">'
+    + ''.join(
+      f'<li class="t{line.tint}{" dot" if line.dots else ""}">'
+      f'{html.text(line.name)}</li>'
+      for line in named
+    )
+    + '</ul>'
+  )
+
+
+def _phases(left: float, freeze: float, more: bool) -> str:
+  """Returns the band of the connectivity phase, and the phases' names."""
+  after = (
+    f'<text class="phase" x="{freeze + 5:.1f}" y="{_TOP - 8}">fine-tuning'
+    '</text>'
+  )
+  return (
+    f'<rect class="phase" x="{left:.1f}" y="{_TOP}"'
+    f' width="{freeze - left:.1f}" height="{_UP}"/>'
+    f'<line class="freeze" x1="{freeze:.1f}" x2="{freeze:.1f}" y1="{_TOP - 4}"'
+    f' y2="{_TOP + _UP}"/>'
+    f'<text class="phase" x="{freeze - 5:.1f}" y="{_TOP - 8}"'
+    f' text-anchor="end">wiring</text>{after if more else ""}'
+  )
+
+
+def _trace(
+  line: Line,
+  points: Sequence[tuple[float, float]],
+  places: Sequence[tuple[float, float]],
+  percent: bool,
+) -> str:
+  name = f'{html.text(line.name)} ' if line.name else ''
+  if line.dots:
+    marks = ''.join(
+      f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.2"><title>{name}'
+      f'{_short(y, percent, exact=True)} after step {x:,.0f}</title></circle>'
+      for (a, b), (x, y) in zip(places, points, strict=True)
+    )
+    path = ''.join(f'{a:.1f} {b:.1f} ' for a, b in places)
+    joined = f'<polyline class="thin" points="{path.strip()}"/>'
+    return f'<g class="t{line.tint} dots">{joined}{marks}</g>'
+  if line.stair:
+    path = f'M{places[0][0]:.1f} {places[0][1]:.1f}' + ''.join(
+      f'H{a:.1f}V{b:.1f}' for a, b in places[1:]
+    )
+  else:
+    path = 'M' + 'L'.join(f'{a:.1f} {b:.1f}' for a, b in places)
+  last = _short(points[-1][1], percent, exact=True)
+  return (
+    f'<path class="t{line.tint} line{" stair" if line.stair else ""}"'
+    f' d="{path}"><title>{name}{last} at the end</title></path>'
+  )
+
+
+def _ticks(
+  values: Sequence[float], *, log: bool, percent: bool, whole: bool
+) -> list[float]:
+  low, high = min(values), max(values)
+  if log:
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    last = max(last, first + 1)
+    every = -(-(last - first) // 5)
+    found = [10.0**n for n in range(first, last + 1, every)]
+    return found if found[-1] >= high else [*found, found[-1] * 10**every]
+  if whole or not percent:
+    low = min(low, 0.0)
+  locator = ticker.MaxNLocator(
+    5, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=2
+  )
+  found = locator.tick_values(low, high if high > low else low + 1)
+  if percent:
+    found = np.unique(np.clip(found, 0, 1))
+  kept = [float(v) for v in found]
+  return kept if len(kept) > 1 else [0.0, 1.0]
+
+
+def _steps(total: int) -> list[float]:
+  """Returns the steps to label: round ones, and the last."""
+  locator = ticker.MaxNLocator(4, steps=[1, 2, 5, 10], integer=True)
+  found = [v for v in locator.tick_values(0, total) if 0 <= v <= 0.82 * total]
+  return [*map(float, found), float(total)]
+
+
+def _short(value: float, percent: bool, *, exact: bool = False) -> str:
+  if percent:
+    return f'{100 * value:.2f} %' if exact else f'{100 * value:g} %'.strip()
+  if value and not 1e-3 <= abs(value) < 1e5:
+    return f'{value:.0e}'.replace('e-0', 'e-').replace('e+0', 'e')
+  return f'{value:.4g}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A row of dots.
+
+  Attributes:
+    name: of the row.
+    values: one or more, a dot each.
+    names: of the dots, for those who point at them.
+    band: an interval drawn behind the dots, such as that of chance; None: none.
+    tint: number of its colour.
+  """
+
+  name: str
+  values: Sequence[float]
+  names: Sequence[str]
+  band: tuple[float, float] | None = None
+  tint: int = 0
+
+
+def dots(title: str, rows: Sequence[Row], *, about: str = '') -> str:
+  """Returns shares as dots, a row each, and the mean of a row as a bar.
+
+  The name of a row stands above its dots, so that long names fit on a phone.
+
+  Args:
+    title: above the chart.
+    rows: from top to bottom.
+    about: a line below the chart.
+  """
+  if not rows:
+    return ''
+  ends = [v for row in rows for v in (*row.values, *(row.band or ()))]
+  # One row far below the others would squeeze them all; it is clipped then.
+  quarter, median = np.percentile(ends, (25, 75))
+  lowest = max(min(ends), quarter - max(3 * (median - quarter), 0.1))
+  locator = ticker.MaxNLocator(5, steps=[1, 2, 5, 10])
+  spread = max(max(ends) - lowest, 0.01)
+  ticks = [
+    float(v)
+    for v in locator.tick_values(lowest - 0.04 * spread, max(ends))
+    if -1e-9 <= v <= 1 + 1e-9
+  ]
+  if len(ticks) < 2:
+    ticks = [0.0, 1.0]
+  low, high = ticks[0], ticks[-1]
+  wide, pitch = 720, _ROW + 16
+  tall = pitch * len(rows) + 26
+
+  def right(value: float) -> float:
+    return 8 + (wide - 44) * (value - low) / (high - low)
+
+  parts = [
+    f'<line class="rule" x1="{right(v):.1f}" x2="{right(v):.1f}" y1="0"'
+    f' y2="{tall - 22}"/><text x="{right(v):.1f}" y="{tall - 6}"'
+    f' text-anchor="middle">{100 * v:g} %</text>'
+    for v in ticks
+  ]
+  for at, row in enumerate(rows):
+    y = pitch * at + 30
+    parts.append(
+      f'<g class="row t{row.tint}"><text class="name" x="8"'
+      f' y="{pitch * at + 14}">{html.text(row.name)}</text>'
+    )
+    if row.band:
+      a, b = (right(min(max(v, low), high)) for v in row.band)
+      parts.append(
+        f'<rect class="chance" x="{a:.1f}" y="{y - 9}" width="{b - a:.1f}"'
+        f' height="18" rx="3"><title>chance {_range(row.band)}</title></rect>'
+      )
+    for value, name in zip(row.values, row.names, strict=True):
+      there = right(max(value, low))
+      parts.append(
+        f'<circle cx="{there:.1f}" cy="{y}" r="5"><title>{html.text(name)}:'
+        f' {100 * value:.2f} %</title></circle>'
+      )
+    mean = float(np.mean(row.values))
+    parts.append(
+      f'<line class="mean" x1="{right(max(mean, low)):.1f}"'
+      f' x2="{right(max(mean, low)):.1f}" y1="{y - 10}" y2="{y + 10}"><title>'
+      f'mean {100 * mean:.2f} %</title></line></g>'
+    )
+  spoken = '; '.join(
+    f'{row.name} {100 * float(np.mean(row.values)):.2f} %' for row in rows
+  )
+  drawing = (
+    f'<div class="wide" tabindex="0" role="region"'
+    f' aria-label="{html.text(title)}">'
+    f'<svg class="chart rows" viewBox="0 0 {wide} {tall}" role="img"'
+    f' aria-label="{html.text(title)}, means: {html.text(spoken)}.">'
+    f'{"".join(parts)}</svg></div>'
+  )
+  return html.figure(title, drawing, about=about)
+
+
+def _range(band: tuple[float, float]) -> str:
+  return f'{100 * band[0]:.1f} to {100 * band[1]:.1f} %'
+
+
+def bars(
+  title: str, rows: Sequence[tuple[str, float, str]], *, about: str = ''
+) -> str:
+  """Returns shares as bars: (name, share in [0, 1], the words beside it)."""
+  if not rows:
+    return ''
+  lines = ''.join(
+    f'<li><span>{html.text(name)}</span><span class="bar" aria-hidden="true">'
+    f'<i style="width:{100 * min(max(share, 0), 1):.2f}%"></i></span>'
+    f'<b>{html.text(words)}</b></li>'
+    for name, share, words in rows
+  )
+  return html.figure(title, f'<ul class="bars">{lines}</ul>', about=about)
