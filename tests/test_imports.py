@@ -29,15 +29,18 @@ FOLDERS: dict[str, set[str]] = {
   'study': {
     'config', 'command', 'fields', 'files', 'signals', 'run', 'figures',
     'method.connectivity', 'method.spec', 'method.topology', 'networks.models',
+    'report',
   },
   'run': {
     'config', 'files', 'limits', 'names', 'signals', 'fields', 'data',
-    'networks', 'method', 'figures',
+    'networks', 'method', 'figures', 'report',
   },
   'networks': {'backend', 'convolution', 'limits', 'method'},
   'data': {'config', 'files', 'limits', 'names', 'signals'},
-  'figures': {'files'},
-  'method': {'backend', 'files', 'limits'},
+  'figures': {'drawing', 'files'},
+  'report': {'drawing'},
+  'method': {'backend', 'drawing', 'files', 'limits'},
+  'drawing': set(),
 }  # fmt: skip
 # Single files that may do less than their folder, or more.
 ARROWS: dict[str, set[str]] = {
@@ -70,7 +73,8 @@ ARROWS: dict[str, set[str]] = {
 NEEDS_ORBAX = {'run.checkpoint', 'run.storage'}
 ON_JAX = {'clu', 'flax', 'jax', 'jaxlib', 'optax'}  # orbax: see NEEDS_ORBAX
 WITHOUT_JAX = {'data', 'command', 'config', 'fields', 'files', 'flags',
-               'limits', 'names', 'signals', 'figures'}  # fmt: skip
+               'limits', 'names', 'signals', 'figures', 'report',
+               'drawing'}  # fmt: skip
 # Module -> all that it may import beside the standard library.
 ONLY = {'method.connectivity': {'jax', 'numpy'}, 'backend': {'jax'},
         'command': set(), 'signals': set(), 'errors': set()}  # fmt: skip

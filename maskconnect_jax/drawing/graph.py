@@ -1,7 +1,7 @@
 """A topology as a graph for other programs: Graphviz DOT and GraphML.
 
-Nodes are 'stem', 'head', blocks such as '3' or branches such as '3.2', the first
-branch being 1. An edge goes from a source to the block or branch that reads it.
+Nodes are 'stem', 'head', blocks such as '3' or branches such as '3.2', where
+branches count from 1. An edge goes from a source to whatever reads it.
 """
 
 from __future__ import annotations

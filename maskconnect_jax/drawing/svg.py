@@ -1,9 +1,9 @@
 """The drawing of a topology as SVG, for pages and notebooks.
 
 Colours are the custom properties of `theme.style`, so that one drawing serves
-light and dark. Classes name the parts: `band`, `edge`, `node`, `pruned`. An edge
-has the attributes `data-from` and `data-to`, a node `data-node`; their values
-are 'stem', 'head', a block such as '3', or a branch such as '3.2'.
+light and dark. Classes name the parts: `band`, `edge`, `node`, `pruned`. An
+edge has the attributes `data-from` and `data-to`, a node `data-node`; their
+values are 'stem', 'head', a block such as '3', or a branch such as '3.2'.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ stroke-width:1.2}
 .topology .node.pruned text{fill:var(--soft)}
 """
 _ABOVE = 6  # room above the drawing, in points
+_BESIDE = 24  # room beside the stem and the head, in points
 
 
 def topology_svg(
@@ -78,18 +79,19 @@ def topology_svg(
   place = layout.columns_of_branches if branches else layout.row_of_blocks
   graph = place(sources, live, tints, real_mask, width)
   low = layout.STAGE - 16  # nothing is drawn below the names of the stages
-  high, right = graph.high + _ABOVE, graph.columns[-1] + layout.LEFT
-  size = f'0 0 {right:g} {high - low:.4g}'
+  high, left = graph.high + _ABOVE, layout.LEFT - _BESIDE
+  across, tall = width + 2 * _BESIDE, high - low
   parts = [
     f'<svg class="topology" xmlns="http://www.w3.org/2000/svg" role="group"'
-    f' viewBox="{size}" width="{right:g}" height="{high - low:.4g}"'
+    f' viewBox="{left} 0 {across:g} {tall:.4g}" width="{across:g}"'
+    f' height="{tall:.4g}"'
     f' aria-label="{escape(title)}">'
   ]
   if standalone:
     style = theme.style('.topology') + STYLE.replace('\n', '')
     parts += [
       f'<style>{style}</style>',
-      '<rect width="100%" height="100%" fill="var(--paper)"/>',
+      f'<rect x="{left}" width="100%" height="100%" fill="var(--paper)"/>',
     ]
   parts += [
     *_bands(graph, stages, high),
@@ -141,9 +143,7 @@ def _edge(edge: Edge, boldness: float, high: float) -> str:
   )
 
 
-def _node(
-  node: Node, graph: Graph, stages: Ints | None, high: float
-) -> str:
+def _node(node: Node, graph: Graph, stages: Ints | None, high: float) -> str:
   inside = layout.holds_text(graph.size) and not node.fixed
   x, y, half = node.x, high - node.y, graph.size / 2
   shape = (
@@ -204,7 +204,8 @@ def _numbers(graph: Graph, branches: bool, high: float) -> list[str]:
     below += [
       (x, foot, str(block), 'middle')
       for block, x in enumerate(graph.columns[:-1])
-      if block and block % every == 0
+      if block
+      and block % every == 0
       and (branches or graph.columns[-1] - x > 24)
     ]
   return [

@@ -21,7 +21,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
 from maskconnect_jax import files
-from maskconnect_jax.drawing.theme import CHOSEN
+from maskconnect_jax.drawing.theme import CHOSEN as CHOSEN
 from maskconnect_jax.drawing.theme import DARK as DARK
 from maskconnect_jax.drawing.theme import LIGHT as LIGHT
 from maskconnect_jax.drawing.theme import Look as Look

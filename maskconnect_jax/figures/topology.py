@@ -15,8 +15,8 @@ from matplotlib import patches, path, style
 from matplotlib.figure import Figure
 
 from maskconnect_jax.drawing import layout
-from maskconnect_jax.figures import page as paper
 from maskconnect_jax.drawing.layout import Graph, Ints, Sources
+from maskconnect_jax.figures import page as paper
 from maskconnect_jax.figures.page import Look, Page, Theme
 
 _LEGEND = 12  # y of the key, in points

@@ -70,8 +70,8 @@ def lines(
     total: the last step of the axis.
     freeze: where the connectivity phase ends; 0: it is not marked.
     percent: whether values are shares, written in per cent.
-    log: whether the scale is logarithmic; values that are not positive are
-      left out.
+    log: whether the scale is logarithmic, if the values span much; values
+      that are not positive are left out.
     whole: whether values are whole numbers, from 0.
     about: a line below the chart.
 
@@ -86,6 +86,7 @@ def lines(
   if not kept:
     return ''
   values = [y for _, points in kept for _, y in points]
+  log = log and max(values) > 8 * min(values)
   ticks = _ticks(values, log=log, percent=percent, whole=whole)
   low, high = ticks[0], ticks[-1]
 
@@ -196,14 +197,14 @@ def _ticks(
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     last = max(last, first + 1)
     every = -(-(last - first) // 5)
-    found = [10.0**n for n in range(first, last + 1, every)]
-    return found if found[-1] >= high else [*found, found[-1] * 10**every]
+    powers = [10.0**n for n in range(first, last + 1, every)]
+    return powers if powers[-1] >= high else [*powers, powers[-1] * 10**every]
   if whole or not percent:
     low = min(low, 0.0)
   locator = ticker.MaxNLocator(
     5, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=2
   )
-  found = locator.tick_values(low, high if high > low else low + 1)
+  found = np.asarray(locator.tick_values(low, high if high > low else low + 1))
   if percent:
     found = np.unique(np.clip(found, 0, 1))
   kept = [float(v) for v in found]

@@ -123,7 +123,8 @@ def table(
     for row in rows
   ]
   return (
-    f'<div class="wide" tabindex="0" role="region" aria-label="{text(caption)}">'
+    '<div class="wide" tabindex="0" role="region"'
+    f' aria-label="{text(caption)}">'
     f'<table><caption>{text(caption)}</caption><thead><tr>{cells}</tr></thead>'
     f'<tbody>{"".join(lines)}</tbody></table></div>'
   )
@@ -131,9 +132,7 @@ def table(
 
 def folded(title: str, *parts: str) -> str:
   """Returns parts that a click on their title shows."""
-  return (
-    f'<details><summary>{text(title)}</summary>{"".join(parts)}</details>'
-  )
+  return f'<details><summary>{text(title)}</summary>{"".join(parts)}</details>'
 
 
 def data(name: str, record: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import functools
 import io
 import json
 import shlex
@@ -202,9 +203,7 @@ def _wiring(record: Record) -> str:
     'topology',
     title,
     wiring.drawing(own, f'Topology of {record.name}: {about}'),
-    html.folded('As a table', table)
-    if (table := wiring.listing(own))
-    else '',
+    html.folded('As a table', table) if (table := wiring.listing(own)) else '',
     about=about,
   )
 
@@ -260,8 +259,7 @@ def _sources_left(record: Record) -> str:
   chart = charts.lines(
     f'Sources left of each {part}',
     [dataclasses.replace(line, name='') for line in drawn],
-    total=record.total or steps[-1],
-    freeze=record.freeze,
+    total=record.freeze or steps[-1],
     whole=True,
     about=f'{total[0]:,} edges at the start, {total[-1]:,} at step'
     f' {steps[-1]:,}. In the colours of the stages.',
@@ -344,7 +342,9 @@ def _training(record: Record) -> str:
     return [row.get(name) for row in record.metrics]
 
   held = 'validation' if record.config['data.validation'] else 'test'
-  span = {'total': record.total or steps[-1], 'freeze': record.freeze}
+  chart = functools.partial(
+    charts.lines, total=record.total or steps[-1], freeze=record.freeze
+  )
   rates = [Line('weights', steps, column('learning_rate'))]
   if record.learner in ('draws', 'as_published'):
     rates.append(Line('real mask', steps, column('mask_learning_rate'), 1))
@@ -352,29 +352,26 @@ def _training(record: Record) -> str:
     'training',
     'Training',
     html.grid(
-      charts.lines(
+      chart(
         'Accuracy',
         [
           Line('training batches', steps, column('accuracy')),
           Line(held, steps, column(f'{held}_accuracy'), 1, dots=True),
         ],
         percent=True,
-        **span,
       ),
-      charts.lines(
+      chart(
         'Loss',
         [
           Line('training batches', steps, column('loss')),
           Line(held, steps, column(f'{held}_loss'), 1, dots=True),
         ],
         log=True,
-        **span,
       ),
-      charts.lines('Learning rate', rates, **span),
-      charts.lines(
+      chart('Learning rate', rates),
+      chart(
         'Images per second',
         [Line('', steps, column('images_per_second'))],
-        **span,
       ),
     ),
   )
@@ -411,7 +408,7 @@ def _scores(record: Record) -> str:
     html.grid(
       steps,
       charts.bars('What pruning left', sizes),
-      _per_class(record, summary),
+      _per_class(summary),
       _confusion(record, summary),
     ),
   )
@@ -422,66 +419,66 @@ def _class(record: Record, number: Any) -> str:
   return record.classes[at] if at < len(record.classes) else str(at)
 
 
-def _per_class(record: Record, summary: dict[str, Any]) -> str:
-  found = summary.get('per_class_accuracy')
+def _per_class(summary: dict[str, Any]) -> str:
+  """Returns the accuracy of each class, the lowest first."""
+  found = summary.get('class_accuracy', summary.get('per_class_accuracy'))
   if not found:
     return ''
-  named = (
-    list(found.items())
-    if isinstance(found, dict)
-    else [(_class(record, n), value) for n, value in enumerate(found)]
-  )
-  known = [(str(name), value) for name, value in named if value is not None]
+  known = [(name, value) for name, value in found.items() if value is not None]
+  known.sort(key=lambda pair: pair[1])
   title = 'Accuracy of each class'
   if len(known) > _LISTED:
-    known = sorted(known, key=lambda pair: pair[1])[:_LISTED]
     title = f'The {_LISTED} classes with the lowest accuracy'
-  return charts.bars(title, [(n, v, _percent(v)) for n, v in known])
+  return charts.bars(title, [(n, v, _percent(v)) for n, v in known[:_LISTED]])
 
 
 def _confusion(record: Record, summary: dict[str, Any]) -> str:
+  """Returns the confusion matrix, and the classes that are confused most."""
   found = summary.get('confusion')
   if not found:
     return ''
-  counts = np.asarray(found, np.float64)
-  if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
-    return ''
-  size = len(counts)
-  wrong = counts * (1 - np.eye(size))
-  worst = [
-    (int(at // size), int(at % size))
-    for at in np.argsort(-wrong, axis=None, kind='stable')[:_LISTED]
-    if wrong.flat[at] > 0
+  wrong = [
+    (count, label, taken)
+    for label, row in found.items()
+    for taken, count in row.items()
+    if taken != label
   ]
-  rows = [
-    (_class(record, a), _class(record, b), f'{counts[a, b]:,.0f}')
-    for a, b in worst
-  ]
+  wrong.sort(key=lambda one: -one[0])
   listed = html.table(
-    ['class', 'taken for', 'images'], rows, caption='Most frequent confusions'
+    ['class', 'taken for', 'images'],
+    [(label, taken, f'{count:,}') for count, label, taken in wrong[:_LISTED]],
+    caption='Most frequent confusions',
   )
+  # Names of twins end in their number there, so the record's own come first.
+  known = {*record.classes} >= {*found}
+  order = list(record.classes) if known else sorted(found)
+  order += sorted({t for row in found.values() for t in row} - {*order})
+  size = len(order)
   if size > _MOST_CLASSES:
-    return f'<figure>{listed}</figure>'
-  shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-  cell = 320 / size
-  cells = ''.join(
-    f'<rect class="cell" x="{b}" y="{a}" style="--r:{shares[a, b]:.3g}"><title>'
-    f'{html.text(_class(record, a))} taken for {html.text(_class(record, b))}:'
-    f' {counts[a, b]:,.0f}</title></rect>'
-    for a, b in np.argwhere(counts > 0)
-  )
+    return f'<figure>{listed}</figure>' if wrong else ''
+  place = {name: at for at, name in enumerate(order)}
+  cells = []
+  for label, row in found.items():
+    for taken, count in row.items():
+      words = f'{label} taken for {taken}: {count:,}'
+      cells.append(
+        f'<rect class="cell" x="{place[taken]}" y="{place[label]}"'
+        f' style="--r:{count / sum(row.values()):.3g}">'
+        f'<title>{html.text(words)}</title></rect>'
+      )
   drawing = (
-    f'<svg class="matrix confusion" viewBox="0 0 322 322" role="img"'
-    f' aria-label="Confusion matrix: a row for each class, a column for each'
-    f' predicted class"><rect class="frame" x="1" y="1" width="320"'
-    f' height="320"/><g transform="translate(1 1) scale({cell:.4f})">{cells}</g>'
-    '</svg>'
+    '<svg class="matrix confusion" viewBox="0 0 322 322" role="img"'
+    ' aria-label="Confusion matrix: a row for each class, a column for what it'
+    ' is taken for"><rect class="frame" x="1" y="1" width="320" height="320"/>'
+    f'<g transform="translate(1 1) scale({320 / size:.4f})">{"".join(cells)}'
+    '</g></svg>'
   )
   return html.figure(
     'Confusion',
-    drawing + html.folded('Most frequent confusions', listed if rows else ''),
-    about='Rows are the classes, columns what the model takes them for, both'
-    ' in the order of the classes.',
+    drawing
+    + (html.folded('Most frequent confusions', listed) if wrong else ''),
+    about='A row for each class, a column for what it is taken for, both in the'
+    ' order of the classes; dark is the whole class.',
   )
 
 
@@ -492,9 +489,7 @@ def _examples(record: Record) -> str:
   right = own.labels == own.predicted
   parts = []
   for title, chosen in (('Wrong', ~right), ('Right', right)):
-    shown = [
-      _example(record, own, int(at)) for at in np.flatnonzero(chosen)
-    ]
+    shown = [_example(record, own, int(at)) for at in np.flatnonzero(chosen)]
     if shown:
       parts.append(
         f'<h3>{title}</h3><ul class="examples">{"".join(shown)}</ul>'
@@ -525,7 +520,7 @@ def _example(record: Record, own: Examples, at: int) -> str:
   small = ' class="small"' if image.shape[0] < 64 else ''
   return (
     f'<li><img{small} src="data:image/png;base64,{content}" width="96"'
-    f' height="96" alt="{html.text(words)}"><span>{html.text(words)}</span></li>'
+    f' height="96" alt=""><span>{html.text(words)}</span></li>'
   )
 
 

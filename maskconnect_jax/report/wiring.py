@@ -1,4 +1,4 @@
-"""The wiring on a page: its drawing, its table, and the real mask over steps."""
+"""The wiring on a page: a drawing, a table, and the real mask over steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from maskconnect_jax.report import html
 MOST_EDGES, MOST_CELLS = 6_000, 16_000
 _MOST_RECORDED = 1_000_000  # entries of real masks in a page, of a byte each
 LEVELS = 100  # an entry is written as a hundredth, as it is shown
-_GAP = 34  # between blocks in the narrow drawing, in points
+# The narrow drawing: the least distance between blocks, and from stem to head.
+_GAP, _NARROW = 28.0, 280.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,10 @@ def drawing(wiring: Wiring, title: str) -> str:
       ' figures/topology.svg has the drawing.</p>'
     )
   blocks = len(wiring.stages)
-  widths = {'broad': float(layout.WIDTH), 'narrow': _GAP * (blocks + 1.0)}
+  widths = {
+    'broad': float(layout.WIDTH),
+    'narrow': max(_GAP * (blocks + 1), _NARROW),
+  }
   if blocks > 20:  # there the broad drawing can be moved aside as well
     del widths['narrow']
   drawn = [
@@ -191,8 +195,8 @@ def matrix(wiring: Wiring) -> str:
   )
   kind = 'several' if wiring.by_branch else 'one'
   scale = (
-    '<p class="scale" aria-hidden="true"><span>r = 0</span><i></i><span>1</span>'
-    '<span class="dot"></span><span>'
+    '<p class="scale" aria-hidden="true"><span>r = 0</span><i></i>'
+    '<span>1</span><span class="dot"></span><span>'
     f'{"in the topology" if wiring.frozen else "read now"}</span></p>'
   )
   return (

@@ -17,7 +17,7 @@ from maskconnect_jax.method import wiring
 from maskconnect_jax.method.spec import NARROWING
 from maskconnect_jax.method.topology import BranchTopology, Topology
 from maskconnect_jax.networks import cost
-from maskconnect_jax.run import experiment, inference, metrics, steps
+from maskconnect_jax.run import experiment, inference, metrics, report, steps
 from maskconnect_jax.run.progress import Run
 
 
@@ -177,7 +177,7 @@ def write(
   summary: dict[str, Any],
   history: metrics.MaskHistory,
 ) -> None:
-  """Writes model, mask history, topology, pictures and, last, the summary.
+  """Writes model, masks, topology, pictures, page and, last, the summary.
 
   All processes call it together; the first one writes.
 
@@ -208,6 +208,7 @@ def write(
   history.save()
   files.write_json(workdir / 'topology.json', frozen.topology.to_dict())
   draw_figures(workdir, job.config, frozen, history)
+  report.write(workdir, summary=summary)
   files.write_json(workdir / 'summary.json', summary)
 
 
@@ -292,6 +293,7 @@ def table(summary: dict[str, Any], workdir: Path) -> str:
   files = [
     ('summary', 'summary.json'),
     ('topology', 'topology.json'),
+    ('page', 'report.html'),
     ('pictures', 'figures/'),
     ('model', 'model/'),
     ('metrics', 'metrics.jsonl'),

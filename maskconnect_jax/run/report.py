@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -105,9 +106,7 @@ def _state_of(path: Path) -> tuple[int, int] | None:
   return status.st_mtime_ns, status.st_size
 
 
-def read(
-  workdir: Path, summary: dict[str, Any] | None = None
-) -> page.Record:
+def read(workdir: Path, summary: dict[str, Any] | None = None) -> page.Record:
   """Reads what a page shows of a run.
 
   Args:
@@ -127,9 +126,13 @@ def read(
   log = metrics.read(workdir)
   wired = _wiring(workdir, config)
   inputs = workdirs.read_inputs(workdir) or {}
-  plain = config_lib.flat(ml_collections.ConfigDict(json.loads(config.to_json())))
+  plain = config_lib.flat(
+    ml_collections.ConfigDict(json.loads(config.to_json()))
+  )
   usual = config_lib.default()
-  usual = config_lib.flat(ml_collections.ConfigDict(json.loads(usual.to_json())))
+  usual = config_lib.flat(
+    ml_collections.ConfigDict(json.loads(usual.to_json()))
+  )
   freeze = plan.freeze if plan else 0
   entropy, shares, changes = _sharpness(wired, learner, config, freeze)
   return page.Record(
@@ -151,9 +154,7 @@ def read(
   )
 
 
-def _wiring(
-  workdir: Path, config: ml_collections.ConfigDict
-) -> Wiring | None:
+def _wiring(workdir: Path, config: ml_collections.ConfigDict) -> Wiring | None:
   """Returns the wiring of a run; None before anything of it is written."""
   own = config.connectivity
   architecture = models.architecture_of(config.model.name)
@@ -274,8 +275,7 @@ def _versions(summary: dict[str, Any] | None) -> dict[str, str]:
   if summary:
     found['jax'] = str(summary['jax'])
     found['trained on'] = f'{summary["num_devices"]} x {summary["device"]}'
-  try:
+  # A checkout that was not installed has no version.
+  with contextlib.suppress(importlib.metadata.PackageNotFoundError):
     found['maskconnect_jax'] = importlib.metadata.version('maskconnect_jax')
-  except importlib.metadata.PackageNotFoundError:
-    pass  # a checkout that was not installed
   return found | {'python': platform.python_version()}

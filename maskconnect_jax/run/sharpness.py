@@ -23,7 +23,9 @@ def temperatures(
   """
   if learner == 'as_published':
     return np.ones_like(progress)
-  return np.asarray(WiringSpec(temperature=temperature).temperature_at(progress))
+  return np.asarray(
+    WiringSpec(temperature=temperature).temperature_at(progress)
+  )
 
 
 def entropies(
@@ -51,9 +53,7 @@ def entropies(
   return np.asarray(entropy / np.log(valid.sum(-1)))
 
 
-def top_shares(
-  masks: np.ndarray, valid: np.ndarray, fan_in: int
-) -> np.ndarray:
+def top_shares(masks: np.ndarray, valid: np.ndarray, fan_in: int) -> np.ndarray:
   """Returns the share of the K largest entries in the sum of each row.
 
   Args:
