@@ -138,7 +138,12 @@ def run_evaluate() -> None:
 
 def run_describe() -> None:
   """Prints the network and the cost of a step."""
-  print(describe.describe(the_config_or_stored()))
+  graph, workdir = flags.GRAPH.value, flags.WORKDIR.value
+  if graph:
+    describe.check_graph(graph)
+  print(describe.describe(the_config_or_stored(), graph, workdir))
+  if graph:
+    print(f'graph        {graph}')
 
 
 def run_predict() -> None:

@@ -33,7 +33,7 @@ FOLDERS: dict[str, set[str]] = {
   },
   'run': {
     'config', 'files', 'limits', 'names', 'signals', 'fields', 'data',
-    'networks', 'method', 'figures', 'report',
+    'networks', 'method', 'figures', 'report', 'drawing',
   },
   'networks': {'backend', 'convolution', 'limits', 'method'},
   'data': {'config', 'files', 'limits', 'names', 'signals'},
@@ -65,9 +65,9 @@ ARROWS: dict[str, set[str]] = {
   'run.checkpoint': {'files', 'run.storage', 'run.stored'},
   # What serves a model has neither the loop nor the data sets.
   'run.inference': {
-    'config', 'files', 'limits', 'data.image_headers', 'data.image_inputs',
-    'data.images', 'method', 'networks', 'run.augment', 'run.checkpoint',
-    'run.cores', 'run.distributed', 'run.model_record',
+    'config', 'drawing', 'files', 'limits', 'data.image_headers',
+    'data.image_inputs', 'data.images', 'method', 'networks', 'run.augment',
+    'run.checkpoint', 'run.cores', 'run.distributed', 'run.model_record',
   },
 }  # fmt: skip
 NEEDS_ORBAX = {'run.checkpoint', 'run.storage'}

@@ -1,14 +1,14 @@
-"""Charts as SVG: lines over steps, and dots in rows.
+"""Charts: lines over steps, dots in rows, bars.
 
-A chart is 360 units wide, which is about its width in pixels on a phone and in
-a column of a wide page, so that its text has the size of other text.
+A chart of lines is 360 units wide, which is about its width in pixels on a
+phone, so that its text has the size of other text there.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from matplotlib import ticker
@@ -18,7 +18,6 @@ from maskconnect_jax.report import html
 _WIDTH, _HEIGHT = 360, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 20, 24
 _ACROSS, _UP = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
-_ROW = 26  # height of a row of dots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +235,7 @@ class Row:
     names: of the dots, for those who point at them.
     band: an interval drawn behind the dots, such as that of chance; None: none.
     tint: number of its colour.
+    note: a line below the name.
   """
 
   name: str
@@ -243,12 +243,14 @@ class Row:
   names: Sequence[str]
   band: tuple[float, float] | None = None
   tint: int = 0
+  note: str = ''
 
 
 def dots(title: str, rows: Sequence[Row], *, about: str = '') -> str:
   """Returns shares as dots, a row each, and the mean of a row as a bar.
 
-  The name of a row stands above its dots, so that long names fit on a phone.
+  It is HTML, not SVG: names keep the size of other text, and stand above their
+  dots on a phone. A value far below the others is drawn at the left end.
 
   Args:
     title: above the chart.
@@ -258,70 +260,67 @@ def dots(title: str, rows: Sequence[Row], *, about: str = '') -> str:
   if not rows:
     return ''
   ends = [v for row in rows for v in (*row.values, *(row.band or ()))]
-  # One row far below the others would squeeze them all; it is clipped then.
-  quarter, median = np.percentile(ends, (25, 75))
-  lowest = max(min(ends), quarter - max(3 * (median - quarter), 0.1))
-  locator = ticker.MaxNLocator(5, steps=[1, 2, 5, 10])
+  quarter, three = np.percentile(ends, (25, 75))
+  lowest = max(min(ends), quarter - max(3 * (three - quarter), 0.1))
   spread = max(max(ends) - lowest, 0.01)
+  locator = ticker.MaxNLocator(4, steps=[1, 2, 5, 10])
   ticks = [
     float(v)
-    for v in locator.tick_values(lowest - 0.04 * spread, max(ends))
+    for v in locator.tick_values(lowest - 0.02 * spread, max(ends))
     if -1e-9 <= v <= 1 + 1e-9
   ]
   if len(ticks) < 2:
     ticks = [0.0, 1.0]
-  low, high = ticks[0], ticks[-1]
-  wide, pitch = 720, _ROW + 16
-  tall = pitch * len(rows) + 26
+  low, high = ticks[0], max(ticks[-1], max(ends))
 
-  def right(value: float) -> float:
-    return 8 + (wide - 44) * (value - low) / (high - low)
+  def place(value: float) -> str:
+    share = (min(max(value, low), high) - low) / (high - low)
+    return f'left:{100 * share:.2f}%'
 
-  parts = [
-    f'<line class="rule" x1="{right(v):.1f}" x2="{right(v):.1f}" y1="0"'
-    f' y2="{tall - 22}"/><text x="{right(v):.1f}" y="{tall - 6}"'
-    f' text-anchor="middle">{100 * v:g} %</text>'
-    for v in ticks
-  ]
-  for at, row in enumerate(rows):
-    y = pitch * at + 30
-    parts.append(
-      f'<g class="row t{row.tint}"><text class="name" x="8"'
-      f' y="{pitch * at + 14}">{html.text(row.name)}</text>'
-    )
-    if row.band:
-      a, b = (right(min(max(v, low), high)) for v in row.band)
-      parts.append(
-        f'<rect class="chance" x="{a:.1f}" y="{y - 9}" width="{b - a:.1f}"'
-        f' height="18" rx="3"><title>chance {_range(row.band)}</title></rect>'
-      )
-    for value, name in zip(row.values, row.names, strict=True):
-      there = right(max(value, low))
-      parts.append(
-        f'<circle cx="{there:.1f}" cy="{y}" r="5"><title>{html.text(name)}:'
-        f' {100 * value:.2f} %</title></circle>'
-      )
-    mean = float(np.mean(row.values))
-    parts.append(
-      f'<line class="mean" x1="{right(max(mean, low)):.1f}"'
-      f' x2="{right(max(mean, low)):.1f}" y1="{y - 10}" y2="{y + 10}"><title>'
-      f'mean {100 * mean:.2f} %</title></line></g>'
-    )
-  spoken = '; '.join(
-    f'{row.name} {100 * float(np.mean(row.values)):.2f} %' for row in rows
+  rules = ''.join(f'<s style="{place(v)}"></s>' for v in ticks)
+  lines = [_strip(row, place, rules) for row in rows]
+  scale = ''.join(
+    f'<span style="{place(v)}">{100 * v:g} %</span>' for v in ticks
   )
-  drawing = (
-    f'<div class="wide" tabindex="0" role="region"'
-    f' aria-label="{html.text(title)}">'
-    f'<svg class="chart rows" viewBox="0 0 {wide} {tall}" role="img"'
-    f' aria-label="{html.text(title)}, means: {html.text(spoken)}.">'
-    f'{"".join(parts)}</svg></div>'
+  axis = (
+    '<li class="axis" aria-hidden="true"><span class="name"></span>'
+    f'<div class="strip">{scale}</div></li>'
   )
-  return html.figure(title, drawing, about=about)
+  return html.figure(
+    title, f'<ul class="strips">{"".join(lines)}{axis}</ul>', about=about
+  )
 
 
-def _range(band: tuple[float, float]) -> str:
-  return f'{100 * band[0]:.1f} to {100 * band[1]:.1f} %'
+def _strip(row: Row, place: Callable[[float], str], rules: str) -> str:
+  """Returns a row of dots.
+
+  Args:
+    row: of the chart.
+    place: gives the CSS of a value's place.
+    rules: the HTML of the rules behind the dots.
+  """
+  parts = [rules]
+  spoken = [f'mean {100 * float(np.mean(row.values)):.2f} %']
+  if row.band:
+    a, b = (float(place(v)[5:-1]) for v in row.band)
+    chance = f'{100 * row.band[0]:.1f} to {100 * row.band[1]:.1f} %'
+    spoken.append(f'chance {chance}')
+    parts.append(
+      f'<em style="left:{a:.2f}%;width:{b - a:.2f}%" title="chance {chance}">'
+      '</em>'
+    )
+  for value, name in zip(row.values, row.names, strict=True):
+    words = f'{html.text(name)}: {100 * value:.2f} %'
+    spoken.append(words)
+    parts.append(f'<i style="{place(value)}" title="{words}"></i>')
+  mean = float(np.mean(row.values))
+  parts.append(f'<b style="{place(mean)}" title="mean {100 * mean:.2f} %"></b>')
+  note = f'<small>{html.text(row.note)}</small>' if row.note else ''
+  return (
+    f'<li class="t{row.tint}"><span class="name">{html.text(row.name)}{note}'
+    f'</span><div class="strip" role="img" aria-label="{"; ".join(spoken)}">'
+    f'{"".join(parts)}</div></li>'
+  )
 
 
 def bars(

@@ -15,6 +15,7 @@ from typing import Any
 from maskconnect_jax.drawing import svg, theme
 
 MOST_BYTES = 3_000_000  # of a page
+_LONG = 36  # letters of a cell that stay on one line
 _FOLDER = Path(__file__).parent
 
 
@@ -118,7 +119,7 @@ def table(
   lines = [
     '<tr>'
     + f'<th scope="row">{text(row[0])}</th>'
-    + ''.join(f'<td>{text(cell)}</td>' for cell in row[1:])
+    + ''.join(map(_cell, row[1:]))
     + '</tr>'
     for row in rows
   ]
@@ -128,6 +129,12 @@ def table(
     f'<table><caption>{text(caption)}</caption><thead><tr>{cells}</tr></thead>'
     f'<tbody>{"".join(lines)}</tbody></table></div>'
   )
+
+
+def _cell(value: Any) -> str:
+  # Only long text may break: numbers in two lines are hard to read.
+  long = ' class="long"' if len(str(value)) > _LONG else ''
+  return f'<td{long}>{text(value)}</td>'
 
 
 def folded(title: str, *parts: str) -> str:

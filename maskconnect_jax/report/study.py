@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import statistics
+import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
-from maskconnect_jax.drawing import svg
+from maskconnect_jax.drawing import layout, svg
 from maskconnect_jax.drawing.layout import Ints, Sources
 from maskconnect_jax.report import charts, html
 
@@ -108,7 +109,7 @@ def page(
   runs = sum(len(row.seeds) for row in rows)
   head = (
     f'<header><p class="eyebrow">{html.text(title)}</p><h1>{len(rows)}'
-    f' {"row" if len(rows) == 1 else "rows"}, {runs}'
+    f' {"config" if len(rows) == 1 else "configs"}, {runs}'
     f' {"run" if runs == 1 else "runs"}</h1></header>'
   )
   note = ''
@@ -167,7 +168,7 @@ def _agreements(rows: Sequence[Row], tints: dict[str, int]) -> str:
     'Common sources of two seeds: a dot for each pair',
     [
       charts.Row(
-        f'{row.name}: {own.sigmas:+.1f} standard deviations from chance',
+        row.name,
         own.pairs,
         [f'seeds {a} and {b}' for a, b in itertools.combinations(row.seeds, 2)],
         band=(
@@ -175,45 +176,56 @@ def _agreements(rows: Sequence[Row], tints: dict[str, int]) -> str:
           own.chance + 2 * own.deviation,
         ),
         tint=tints[row.kind],
+        note=f'mean {100 * own.mean:.1f} %, chance {100 * own.chance:.1f} %:'
+        f' {own.sigmas:+.1f} σ'.replace('-', '−'),
       )
       for row, own in shown
     ],
     about='The grey band is where a pair of uniform choices lies, two standard'
-    ' deviations to each side. Counted are the sources of those that had a'
-    ' choice.',
+    ' deviations to each side. σ says how far the mean is from chance, in'
+    ' standard deviations of the mean. Counted are rows with more sources than'
+    ' they take.',
   )
   return html.section('agreement', 'Do seeds agree on a topology?', dots)
 
 
 def _topologies(rows: Sequence[Row]) -> str:
-  drawn: list[str] = []
-  left = 0
+  parts: list[str] = []
+  drawn = left = 0
   for row in rows:
+    pictures = []
     for one in row.wired:
-      blocks = len(one.stages)
-      edges = sum(
-        len(part) if all(isinstance(n, int) for n in part)
-        else sum(map(len, part))
-        for part in one.sources
-      )  # fmt: skip
-      if len(drawn) >= _MOST_DRAWN or edges > _MOST_EDGES:
+      if drawn >= _MOST_DRAWN or _edges(one.sources) > _MOST_EDGES:
         left += 1
         continue
-      name = f'{row.name}, seed {one.seed}'
-      picture = svg.topology_svg(
-        one.sources,
-        stages=one.stages,
-        live=one.live,
-        title=f'Topology of {name}',
-        width=max(380.0, 14.0 * blocks),
-        standalone=False,
-      )
-      words = html.text(name)
-      if one.link:
-        words = f'<a href="{html.text(one.link)}">{words}</a>'
-      drawn.append(
-        f'<figure>{picture}<figcaption>{words}</figcaption></figure>'
+      drawn += 1
+      pictures.append(_picture(row, one))
+    if pictures:
+      parts.append(
+        f'<h3>{html.text(row.name)}</h3>'
+        f'<div class="thumbs">{"".join(pictures)}</div>'
       )
   about = f'{left} more are not drawn.' if left else ''
-  thumbs = f'<div class="thumbs">{"".join(drawn)}</div>' if drawn else ''
-  return html.section('topologies', 'Topologies', thumbs, about=about)
+  return html.section('topologies', 'Topologies', *parts, about=about)
+
+
+def _edges(sources: Sources) -> int:
+  if layout.has_branches(sources):
+    return sum(len(row) for junction in sources for row in junction)
+  return sum(map(len, sources))
+
+
+def _picture(row: Row, one: Wired) -> str:
+  picture = svg.topology_svg(
+    one.sources,
+    stages=one.stages,
+    live=one.live,
+    title=f'Topology of {row.name}, seed {one.seed}',
+    width=max(380.0, 14.0 * len(one.stages)),
+    standalone=False,
+  )
+  words = f'seed {one.seed}'
+  if one.link:
+    address = html.text(urllib.parse.quote(one.link))
+    words = f'<a href="{address}">{words}</a>'
+  return f'<figure>{picture}<figcaption>{words}</figcaption></figure>'

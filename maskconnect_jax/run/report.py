@@ -16,11 +16,13 @@ import numpy as np
 
 from maskconnect_jax import config as config_lib
 from maskconnect_jax import files
+from maskconnect_jax.drawing import svg
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import connectivity, narrowing
 from maskconnect_jax.method import topology as topology_lib
 from maskconnect_jax.method.spec import NARROWING
 from maskconnect_jax.networks import models
+from maskconnect_jax.report import html
 from maskconnect_jax.report import run as page
 from maskconnect_jax.report.wiring import Wiring
 from maskconnect_jax.run import metrics, sharpness, workdirs
@@ -230,6 +232,31 @@ def _sharpness(
     sharpness.entropies(masks, valid, heat).mean(-1),
     sharpness.top_shares(masks, valid, wired.fan_in).mean(-1),
     np.array([0, *changed]),
+  )
+
+
+def snippet(summary: dict[str, Any], model: Any) -> str:
+  """Returns HTML that shows a finished run in a notebook.
+
+  Args:
+    summary: the content of summary.json.
+    model: the pruned model.
+  """
+  own = model.topology
+  drawing = svg.topology_svg(
+    own.sources,
+    stages=model.stages,
+    live=getattr(own, 'live_branches', own.live),
+    title=f'Topology of {summary["model"]}',
+  )
+  return (
+    '<figure style="max-width:720px;margin:0">'
+    f'<figcaption><b>{html.text(summary["model"])}</b>,'
+    f' {html.text(summary["rule"])}, fan-in {summary["fan_in"]}, seed'
+    f' {summary["seed"]}: test accuracy {summary["test_accuracy_pruned"]:.2%},'
+    f' {summary["blocks_pruned"]} of {summary["blocks"]} blocks,'
+    f' {summary["parameters_pruned"]:,} parameters</figcaption>'
+    f'{drawing}</figure>'
   )
 
 
