@@ -58,6 +58,7 @@ FIELDS: dict[str, Field] = {
   'model.dtype': Choice(spec.DTYPES),
   'model.head_norm': Switch(),
   'model.remat': Choice(spec.REMATS),
+  'model.drop_path': Number(0, 1, open=')'),
   'model.version': Choice(spec.VERSIONS),
   'model.matmul_precision': Choice(spec.PRECISIONS),
   'connectivity.rule': Choice(spec.RULES),
@@ -84,7 +85,10 @@ FIELDS: dict[str, Field] = {
   'masks.learning_rate': Number(0, _FINITE),
   'masks.schedule': Choice(('constant', 'cosine', 'step')),
   'masks.momentum': Number(0, 1),
+  'optimizer.name': Choice(('sgd', 'adamw', 'lamb', 'lion')),
   'optimizer.learning_rate': Number(0, _FINITE),
+  'optimizer.body_rate': Number(0, _FINITE),
+  'optimizer.frozen': Text(),
   'optimizer.schedule': Choice(('constant', 'cosine', 'step')),
   'optimizer.warmup': Duration(),
   'optimizer.steps_at': Several(Duration()),
@@ -115,7 +119,11 @@ FIELDS: dict[str, Field] = {
   'data.flip': Switch(),
   'data.randaugment': whole(0, 100),
   'data.randaugment_magnitude': Number(0, 10),
+  'data.trivialaugment': Switch(),
   'data.mixup': Number(0, 1000),
+  'data.cutmix': Number(0, 1000),
+  'data.erasing': Number(0, 1),
+  'data.class_weights': Choice(('none', 'balanced')),
   # On the 0..255 scale. A std below 1 reveals numbers on the 0..1 scale.
   'data.mean': Several(Number(0, 255), counts=(0, 1, 3)),
   'data.std': Several(Number(1, 255), counts=(0, 1, 3)),
@@ -125,6 +133,7 @@ FIELDS: dict[str, Field] = {
 # this value.
 ONLY_WITH = {
   'model.remat': ('connectivity.level', 'block'),
+  'model.drop_path': ('connectivity.level', 'block'),
   'connectivity.stem_source': ('connectivity.level', 'block'),
   'connectivity.scale': ('connectivity.level', 'block'),
   'connectivity.adapter': ('connectivity.level', 'block'),
@@ -137,6 +146,7 @@ ONLY_WITH = {
   'masks.learning_rate': ('connectivity.learner', 'draws'),
   'masks.schedule': ('connectivity.learner', 'draws'),
   'masks.momentum': ('connectivity.learner', 'draws'),
+  'optimizer.nesterov': ('optimizer.name', 'sgd'),
   'data.randaugment': ('data.crop', 'resized'),
 }
 
@@ -188,6 +198,9 @@ def default() -> ml_collections.ConfigDict:
   config.model.matmul_precision = 'default'  # see `create_model`
   config.model.head_norm = False  # a BatchNorm before the head
   config.model.remat = 'none'  # or 'block': blocks are recomputed, not kept
+  # Stochastic depth: the share of images in which training leaves out the last
+  # block's residual; it grows linearly with depth. 0: off.
+  config.model.drop_path = 0.0
   config.model.version = '2'  # see `models.VERSION`; a workdir keeps its own
 
   # The last table of docs/method.md explains these fields. The study of
@@ -223,11 +236,18 @@ def default() -> ml_collections.ConfigDict:
   config.masks.momentum = 0.0
 
   config.optimizer = ml_collections.ConfigDict()  # how the weights are trained
+  # 'adamw', 'lamb' or 'lion', with decoupled weight decay: set learning_rate
+  # and weight_decay too, such as 1e-3 and 0.05 (Lion: 1e-4 and 0.5).
+  config.optimizer.name = 'sgd'
   config.optimizer.learning_rate = 0.1
+  config.optimizer.body_rate = 1.0  # times the rate, of all but the head
+  # Parameters that stay as they begin, by the beginnings of their names:
+  # 'stem,stack.blocks.0'.
+  config.optimizer.frozen = ''
   config.optimizer.schedule = 'step'
   config.optimizer.warmup = '0 steps'  # step s of w: rate times (s + 1) / w
   config.optimizer.steps_at = ('50%', '75%')  # 'step': times 0.1 at each
-  config.optimizer.momentum = 0.9
+  config.optimizer.momentum = 0.9  # b1 of the others
   config.optimizer.nesterov = True
   config.optimizer.weight_decay = 5e-4
   config.optimizer.decay_all = False  # True: BatchNorm and biases as well
@@ -263,7 +283,11 @@ def _default_data() -> ml_collections.ConfigDict:
   data.flip = True  # random horizontal flip
   data.randaugment = 0  # 'resized': RandAugment's N; 0: off
   data.randaugment_magnitude = 9.0  # RandAugment's M, 0 to 10
+  data.trivialaugment = False  # one operation an image, of any strength
   data.mixup = 0.0  # alpha of mixup; 0: off
+  data.cutmix = 0.0  # alpha of CutMix; with mixup, each batch has one of them
+  data.erasing = 0.0  # share of images in which a random box is erased
+  data.class_weights = 'none'  # or 'balanced': rare classes count more
   data.mean = ()  # of each channel, 0..255; (): measured
   data.std = ()
   return data

@@ -114,7 +114,9 @@ IMAGES = flags.DEFINE_multi(
   'predict: a file or a folder; may be repeated. prepare: the folder.',
 )
 JSON = flags.DEFINE_bool(
-  'json', False, 'predict: print one JSON object per line.'
+  'json',
+  False,
+  'predict: print one JSON object per line. evaluate: also each class.',
 )
 WORKDIRS = flags.DEFINE_multi(
   _PATH,

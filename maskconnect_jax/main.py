@@ -36,7 +36,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -125,14 +125,23 @@ def run_train() -> None:
 
 
 def run_evaluate() -> None:
-  """Prints the scores of a finished model on its test images, as JSON."""
+  """Prints the scores of a finished model on its test images, as JSON.
+
+  With --json, also those of each class.
+  """
   workdir = the_workdir()
   config = flags.CONFIG.value or config_lib.stored(workdir)
   config_lib.check(config)
   cores.use(cores.for_batches(config.eval_batch_size, config.data))
   distributed.check_platform()
-  scores = evaluation.of_model(inference.load(workdir), config)
-  record = scores.named('test') | {'num_test_examples': scores.count}
+  model = inference.load(workdir)
+  scores = evaluation.of_model(model, config)
+  record: dict[str, Any] = {
+    **scores.named('test'),
+    'num_test_examples': scores.count,
+  }
+  if JSON.value:
+    record |= evaluation.by_class(scores, model.classes)
   print(json.dumps(files.finite(record), allow_nan=False))
 
 

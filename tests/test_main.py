@@ -257,6 +257,14 @@ def test_evaluate(cli, finished, tiny):
       'test_loss': pytest.approx(summary['test_loss'], rel=1e-5),
       'num_test_examples': 360,
     }
+  ran = cli('--mode=evaluate', f'--workdir={finished.workdir}', '--json')
+  found = json.loads(ran.out)
+  assert found['confusion'] == summary['confusion']  # of the unpruned network
+  assert found['class_accuracy'] == summary['class_accuracy']
+  right = sum(row.get(name, 0) for name, row in found['confusion'].items())
+  assert right / 360 == pytest.approx(summary['test_accuracy'])
+  of_each = [sum(row.values()) for row in found['confusion'].values()]
+  assert of_each == [36, 36, 35, 37, 36, 37, 36, 36, 35, 36]  # test digits
 
 
 def test_evaluate_with_a_damaged_config(refused, finished, tmp_path):

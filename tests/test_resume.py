@@ -212,7 +212,7 @@ def test_a_branch_level_run_is_cut_too(
 
 
 def test_a_streamed_run_is_cut_too(tiny_config, tmp_path, assert_same_end):
-  """Random crops, mixed images, averaged weights and a damaged file."""
+  """Random crops, mixed and erased images, a damaged file, AdamW, drop path."""
   rng = np.random.default_rng(0)
   for split, count in (('train', 80), ('val', 10)):
     for i in range(count):
@@ -236,9 +236,21 @@ def test_a_streamed_run_is_cut_too(tiny_config, tmp_path, assert_same_end):
       'eval_resize': 10,
       'mixup': 0.2,
       'randaugment': 1,
+      'cutmix': 1.0,
+      'erasing': 0.5,
+      'class_weights': 'balanced',
     }
   )
-  tiny_config.optimizer.average = 0.9
+  tiny_config.model.drop_path = 0.3
+  tiny_config.optimizer.update(
+    {
+      'average': 0.9,
+      'name': 'adamw',
+      'learning_rate': 0.01,
+      'body_rate': 0.5,
+      'frozen': 'stem,stack.blocks.0.conv1',
+    }
+  )
   whole = train.train(tiny_config, tmp_path / 'whole')
   assert whole.summary['num_test_examples'] == 9
   assert whole.summary['skipped_files'] == 3

@@ -120,7 +120,12 @@ class MaskedStack(Wiring):
     return 1 / num_terms if self.spec.scale == 'mean' else 1.0
 
   def __call__(
-    self, x: jax.Array, mask: jax.Array | None = None, **options: Any
+    self,
+    x: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    keep: jax.Array | None = None,
+    **options: Any,
   ) -> jax.Array:
     """Returns y_L.
 
@@ -128,6 +133,9 @@ class MaskedStack(Wiring):
       x: y_0, [batch, ...]; all outputs have the same first axis.
       mask: b, [L, L], from `draw`, with any number of ones in a row; None takes
         `mask()`. A topology takes the place of both.
+      keep: [batch, L]; block j is called with its column, `keep=keep[:, j]`,
+        such as what stochastic depth multiplies residuals with. None: no block
+        gets one.
       **options: passed on to every block, such as train=True.
 
     Returns:
@@ -136,10 +144,15 @@ class MaskedStack(Wiring):
     Raises:
       ValueError: the adapter returned a wrong shape.
     """
-    return self.outputs(x, mask, **options)[-1]
+    return self.outputs(x, mask, keep=keep, **options)[-1]
 
   def outputs(
-    self, x: jax.Array, mask: jax.Array | None = None, **options: Any
+    self,
+    x: jax.Array,
+    mask: jax.Array | None = None,
+    *,
+    keep: jax.Array | None = None,
+    **options: Any,
   ) -> list[Any]:
     """Returns all sources: y_0, the input, to y_L; see `__call__`.
 
@@ -147,15 +160,17 @@ class MaskedStack(Wiring):
     shape and dtype, a `jax.ShapeDtypeStruct`.
     """
     if self.topology is not None:
-      return self._run_frozen(x, self.topology, options)
+      return self._run_frozen(x, self.topology, keep, options)
     if mask is None:
       mask = self.mask()
     rows = backend.rows_for_images(self._weights(mask), len(x))
     sources = _Outputs(x, self.adapter)
     run = _runner(options, self.remat)
-    for block, row, valid in zip(self.blocks, rows, self.valid, strict=True):
+    for number, (block, row, valid) in enumerate(
+      zip(self.blocks, rows, self.valid, strict=True)
+    ):
       total = sources.masked_sum(valid, row)
-      sources.outputs.append(run(block, total))
+      sources.outputs.append(run(block, total, _column(keep, number)))
     return sources.outputs
 
   def _weights(self, mask: jax.Array) -> jax.Array:
@@ -168,16 +183,20 @@ class MaskedStack(Wiring):
     return mask * (1 / jnp.maximum(count, 1))
 
   def _run_frozen(
-    self, x: jax.Array, topology: Topology, options: dict[str, Any]
+    self,
+    x: jax.Array,
+    topology: Topology,
+    keep: jax.Array | None,
+    options: dict[str, Any],
   ) -> list[Any]:
     sources = _Outputs(x, self.adapter)
     run = _runner(options, self.remat)
-    for block, picked, live in zip(
-      self.blocks, topology.sources, topology.live, strict=True
+    for number, (block, picked, live) in enumerate(
+      zip(self.blocks, topology.sources, topology.live, strict=True)
     ):
       if live:
         total = sources.static_sum(picked, self.scale_of(len(picked)))
-        sources.outputs.append(run(block, total))
+        sources.outputs.append(run(block, total, _column(keep, number)))
       else:
         sources.outputs.append(jax.eval_shape(block, sources.outputs[-1]))
     return sources.outputs
@@ -197,6 +216,10 @@ class MaskedStack(Wiring):
       self.adapter.prune(edges)
 
 
+def _column(keep: jax.Array | None, number: int) -> dict[str, Any]:
+  return {} if keep is None else {'keep': keep[:, number]}
+
+
 def _check_valid(valid: Any, num_blocks: int) -> None:
   """Raises InputError unless each block has sources, all of them before it."""
   table = np.asarray(valid)
@@ -213,8 +236,8 @@ def _check_valid(valid: Any, num_blocks: int) -> None:
 
 def _runner(
   options: dict[str, Any], remat: str
-) -> Callable[[nnx.Module, jax.Array], jax.Array]:
-  """Returns the function that runs a block on its input.
+) -> Callable[[nnx.Module, jax.Array, dict[str, Any]], jax.Array]:
+  """Returns the function that runs a block on its input and its own options.
 
   The function splits a block into its graph, which is static, and its arrays.
   Of blocks with equal graphs only the first is traced.
@@ -235,13 +258,14 @@ def _runner(
     run = jax.checkpoint(run, static_argnums=(0, 1))
     call = nnx.remat(call, static_argnums=(1,))
 
-  def run_block(block: Any, x: jax.Array) -> Any:
+  def run_block(block: Any, x: jax.Array, own: dict[str, Any]) -> Any:
     graph, state = nnx.split(block)
+    given = arrays | own
     try:
       hash(graph)
     except TypeError:  # such as that of a user's block that holds a list
-      return call(block, tuple(plain.items()), x, arrays)
-    y, changed = run(graph, tuple(plain.items()), state, x, arrays)
+      return call(block, tuple(plain.items()), x, given)
+    y, changed = run(graph, tuple(plain.items()), state, x, given)
     if changed:
       nnx.update(block, changed)
     return y

@@ -39,12 +39,21 @@ class BasicBlock(nnx.Module):
     self.conv2 = layers.Conv(features, features, 3, dtype=dtype, rngs=rngs)
     self.norm2 = layers.BatchNorm(features, dtype=dtype)
 
-  def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-    """Maps [N, H, W, in_features] to [N, ceil(H/s), ceil(W/s), features]."""
+  def __call__(
+    self, x: jax.Array, *, train: bool = False, keep: jax.Array | None = None
+  ) -> jax.Array:
+    """Maps [N, H, W, in_features] to [N, ceil(H/s), ceil(W/s), features].
+
+    Args:
+      x: the input.
+      train: whether BatchNorm takes the batch's statistics.
+      keep: float [N], times the residual of each image; None: 1.
+    """
     residual = self.conv1(x)
     residual = self.norm1(residual, use_running_average=not train)
     residual = self.conv2(backend.relu(residual))
     residual = self.norm2(residual, use_running_average=not train)
+    residual = _kept(residual, keep)
     shortcut = adapters.zero_pad_channels(
       x[:, :: self.stride, :: self.stride], self.features
     )
@@ -102,14 +111,26 @@ class Bottleneck(nnx.Module):
       )
       self.shortcut_norm = layers.BatchNorm(features, dtype=dtype)
 
-  def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-    """Maps [N, H, W, in_features] to [N, ceil(H/s), ceil(W/s), features]."""
+  def __call__(
+    self, x: jax.Array, *, train: bool = False, keep: jax.Array | None = None
+  ) -> jax.Array:
+    """Maps [N, H, W, in_features] to [N, ceil(H/s), ceil(W/s), features].
+
+    See `BasicBlock.__call__`.
+    """
     running = not train
     residual = self.norm1(self.conv1(x), use_running_average=running)
     residual = self.conv2(backend.relu(residual))
     residual = self.norm2(residual, use_running_average=running)
     residual = self.conv3(backend.relu(residual))
     residual = self.norm3(residual, use_running_average=running)
+    residual = _kept(residual, keep)
     if self.projected:
       x = self.shortcut_norm(self.shortcut_conv(x), use_running_average=running)
     return backend.relu(residual + x)
+
+
+def _kept(residual: jax.Array, keep: jax.Array | None) -> jax.Array:
+  if keep is None:
+    return residual
+  return residual * keep.astype(residual.dtype)[:, None, None, None]

@@ -352,6 +352,7 @@ class Network(nnx.Module):
     mask: jax.Array | None = None,
     *,
     train: bool = False,
+    keep: jax.Array | None = None,
   ) -> jax.Array:
     """Returns logits, float32 [N, num_classes].
 
@@ -360,7 +361,10 @@ class Network(nnx.Module):
       mask: b from `draw`; None takes the top K of r. A topology takes the place
         of both.
       train: whether BatchNorm takes the batch's statistics and keeps them.
+      keep: [N, L], times the residuals of each image and block, for stochastic
+        depth; None: 1. It is for level 'block' alone.
     """
+    options = {} if keep is None else {'keep': keep}
     # The backward pass inherits the precision of the forward pass.
     precise = (
       contextlib.nullcontext()
@@ -369,7 +373,7 @@ class Network(nnx.Module):
     )
     with precise:
       x = self.stem(images, train=train)
-      x = self.pool(self.stack(x, mask, train=train))
+      x = self.pool(self.stack(x, mask, train=train, **options))
       if self.head_norm is not None:
         x = self.head_norm(x, use_running_average=not train)
       return self.head(x)

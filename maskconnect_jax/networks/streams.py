@@ -13,6 +13,7 @@ from flax import nnx
 
 ORDER, CROP, FLIP, MASK, EVALUATION_MASK, MIXUP = range(6)
 WEIGHTS, WIRING, NARROWING = range(6, 9)
+DROP_PATH, CUTMIX, ERASING, TRIVIALAUGMENT = range(9, 13)
 
 
 def root(seed: int, stream: int) -> jax.Array:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import ml_collections
 import numpy as np
 from absl import logging
 
+from maskconnect_jax import names
 from maskconnect_jax.data import datasets, photographs, sources
 from maskconnect_jax.data.datasets import LazySplit, Split
 from maskconnect_jax.errors import InputError
@@ -31,12 +33,15 @@ class Scores:
       classes, in [0, 1].
     loss: cross-entropy of the label, in nats, without smoothing.
     count: number of examples, without the damaged ones that are skipped.
+    confused: int64 [M, 3], (class, class it was taken for, how many examples);
+      all that occurred, the diagonal included, in order.
   """
 
   accuracy: float
   top5_accuracy: float
   loss: float
   count: int
+  confused: np.ndarray
 
   def named(self, prefix: str) -> dict[str, float | None]:
     """Returns {'test_accuracy': ..., ...} for the prefix 'test'.
@@ -52,6 +57,35 @@ class Scores:
       name: value if math.isfinite(value) else None
       for name, value in named.items()
     }
+
+
+def by_class(scores: Scores, classes: Sequence[str]) -> dict[str, Any]:
+  """Returns the scores of each class, as JSON values.
+
+  Args:
+    scores: of a split.
+    classes: the name of each class. A name that two classes have is followed
+      by the class's number.
+
+  Returns:
+    {'class_accuracy': {class: accuracy, or None for a class without examples},
+    'confusion': {class: {class it was taken for: how many examples}}}. Only
+    counts above 0 are there.
+  """
+  shown = [names.encodable(name) for name in classes]
+  twice = {name for name, n in collections.Counter(shown).items() if n > 1}
+  shown = [
+    f'{name} ({number})' if name in twice else name
+    for number, name in enumerate(shown)
+  ]
+  confusion: dict[str, dict[str, int]] = {}
+  for label, taken, count in scores.confused.tolist():
+    confusion.setdefault(shown[label], {})[shown[taken]] = count
+  accuracy = {
+    name: row.get(name, 0) / sum(row.values()) if row else None
+    for name, row in ((name, confusion.get(name, {})) for name in shown)
+  }
+  return {'class_accuracy': accuracy, 'confusion': confusion}
 
 
 class Stopped(Exception):
@@ -166,7 +200,9 @@ def of_model(
     test, size, threads=data.threads
   ):
     logits = jnp.asarray(model.logits(images))
-    found = steps.scores(logits, labels, counted)
+    found = steps.scores(logits, labels, counted) | {
+      'outcomes': steps.outcomes(logits, labels, counted)
+    }
     sums.append(jax.device_get(found))
   return _means(sums)
 
@@ -207,8 +243,8 @@ def _in_order(
     InputError: the classes differ; names those that only one side has.
   """
   ours, theirs = (
-    [unicodedata.normalize('NFC', name) for name in names]
-    for names in (classes, source.classes)
+    [unicodedata.normalize('NFC', name) for name in given]
+    for given in (classes, source.classes)
   )
   faults = [
     f'{_listed(sorted(odd))} {where}'
@@ -241,12 +277,14 @@ def _in_order(
   return dataclasses.replace(source, read=read, classes=classes)
 
 
-def _listed(names: list[str]) -> str:
-  some = ', '.join(ascii(name)[:60] for name in names[:5])
-  return f'{some} and {len(names) - 5} more' if len(names) > 5 else some
+def _listed(odd: list[str]) -> str:
+  some = ', '.join(ascii(name)[:60] for name in odd[:5])
+  return f'{some} and {len(odd) - 5} more' if len(odd) > 5 else some
 
 
 def _means(sums: list[dict[str, Any]]) -> Scores:
+  pairs = np.concatenate([one.pop('outcomes') for one in sums])
+  pairs, counts = np.unique(pairs[pairs[:, 0] >= 0], axis=0, return_counts=True)
   total = {name: sum(one[name].item() for one in sums) for name in sums[0]}
   count = total['count']
   if not count:
@@ -256,4 +294,5 @@ def _means(sums: list[dict[str, Any]]) -> Scores:
     total['correct_of_5'] / count,
     total['loss'] / count,
     count,
+    np.column_stack([pairs, counts]).astype(np.int64),
   )

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from maskconnect_jax import config as config_lib
+from maskconnect_jax import names
 from maskconnect_jax.data import datasets
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import topology
@@ -118,6 +119,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   model = models.create_model(
     **architecture, spec=spec, topology=given_topology(config)
   )
+  optimizer.check_parts(config.optimizer.frozen, steps.split(model)[1])
   mean, std = tuple(config.data.mean), tuple(config.data.std)
   if not (mean and std):
     measured = [tuple(map(float, v)) for v in dataset.mean_and_std()]
@@ -132,14 +134,7 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
   recipe = steps.Recipe(
     network=steps.split(model)[0],
     optimizer=optimizer.partitioned(
-      optimizer.weights_transform(
-        rates[0],
-        momentum=config.optimizer.momentum,
-        nesterov=config.optimizer.nesterov,
-        weight_decay=config.optimizer.weight_decay,
-        decay_all=config.optimizer.decay_all,
-        clip_norm=config.optimizer.clip_norm,
-      ),
+      weights_transform(config, rates[0]),
       optimizer.masks_transform(
         rates[1],
         model.stack.valid,
@@ -158,11 +153,65 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     label_smoothing=config.optimizer.label_smoothing,
     average=config.optimizer.average,
     parts=config.optimizer.accumulate_steps,
+    cutmix=config.data.cutmix,
+    erasing=config.data.erasing,
+    drop_path=config.model.drop_path,
+    class_weights=class_weights(config, dataset),
     batch_sharding=distributed.sharded(mesh),
   )
   return Experiment(
     config, dataset, plan, architecture, model, mesh, rates, recipe
   )
+
+
+def weights_transform(
+  config: ml_collections.ConfigDict, rate: optax.Schedule
+) -> optax.GradientTransformation:
+  """Returns the optimizer of the weights.
+
+  Args:
+    config: `config.optimizer` is used.
+    rate: learning rate by step.
+  """
+  own = config.optimizer
+  return optimizer.for_parts(
+    optimizer.weights_transform(
+      rate,
+      name=own.name,
+      momentum=own.momentum,
+      nesterov=own.nesterov,
+      weight_decay=own.weight_decay,
+      decay_all=own.decay_all,
+      clip_norm=own.clip_norm,
+    ),
+    frozen=own.frozen,
+    body_rate=own.body_rate,
+  )
+
+
+def class_weights(
+  config: ml_collections.ConfigDict, dataset: datasets.Dataset
+) -> tuple[float, ...]:
+  """Returns the weight of each class in the loss; (): 1 each.
+
+  A balanced class c has the weight N / (num_classes * N_c), of N training
+  images; so the weights of all images have the mean 1.
+
+  Raises:
+    InputError: a class has no training image.
+  """
+  if config.data.class_weights == 'none':
+    return ()
+  counts = np.bincount(
+    dataset.train.read_labels(), minlength=len(dataset.classes)
+  )
+  if not counts.all():
+    name = dataset.classes[int(counts.argmin())]
+    raise InputError(
+      f"config.data.class_weights='balanced' needs images of each class to"
+      f' train on; {names.distinct(name)} has none'
+    )
+  return tuple((counts.sum() / (len(counts) * counts)).tolist())
 
 
 def architecture_of(

@@ -10,14 +10,21 @@ import ml_collections
 import numpy as np
 from flax import nnx
 
-from maskconnect_jax import files
-from maskconnect_jax.figures import dynamics, masks, page
+from maskconnect_jax import files, names
+from maskconnect_jax.figures import confusion, dynamics, masks, page
 from maskconnect_jax.figures import topology as topology_picture
 from maskconnect_jax.method import wiring
 from maskconnect_jax.method.spec import NARROWING
 from maskconnect_jax.method.topology import BranchTopology, Topology
 from maskconnect_jax.networks import cost
-from maskconnect_jax.run import experiment, inference, metrics, report, steps
+from maskconnect_jax.run import (
+  evaluation,
+  experiment,
+  inference,
+  metrics,
+  report,
+  steps,
+)
 from maskconnect_jax.run.progress import Run
 
 
@@ -90,8 +97,11 @@ def finish(run: Run) -> tuple[dict[str, Any], Any]:
       run.progress.clock,
     )
     | run.progress.margins
+    | evaluation.by_class(tested, job.dataset.classes)
   )
   write(run.workdir, job, frozen, pruned, summary, run.history)
+  if not jax.process_index():
+    draw_confusion(run.workdir, job, tested)
   return summary, pruned
 
 
@@ -268,6 +278,22 @@ def draw_figures(
       )
   for name, figure in figures.items():
     page.save(figure, workdir / 'figures' / name)
+
+
+def draw_confusion(
+  workdir: Path, job: experiment.Experiment, scores: evaluation.Scores
+) -> None:
+  """Draws figures/confusion: which classes are taken for which."""
+  classes = job.dataset.classes
+  counts = np.zeros((len(classes), len(classes)), np.int64)
+  label, taken, count = scores.confused.T
+  counts[label, taken] = count
+  figure = confusion.confusion_figure(
+    counts,
+    [names.one_line(name) for name in classes],
+    title=f'{job.config.model.name}, after fine-tuning',
+  )
+  page.save(figure, workdir / 'figures' / 'confusion')
 
 
 def table(summary: dict[str, Any], workdir: Path) -> str:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import connectivity
 from maskconnect_jax.method.spec import NARROWING
 
@@ -69,22 +71,30 @@ def weights_transform(
   weight_decay: float,
   decay_all: bool,
   clip_norm: float = 0.0,
+  name: str = 'sgd',
 ) -> optax.GradientTransformation:
-  """SGD with momentum and weight decay on kernels.
+  """An optimizer of optax, with weight decay on kernels.
 
-  v <- momentum * v + g + weight_decay * w,   w <- w - rate * v
-  (Nesterov: rate * (g + weight_decay * w + momentum * v)).
+  'sgd' adds the decay to the gradient:
+
+    v <- momentum * v + g + weight_decay * w,   w <- w - rate * v
+    (Nesterov: rate * (g + weight_decay * w + momentum * v)).
+
+  'adamw', 'lamb' and 'lion' decouple it, w <- w - rate * (u + weight_decay *
+  w), where u is the direction of Adam or Lion; LAMB scales the sum by |w| / |u
+  + weight_decay * w| of each array.
 
   Args:
     rate: learning rate by step.
-    momentum: 0 keeps no velocity.
-    nesterov: whether to use Nesterov's form of momentum.
-    weight_decay: coefficient of w in the gradient.
+    momentum: of 'sgd', where 0 keeps no velocity; b1 of the others.
+    nesterov: whether 'sgd' uses Nesterov's form of momentum.
+    weight_decay: coefficient of w.
     decay_all: whether all other weights decay too. These are vectors, and all
       weights named scale or bias; a scale or bias of several branches is a
       matrix.
     clip_norm: the largest norm of all gradients together, before weight decay;
       larger ones are scaled down to it. 0: any norm.
+    name: 'sgd', 'adamw', 'lamb' or 'lion'.
   """
 
   def decays(weights: Any) -> Any:
@@ -96,11 +106,108 @@ def weights_transform(
 
     return jax.tree.map_with_path(of, weights)
 
+  clip = optax.clip_by_global_norm(clip_norm) if clip_norm else None
+  if name != 'sgd':
+    own = {'adamw': optax.adamw, 'lamb': optax.lamb, 'lion': optax.lion}[name](
+      rate, b1=momentum, weight_decay=weight_decay, mask=decays
+    )
+    return optax.chain(clip or optax.identity(), own)
   decay = optax.add_decayed_weights(weight_decay, decays)
-  if clip_norm:
+  if clip:
     # One entry, so that checkpoints find the velocity at the same position.
-    decay = optax.chain(optax.clip_by_global_norm(clip_norm), decay)
+    decay = optax.chain(clip, decay)
   return optax.chain(decay, optax.sgd(rate, momentum or None, nesterov))
+
+
+def for_parts(
+  transform: optax.GradientTransformation,
+  *,
+  frozen: str = '',
+  body_rate: float = 1.0,
+) -> optax.GradientTransformation:
+  """Returns a transform that leaves some weights, and slows the body's.
+
+  Frozen weights have no state of the optimizer, and do not count in the norm of
+  the gradients. BatchNorm's statistics are no weights: they go on.
+
+  Args:
+    transform: updates all weights alike.
+    frozen: see `parts_of`.
+    body_rate: times the rate of every weight except the head's.
+  """
+  if body_rate != 1:
+    transform = optax.chain(
+      transform, optax.masked(optax.scale(body_rate), _body)
+    )
+  prefixes = parts_of(frozen)
+  if not prefixes:
+    return transform
+
+  def labels(weights: Any) -> Any:
+    return jax.tree.map_with_path(
+      lambda path, _: 'frozen' if _within(path, prefixes) else 'trained',
+      weights,
+    )
+
+  return optax.partition(
+    {'trained': transform, 'frozen': optax.set_to_zero()}, labels
+  )
+
+
+def parts_of(frozen: str) -> list[str]:
+  """Returns the prefixes of names in `config.optimizer.frozen`.
+
+  Args:
+    frozen: such as 'stem,stack.blocks.0'; a slash is as good as a dot.
+  """
+  names = (name.strip().replace('/', '.') for name in frozen.split(','))
+  return [name.strip('.') for name in names if name]
+
+
+def check_parts(frozen: str, weights: Any) -> None:
+  """Raises InputError for a part that no weight has, or if none is left.
+
+  Args:
+    frozen: see `parts_of`.
+    weights: the weights of the network.
+  """
+  paths = [path for path, _ in jax.tree.leaves_with_path(weights)]
+  prefixes = parts_of(frozen)
+  for prefix in prefixes:
+    if not any(_within(path, [prefix]) for path in paths):
+      names = list(dict.fromkeys(_parts(paths)))
+      near = difflib.get_close_matches(prefix, names, n=1, cutoff=0)
+      raise InputError(
+        f'config.optimizer.frozen={frozen!r}: no parameter is named {prefix}'
+        f' or begins with {prefix}.; did you mean {near[0]}? --mode=describe'
+        ' lists the names'
+      )
+  if all(_within(path, prefixes) for path in paths):
+    raise InputError(
+      f'config.optimizer.frozen={frozen!r} leaves no parameter to train'
+    )
+
+
+def _name(path: Any) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator='.')
+
+
+def _parts(paths: Sequence[Any]) -> Iterator[str]:
+  """Yields every prefix of the names, the shortest first."""
+  for path in paths:
+    for end in range(1, len(path) + 1):
+      yield _name(path[:end])
+
+
+def _within(path: Any, prefixes: Sequence[str]) -> bool:
+  name = f'{_name(path)}.'
+  return any(name.startswith(f'{prefix}.') for prefix in prefixes)
+
+
+def _body(weights: Any) -> Any:
+  return jax.tree.map_with_path(
+    lambda path, _: not _within(path, ['head', 'head_norm']), weights
+  )
 
 
 def masks_transform(

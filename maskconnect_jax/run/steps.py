@@ -18,7 +18,7 @@ from flax import nnx
 
 from maskconnect_jax.method.wiring import RealMask
 from maskconnect_jax.networks import layers, streams
-from maskconnect_jax.run import augment
+from maskconnect_jax.run import augment, distributed
 
 
 @jax.tree_util.register_dataclass
@@ -64,7 +64,9 @@ class Recipe:
     optimizer: updates {'weights': ..., 'masks': ...}.
     seed: seed of all random streams.
     temperature: temperature of the drawn masks, by step.
-    pad, flip, mean, std, mixup: see `config.data`.
+    pad, flip, mean, std, mixup, cutmix, erasing: see `config.data`.
+    drop_path: see `config.model`.
+    class_weights: the weight of each class in the loss; (): 1 each.
     label_smoothing, average: see `config.optimizer`.
     batch_sharding: how a batch lies on the devices.
     parts: in how many parts the gradient of a batch is computed.
@@ -83,6 +85,10 @@ class Recipe:
   average: float
   batch_sharding: jax.sharding.NamedSharding
   parts: int = 1
+  cutmix: float = 0.0
+  erasing: float = 0.0
+  drop_path: float = 0.0
+  class_weights: tuple[float, ...] = ()
 
   def key(self, stream: int, step: jax.Array | int) -> jax.Array:
     """Returns the random key of one of `streams` at one step."""
@@ -125,7 +131,7 @@ def augmented(recipe: Recipe, images: jax.Array, step: jax.Array) -> jax.Array:
   Args:
     recipe: the recipe of the run.
     images: uint8 [batch, H, W, C].
-    step: int32 [], decides crops and flips.
+    step: int32 [], decides crops, flips and erased boxes.
 
   Returns:
     float32 [batch, H, W, C].
@@ -137,7 +143,40 @@ def augmented(recipe: Recipe, images: jax.Array, step: jax.Array) -> jax.Array:
     )
   if recipe.flip:
     batch = augment.random_flip(recipe.key(streams.FLIP, step), batch)
+  if recipe.erasing:
+    batch = augment.random_erasing(
+      recipe.key(streams.ERASING, step), batch, recipe.erasing
+    )
   return batch
+
+
+def mixed(
+  recipe: Recipe, images: jax.Array, targets: jax.Array, step: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns a batch after mixup or CutMix.
+
+  If the recipe has both, a fair coin decides for each step.
+
+  Args:
+    recipe: the recipe of the run.
+    images: float32 [batch, H, W, C].
+    targets: float32 [batch, num_classes].
+    step: int32 [], decides the shares, the box and the coin.
+  """
+  kinds = []
+  if recipe.mixup:
+    kinds.append((augment.mixup, streams.MIXUP, recipe.mixup))
+  if recipe.cutmix:
+    kinds.append((augment.cutmix, streams.CUTMIX, recipe.cutmix))
+  found = [
+    mix(recipe.key(stream, step), images, targets, alpha)
+    for mix, stream, alpha in kinds
+  ]
+  if len(found) < 2:
+    return found[0] if found else (images, targets)
+  coin = jax.random.fold_in(recipe.key(streams.CUTMIX, step), 1)
+  heads = jax.random.bernoulli(coin)
+  return jax.tree.map(lambda a, b: jnp.where(heads, a, b), *found)
 
 
 def train_step(
@@ -155,7 +194,7 @@ def train_step(
     The state after the step, and {'loss', 'accuracy'}, float32 [], of this
     batch before the update.
   """
-  inputs = augmented(recipe, images, state.step)
+  pixels = augmented(recipe, images, state.step)
 
   def loss_of(
     params: dict[str, Any], statistics: Any, inputs: Any, targets: Any
@@ -166,7 +205,7 @@ def train_step(
     mask = model.draw(
       recipe.key(streams.MASK, state.step), recipe.temperature(state.step)
     )
-    logits = model(inputs, mask, train=True)
+    logits = model(inputs['images'], mask, train=True, keep=inputs['keep'])
     loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
     return loss, (logits, nnx.as_pure(nnx.state(model, nnx.BatchStat)))
 
@@ -175,10 +214,18 @@ def train_step(
   targets = optax.smooth_labels(
     jax.nn.one_hot(labels, num_classes), recipe.label_smoothing
   )
-  if recipe.mixup:
-    inputs, targets = augment.mixup(
-      recipe.key(streams.MIXUP, state.step), inputs, targets, recipe.mixup
+  pixels, targets = mixed(recipe, pixels, targets, state.step)
+  if recipe.class_weights:
+    targets *= jnp.asarray(recipe.class_weights)
+  keep = None
+  if recipe.drop_path:
+    keep = augment.drop_path(
+      recipe.key(streams.DROP_PATH, state.step),
+      len(labels),
+      len(state.weights['stack']['blocks']),
+      recipe.drop_path,
     )
+  inputs = {'images': pixels, 'keep': keep}
   with recipe.on_mesh():
     if recipe.parts == 1:
       (loss, (logits, statistics)), gradients = jax.value_and_grad(
@@ -208,7 +255,7 @@ def _in_parts(
   loss_of: Any,
   params: dict[str, Any],
   statistics: Any,
-  inputs: jax.Array,
+  inputs: Any,
   targets: jax.Array,
 ) -> tuple[jax.Array, jax.Array, Any, Any]:
   """Returns loss, logits, statistics and gradients, one part after another.
@@ -222,7 +269,7 @@ def _in_parts(
     loss_of: the loss of a part, with (logits, statistics) beside it.
     params: weights and masks.
     statistics: before the step.
-    inputs: float32 [batch, H, W, C].
+    inputs: a tree of arrays [batch, ...].
     targets: float32 [batch, num_classes].
   """
   sharding, count = recipe.batch_sharding, recipe.parts
@@ -247,7 +294,9 @@ def _in_parts(
 
   zeros = jax.tree.map(jnp.zeros_like, params)
   (statistics, total, loss), logits = jax.lax.scan(
-    add, (statistics, zeros, jnp.zeros(())), (split(inputs), split(targets))
+    add,
+    (statistics, zeros, jnp.zeros(())),
+    jax.tree.map(split, (inputs, targets)),
   )
   gradients = jax.tree.map(lambda g: g / count, total)
   return loss / count, joined(logits), statistics, gradients
@@ -411,7 +460,7 @@ def eval_step(
     mask_step: the training step whose temperature the draw uses.
 
   Returns:
-    See `scores`.
+    See `scores`; and 'outcomes', see `outcomes`, on all devices.
   """
   model = nnx.merge(recipe.network, *variables)
   mask = None
@@ -419,7 +468,29 @@ def eval_step(
     mask = model.draw(mask_key, recipe.temperature(mask_step))
   with recipe.on_mesh():
     logits = model(augment.normalize(images, recipe.mean, recipe.std), mask)
-  return scores(logits, labels, counted)
+  return scores(logits, labels, counted) | {
+    'outcomes': jax.lax.with_sharding_constraint(
+      outcomes(logits, labels, counted),
+      distributed.replicated(recipe.batch_sharding.mesh),
+    )
+  }
+
+
+def outcomes(
+  logits: jax.Array, labels: jax.Array, counted: jax.Array
+) -> jax.Array:
+  """Returns the label of each example and the class it was taken for.
+
+  Args:
+    logits: float32 [batch, num_classes].
+    labels: int32 [batch].
+    counted: bool [batch]; False for padding.
+
+  Returns:
+    int32 [batch, 2]; (-1, -1) for padding.
+  """
+  pairs = jnp.stack([labels, jnp.argmax(logits, -1).astype(jnp.int32)], -1)
+  return jnp.where(counted[:, None], pairs, -1)
 
 
 def scores(

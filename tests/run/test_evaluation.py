@@ -81,6 +81,25 @@ def test_by_hand(model, data):
   assert scores.count == 12
   assert scores.accuracy == pytest.approx(accuracy)
   assert scores.loss == pytest.approx(loss, rel=1e-5)
+  taken = model.predict(images).argmax(1).reshape(3, 4)
+  assert scores.confused.tolist() == [
+    [label, other, (row == other).sum()]
+    for label, row in enumerate(taken)
+    for other in range(3)
+    if other in row
+  ]
+
+
+def test_scores_of_each_class():
+  confused = np.array([[0, 0, 3], [0, 2, 1], [2, 0, 5]])
+  scores = evaluation.Scores(0, 0, 0, 9, confused)
+  assert evaluation.by_class(scores, ['ant', 'crane', 'crane']) == {
+    'class_accuracy': {'ant': 0.75, 'crane (1)': None, 'crane (2)': 0},
+    'confusion': {
+      'ant': {'ant': 3, 'crane (2)': 1},
+      'crane (2)': {'ant': 5},
+    },
+  }
 
 
 def test_labels_are_matched_by_name(model, data):

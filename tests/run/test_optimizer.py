@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
+from maskconnect_jax.errors import InputError
 from maskconnect_jax.run import optimizer
 
 L = 6
@@ -331,3 +332,134 @@ def test_gradients_are_clipped_by_their_norm_before_the_decay(clip):
     own = optax.apply_updates(own, updates)
   for name, expected in weights.items():
     np.testing.assert_allclose(own[name], expected, rtol=1e-4, atol=1e-6)
+
+
+# Optimizers by name, and parts of the network.
+
+
+class ByHand:
+  """AdamW, LAMB and Lion of their papers, in NumPy and float64."""
+
+  def __init__(self, name, weights, decay):
+    self.name, self.decay, self.count = name, decay, 0
+    self.m = {key: np.zeros_like(w) for key, w in weights.items()}
+    self.v = {key: np.zeros_like(w) for key, w in weights.items()}
+
+  def step(self, weights, gradients, rate):
+    self.count += 1
+    moved = {}
+    for key, w in weights.items():
+      g, decay = gradients[key], self.decay * (w.ndim > 1)
+      if self.name == 'lion':  # Chen et al., 2023, algorithm 2
+        direction = np.sign(0.9 * self.m[key] + 0.1 * g)
+        self.m[key] = 0.99 * self.m[key] + 0.01 * g
+        moved[key] = w - rate * (direction + decay * w)
+        continue
+      self.m[key] = 0.9 * self.m[key] + 0.1 * g
+      self.v[key] = 0.999 * self.v[key] + 0.001 * g**2
+      m, v = self.m[key], self.v[key]
+      m, v = m / (1 - 0.9**self.count), v / (1 - 0.999**self.count)
+      epsilon = 1e-6 if self.name == 'lamb' else 1e-8
+      direction = m / (np.sqrt(v) + epsilon) + decay * w
+      trust = 1.0
+      if self.name == 'lamb':  # You et al., 2020, algorithm 2
+        trust = np.linalg.norm(w) / np.linalg.norm(direction)
+      moved[key] = w - rate * trust * direction
+    return moved
+
+
+@pytest.mark.parametrize('name', ['adamw', 'lamb', 'lion'])
+def test_weights_move_as_numpys_adamw_lamb_and_lion(name):
+  rng = np.random.default_rng(15)
+  weights = {'kernel': rng.normal(size=(3, 4)), 'bias': rng.normal(size=4)}
+  rates = [0.1, 0.05, 0.1, 0.02]
+  transform = optimizer.weights_transform(
+    lambda step: jnp.asarray(rates)[step], name=name, momentum=0.9,
+    nesterov=True, weight_decay=0.3, decay_all=False,
+  )  # fmt: skip
+  own = jax.tree.map(jnp.float32, weights)
+  state, by_hand = transform.init(own), ByHand(name, weights, 0.3)
+  for rate in rates:
+    gradient = {key: rng.normal(size=w.shape) for key, w in weights.items()}
+    weights = by_hand.step(weights, gradient, rate)
+    updates, state = transform.update(
+      jax.tree.map(jnp.float32, gradient), state, own
+    )
+    own = optax.apply_updates(own, updates)
+    for key, expected in weights.items():
+      np.testing.assert_allclose(own[key], expected, rtol=1e-4, atol=1e-5)
+
+
+WHOLE = {
+  'stem': {'kernel': np.ones((2, 2))},
+  'stack': {'blocks': {n: {'kernel': np.full((2, 2), 2.0)} for n in (1, 10)}},
+  'head': {'kernel': np.full((2, 3), 3.0)},
+  'head_norm': {'scale': np.full(2, 4.0)},
+}
+
+
+def moves(frozen='', body_rate=1.0, **options):
+  """How far each weight of WHOLE moves in one step of gradient 1, rate 0.5."""
+  weights = jax.tree.map(jnp.float32, WHOLE)
+  transform = optimizer.for_parts(
+    optimizer.weights_transform(
+      lambda _: 0.5,
+      **{'momentum': 0.0, 'nesterov': False, 'weight_decay': 0.0}
+      | {'decay_all': False}
+      | options,
+    ),
+    frozen=frozen,
+    body_rate=body_rate,
+  )
+  updates, _ = transform.update(
+    jax.tree.map(jnp.ones_like, weights), transform.init(weights), weights
+  )
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='.'): float(u.ravel()[0])
+    for path, u in jax.tree.leaves_with_path(updates)
+  }
+
+
+def test_frozen_parts_stay_and_the_others_move_as_without():
+  found = moves(frozen='stem, stack/blocks/1')
+  assert found == {
+    'stem.kernel': 0,
+    'stack.blocks.1.kernel': 0,
+    'stack.blocks.10.kernel': -0.5,  # 10 does not begin with 1
+    'head.kernel': -0.5,
+    'head_norm.scale': -0.5,
+  }
+
+
+def test_a_frozen_gradient_does_not_count_in_the_norm():
+  # Of 20 gradients of 1, 10 are frozen or, without `frozen`, none is.
+  assert moves(clip_norm=1.0)['head.kernel'] == pytest.approx(-0.5 / 20**0.5)
+  found = moves(frozen='stem,stack.blocks.1,head_norm', clip_norm=1.0)
+  assert found['head.kernel'] == pytest.approx(-0.5 / 10**0.5)
+
+
+@pytest.mark.parametrize('name', ['sgd', 'adamw'])
+def test_the_body_moves_at_its_share_of_the_rate_decay_included(name):
+  options = {'name': name, 'weight_decay': 0.1, 'momentum': 0.9}
+  full, slow = moves(**options), moves(body_rate=0.25, **options)
+  for key, move in full.items():
+    share = 1 if key.startswith('head') else 0.25
+    assert slow[key] == pytest.approx(share * move)
+  frozen = moves(frozen='stem', body_rate=0.25, **options)
+  assert frozen == {**slow, 'stem.kernel': 0}
+
+
+@pytest.mark.parametrize(
+  ('frozen', 'says'),
+  [
+    ('steam', 'no parameter is named steam .*did you mean stem?'),
+    ('stem,stack.blocks.2', r'stack.blocks.2 or begins .* stack.blocks.1\?'),
+    ('stack.block', r'did you mean stack.blocks\?'),
+    ('stem,stack,head,head_norm', 'leaves no parameter to train'),
+  ],
+)
+def test_parts_that_cannot_be_frozen(frozen, says):
+  with pytest.raises(InputError, match=says) as error:
+    optimizer.check_parts(frozen, WHOLE)
+  assert '\n' not in str(error.value)
+  optimizer.check_parts('stem,stack.blocks.10.kernel', WHOLE)

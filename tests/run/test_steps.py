@@ -273,6 +273,55 @@ def test_a_step_with_mixup_is_that_of_the_mixed_batch(learned):
   )
 
 
+def test_residuals_drop_out_and_classes_weigh_as_the_recipe_says():
+  """One step, from the draws of its key and the blocks' own layers."""
+  recipe, state = made(
+    tiny(rule='fixed_prev'), drop_path=0.6, class_weights=(0.5, 1.0, 3.0)
+  )
+  _, metrics = train_step(recipe, state, IMAGES[:BATCH], LABELS[:BATCH])
+  root, drop_path = jax.random.key(SEED), 9
+  key = jax.random.fold_in(jax.random.fold_in(root, drop_path), 0)
+  stay = 1 - 0.6 * np.array([1, 2, 3]) / 3
+  keep = np.asarray(jax.random.bernoulli(key, stay, (BATCH, 3))) / stay
+  assert len(set(keep.ravel())) == 4
+
+  @jax.jit
+  def run(variables, x):
+    model = nnx.merge(recipe.network, *variables)
+    x = model.stem(x, train=True)
+    for block, column in zip(model.stack.blocks, keep.T, strict=True):
+      norms = {'use_running_average': False}
+      f = block.norm1(block.conv1(x), **norms)
+      f = block.norm2(block.conv2(jnp.maximum(f, 0)), **norms)
+      x = x[:, :: block.stride, :: block.stride]
+      x = jnp.pad(x, ((0, 0),) * 3 + ((0, f.shape[-1] - x.shape[-1]),))
+      x = jnp.maximum(x + f * column[:, None, None, None], 0)
+    return model.head(x.mean((1, 2)))
+
+  logits = run(state.variables(), normalized(np.arange(BATCH)))
+  logits = np.asarray(logits, np.float64)
+  log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  target = np.eye(CLASSES)[LABELS[:BATCH]] * (1 - SMOOTHING)
+  target += SMOOTHING / CLASSES
+  expected = -(np.array([0.5, 1, 3]) * target * log_p).sum(-1).mean()
+  assert float(metrics['loss']) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_mixup_and_cutmix_take_turns_by_a_fair_coin(learned):
+  recipe = dataclasses.replace(learned[0], mixup=0.4, cutmix=1.0)
+  x, t = normalized(np.arange(BATCH)), jnp.eye(BATCH)
+  mix = jax.jit(functools.partial(steps.mixed, recipe))
+  boxes = 0
+  for step in range(60):
+    images, targets = mix(x, t, step)
+    # In a box and outside it every pixel is one of two.
+    pure = np.isclose(images, x) | np.isclose(images, np.roll(x, 1, 0))
+    boxes += bool(pure.all())
+    np.testing.assert_allclose(targets.sum(-1), 1, rtol=1e-5)
+  assert 15 <= boxes <= 45  # 30 +- 4 standard deviations
+
+
 def test_averages_are_those_of_the_weights_and_statistics(path):
   """In NumPy over the same path, of which averaging changes nothing."""
   recipe, state = made(tiny(), average=0.9)
@@ -404,7 +453,10 @@ def test_a_step_in_parts_is_a_step_of_the_whole_batch():
       module.bias.set_value(jnp.full_like(module.bias[...], 0.3))
   outcomes = []
   for parts in (1, 4):
-    recipe, state = made(model, parts=parts, mixup=0.3)
+    recipe, state = made(
+      model, parts=parts, mixup=0.3, cutmix=1.0, drop_path=0.6,
+      class_weights=(0.5, 1.0, 2.0),
+    )  # fmt: skip
     state, metrics = train_step(recipe, state, IMAGES[:16], LABELS[:16])
     outcomes.append(
       {'masks': state.masks, 'weights': state.weights, 'metrics': metrics}

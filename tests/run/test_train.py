@@ -285,6 +285,7 @@ def test_model_holds_the_live_weights_of_the_last_checkpoint(
 
 def test_figures_can_be_opened(finished):
   names = ('topology', 'topology_dark', 'real_mask', 'real_mask_history')
+  names += ('confusion',)
   for name in names:
     path = finished.workdir / 'figures' / name
     with Image.open(path.with_suffix('.png')) as image:
@@ -292,7 +293,7 @@ def test_figures_can_be_opened(finished):
       assert min(image.size) > 100
     root = ElementTree.parse(path.with_suffix('.svg')).getroot()
     assert root.tag.endswith('svg')
-  assert len(list((finished.workdir / 'figures').iterdir())) == 8
+  assert len(list((finished.workdir / 'figures').iterdir())) == 10
 
 
 def test_what_is_said_on_the_way(finished):
