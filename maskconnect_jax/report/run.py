@@ -29,13 +29,11 @@ class Examples:
     images: uint8 [N, H, W, C], C being 1 or 3.
     labels: int [N], the classes of the images.
     predicted: int [N], the classes that the model gives them.
-    probability: float [N], of the predicted class.
   """
 
   images: np.ndarray
   labels: np.ndarray
   predicted: np.ndarray
-  probability: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -498,8 +496,8 @@ def _examples(record: Record) -> str:
     'examples',
     'Test images',
     *parts,
-    about='Of a sample of the test images: the most confident mistakes, and'
-    ' some images that are right.',
+    about='Some that the pruned network gets wrong, and some that it gets'
+    ' right.',
   )
 
 
@@ -513,10 +511,9 @@ def _example(record: Record, own: Examples, at: int) -> str:
   label, found = (
     _class(record, n) for n in (own.labels[at], own.predicted[at])
   )
-  sure = f'{100 * own.probability[at]:.0f} %'
-  words = f'{label}, {sure}'
+  words = label
   if own.labels[at] != own.predicted[at]:
-    words = f'{label}, taken for {found}, {sure}'
+    words = f'{label}, taken for {found}'
   small = ' class="small"' if image.shape[0] < 64 else ''
   return (
     f'<li><img{small} src="data:image/png;base64,{content}" width="96"'

@@ -13,6 +13,7 @@ from typing import Any
 
 import ml_collections
 import numpy as np
+from PIL import Image
 
 from maskconnect_jax import config as config_lib
 from maskconnect_jax import files
@@ -31,6 +32,8 @@ from maskconnect_jax.run import plan as plan_lib
 NAME = 'report.html'
 EXAMPLES = 'examples.npz'
 POLL_SECONDS = 2.0
+_OF_A_KIND = 12  # images of each kind, wrong and right
+_SIDE = 96  # pixels of an image on the page
 # What a page is made of and changes while a run goes on.
 _WATCHED = (
   'metrics.jsonl', 'real_masks.npz', 'topology.json', 'summary.json', EXAMPLES,
@@ -260,17 +263,48 @@ def snippet(summary: dict[str, Any], model: Any) -> str:
   )
 
 
-def write_examples(workdir: Path, examples: page.Examples) -> None:
-  """Writes the test images that the page shows.
+def write_examples(
+  workdir: Path, images: np.ndarray, labels: np.ndarray, predicted: np.ndarray
+) -> None:
+  """Writes a few test images, wrong and right ones, for the page.
+
+  Args:
+    workdir: the folder of the run.
+    images: uint8 [N, H, W, C], C being 1 or 3.
+    labels: int [N], the classes of the images.
+    predicted: int [N], the classes that the model gives them.
 
   Raises:
     InputError: the file cannot be written.
   """
+  right = labels == predicted
+  chosen = np.concatenate(
+    [np.flatnonzero(part)[:_OF_A_KIND] for part in (~right, right)]
+  )
+  record = page.Examples(
+    np.stack([_small(images[at]) for at in chosen])
+    if len(chosen)
+    else images[:0],
+    labels[chosen],
+    predicted[chosen],
+  )
   with (
     files.replacing(workdir / EXAMPLES) as temporary,
     temporary.open('wb') as file,
   ):
-    np.savez_compressed(file, **vars(examples))
+    np.savez_compressed(file, **vars(record))
+
+
+def _small(image: np.ndarray) -> np.ndarray:
+  """Returns an image of at most the side that the page shows."""
+  height, width, channels = image.shape
+  scale = _SIDE / max(height, width)
+  if scale >= 1:
+    return image
+  size = (max(1, round(width * scale)), max(1, round(height * scale)))
+  squeezed = image[..., 0] if channels == 1 else image
+  small = np.asarray(Image.fromarray(squeezed).resize(size))
+  return small.reshape(*small.shape[:2], channels)
 
 
 def _examples(path: Path) -> page.Examples | None:
@@ -278,15 +312,10 @@ def _examples(path: Path) -> page.Examples | None:
     return None
   try:
     with np.load(path) as file:
-      found = page.Examples(
-        *(file[n] for n in ('images', 'labels', 'predicted', 'probability'))
-      )
-    count = len(found.labels)
+      found = page.Examples(file['images'], file['labels'], file['predicted'])
     if found.images.ndim != 4 or found.images.shape[-1] not in (1, 3):
       raise ValueError(f'images of shape {found.images.shape}')
-    if {len(found.images), len(found.predicted), len(found.probability)} != {
-      count
-    }:
+    if not len(found.images) == len(found.labels) == len(found.predicted):
       raise ValueError('its arrays differ in length')
   except Exception as error:  # NumPy raises many kinds for a broken archive
     raise InputError(
