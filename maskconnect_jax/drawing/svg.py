@@ -22,7 +22,8 @@ STYLE = """
 .topology{font:9.5px ui-sans-serif,system-ui,-apple-system,'Segoe UI',Roboto,
 'Helvetica Neue',Arial,sans-serif;fill:var(--soft);text-anchor:middle}
 .topology .band{opacity:var(--band)}
-.topology .stage{font-size:10px;font-weight:600}
+.topology .stage{font-size:10px;font-weight:600;
+fill:color-mix(in oklab,var(--t) 60%,var(--ink))}
 .topology .edge{fill:none;stroke-linecap:round}
 .topology .edge.pruned{stroke:var(--faint)!important;stroke-dasharray:3 2}
 .topology .node circle,.topology .node rect{stroke:var(--paper);
@@ -123,7 +124,7 @@ def _bands(graph: Graph, stages: Ints | None, high: float) -> list[str]:
       f' height="{high - layout.STAGE + 11 - _ABOVE:.5g}" rx="5"'
       f' style="fill:{tint}"/>',
       f'<text class="stage" x="{left + wide / 2:.5g}"'
-      f' y="{high - layout.STAGE + 3.5:.5g}" style="fill:{tint}">{name}</text>',
+      f' y="{high - layout.STAGE + 3.5:.5g}" style="--t:{tint}">{name}</text>',
     ]
   return parts
 

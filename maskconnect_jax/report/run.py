@@ -19,6 +19,7 @@ from maskconnect_jax.report.charts import Line
 
 _MOST_CLASSES = 100  # of a confusion matrix with cells
 _LISTED = 20  # classes and pairs in a list
+_NAMED, _LETTERS = 20, 12  # classes of a matrix with names, and their letters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -316,7 +317,7 @@ def _clarity(record: Record) -> str:
     pairs.append(('Clear by two errors', f'{summary["choices_clear"]:,}'))
   if summary.get('margin') is not None:
     error = summary.get('margin_standard_error')
-    text = f'{summary["margin"]:.4f}'
+    text = f'{summary["margin"]:.4f}'.replace('-', '−')
     text += f' ± {error:.4f} nats' if error is not None else ' of r'
     pairs.append(('Mean margin', text))
   lines = ''.join(
@@ -464,12 +465,22 @@ def _confusion(record: Record, summary: dict[str, Any]) -> str:
         f' style="--r:{count / sum(row.values()):.3g}">'
         f'<title>{html.text(words)}</title></rect>'
       )
+  room = 0
+  names = ''
+  if size <= _NAMED:
+    room = 8 + round(5.8 * max(len(name[:_LETTERS]) for name in order))
+    names = ''.join(
+      f'<text x="-6" y="{320 / size * (at + 0.5) + 4.5:.1f}" text-anchor="end">'
+      f'{html.text(name[:_LETTERS])}</text>'
+      for at, name in enumerate(order)
+    )
   drawing = (
-    '<svg class="matrix confusion" viewBox="0 0 322 322" role="img"'
+    f'<svg class="matrix confusion" viewBox="{-room} 0 {322 + room} 322"'
+    ' role="img"'
     ' aria-label="Confusion matrix: a row for each class, a column for what it'
     ' is taken for"><rect class="frame" x="1" y="1" width="320" height="320"/>'
     f'<g transform="translate(1 1) scale({320 / size:.4f})">{"".join(cells)}'
-    '</g></svg>'
+    f'</g>{names}</svg>'
   )
   return html.figure(
     'Confusion',
