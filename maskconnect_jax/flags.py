@@ -21,7 +21,7 @@ from maskconnect_jax.errors import InputError
 
 MODES = (
   'train', 'evaluate', 'describe', 'predict', 'sweep', 'summarize', 'dynamics',
-  'prepare',
+  'report', 'prepare',
 )  # fmt: skip
 _HELP = ('-h', '-help', '--help', '-helpshort', '--helpshort')
 _MODULE = 'config_config'  # the name under which a config file is imported
@@ -103,7 +103,8 @@ MODE = flags.DEFINE_enum(
   ' a step), predict (a class for each of --images), sweep (trains every one'
   ' of config.variants with every one of config.seeds), summarize (the table'
   ' of the runs in --workdirs), dynamics (what their real masks did while they'
-  ' were learned) or prepare (Mini-ImageNet, from a folder of --images).',
+  ' were learned), report (a page to look at, of the run in --workdir or of the'
+  ' runs in --workdirs) or prepare (Mini-ImageNet, from a folder of --images).',
 )
 IMAGES = flags.DEFINE_multi(
   _PATH,
@@ -122,13 +123,26 @@ WORKDIRS = flags.DEFINE_multi(
   _AS_TEXT,
   'workdirs',
   [],
-  'summarize, dynamics: a run, or a folder of runs; may be repeated.',
+  'summarize, dynamics, report: a run, or a folder of runs; may be repeated.',
 )
 CSV = _define_path('csv', 'summarize: a file for the table as CSV.')
 FIGURE = _define_path(
   'figure',
   'summarize, dynamics: FILE.png, a picture of it; also FILE.svg. dynamics'
   ' draws up to six runs.',
+)
+GRAPH = _define_path(
+  'graph',
+  'describe: a file for the topology as a graph, FILE.svg, FILE.dot or'
+  ' FILE.graphml.',
+)
+HTML = _define_path(
+  'html', 'report: FILE.html, the page; by default report.html in the folder.'
+)
+FOLLOW = flags.DEFINE_bool(
+  'follow',
+  False,
+  'report: write the page of --workdir again while its run goes on.',
 )
 AGAINST = flags.DEFINE_enum(
   'against',

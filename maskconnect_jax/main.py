@@ -12,6 +12,7 @@ r"""Learns how the blocks of a network are wired. Each mode is one task.
       --config.variants='connectivity.rule=fixed_random connectivity.fan_in=4'
   python -m maskconnect_jax.main --mode=summarize --workdirs=runs/rules
   python -m maskconnect_jax.main --mode=dynamics --workdirs=runs/rules
+  python -m maskconnect_jax.main --mode=report --workdir=runs/digits
   python -m maskconnect_jax.main --mode=prepare --images=mini_imagenet
 
 pip also installs this program as the command `maskconnect`. The package
@@ -63,9 +64,11 @@ from maskconnect_jax.run import (
   evaluation,
   finish,
   inference,
+  report,
   train,
 )
 from maskconnect_jax.study import dynamics, summarize, sweep
+from maskconnect_jax.study import report as study_report
 
 
 def main(argv: Sequence[str]) -> None:
@@ -104,6 +107,7 @@ def run_mode() -> None:
     'sweep': run_sweep,
     'summarize': run_summarize,
     'dynamics': run_dynamics,
+    'report': run_report,
     'prepare': run_prepare,
   }[MODE.value]()
 
@@ -143,7 +147,12 @@ def run_evaluate() -> None:
 
 def run_describe() -> None:
   """Prints the network and the cost of a step."""
-  print(describe.describe(the_config_or_stored()))
+  graph, workdir = flags.GRAPH.value, flags.WORKDIR.value
+  if graph:
+    describe.check_graph(graph)
+  print(describe.describe(the_config_or_stored(), graph, workdir))
+  if graph:
+    print(f'graph        {graph}')
 
 
 def run_predict() -> None:
@@ -217,6 +226,27 @@ def run_summarize() -> None:
 def run_dynamics() -> None:
   """Prints how the real masks of the runs in --workdirs moved."""
   print(dynamics.report(the_workdirs(), FIGURE.value), end='')
+
+
+def run_report() -> None:
+  """Writes the page of a run, or of the runs in --workdirs; prints its path."""
+  if not flags.WORKDIRS.value:
+    workdir = the_workdir()
+    if flags.HTML.value:
+      raise InputError(
+        f'--html is for several runs; the page of one is {workdir}/report.html'
+      )
+    if not flags.FOLLOW.value:
+      print(report.write(workdir))
+      return
+    print(report.follow(workdir, lambda line: print(line, file=sys.stderr)))
+    return
+  if flags.FOLLOW.value or flags.WORKDIR.value:
+    raise InputError(
+      '--follow and --workdir are for the page of one run; omit them, or'
+      ' --workdirs'
+    )
+  print(study_report.write(the_workdirs(), flags.HTML.value))
 
 
 def run_prepare() -> None:

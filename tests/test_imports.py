@@ -29,15 +29,18 @@ FOLDERS: dict[str, set[str]] = {
   'study': {
     'config', 'command', 'fields', 'files', 'signals', 'run', 'figures',
     'method.connectivity', 'method.spec', 'method.topology', 'networks.models',
+    'report',
   },
   'run': {
     'config', 'files', 'limits', 'names', 'signals', 'fields', 'data',
-    'networks', 'method', 'figures',
+    'networks', 'method', 'figures', 'report', 'drawing',
   },
   'networks': {'backend', 'convolution', 'limits', 'method'},
   'data': {'config', 'files', 'limits', 'names', 'signals'},
-  'figures': {'files'},
-  'method': {'backend', 'files', 'limits'},
+  'figures': {'drawing', 'files'},
+  'report': {'drawing'},
+  'method': {'backend', 'drawing', 'files', 'limits'},
+  'drawing': set(),
 }  # fmt: skip
 # Single files that may do less than their folder, or more.
 ARROWS: dict[str, set[str]] = {
@@ -62,9 +65,10 @@ ARROWS: dict[str, set[str]] = {
   'run.checkpoint': {'files', 'run.storage', 'run.stored'},
   # What serves a model has neither the loop nor the data sets.
   'run.inference': {
-    'config', 'files', 'limits', 'data.image_headers', 'data.image_inputs',
-    'data.images', 'method', 'networks', 'run.augment', 'run.checkpoint',
-    'run.cores', 'run.distributed', 'run.model_record', 'run.snapshot',
+    'config', 'drawing', 'files', 'limits', 'data.image_headers',
+    'data.image_inputs', 'data.images', 'method', 'networks', 'run.augment',
+    'run.checkpoint', 'run.cores', 'run.distributed', 'run.model_record',
+    'run.snapshot',
   },
   'run.snapshot': {
     'files', 'method', 'networks', 'run.checkpoint', 'run.model_record',
@@ -73,7 +77,8 @@ ARROWS: dict[str, set[str]] = {
 NEEDS_ORBAX = {'run.checkpoint', 'run.storage'}
 ON_JAX = {'clu', 'flax', 'jax', 'jaxlib', 'optax'}  # orbax: see NEEDS_ORBAX
 WITHOUT_JAX = {'data', 'command', 'config', 'fields', 'files', 'flags',
-               'limits', 'names', 'signals', 'figures'}  # fmt: skip
+               'limits', 'names', 'signals', 'figures', 'report',
+               'drawing'}  # fmt: skip
 # Module -> all that it may import beside the standard library.
 ONLY = {'method.connectivity': {'jax', 'numpy'}, 'backend': {'jax'},
         'command': set(), 'signals': set(), 'errors': set()}  # fmt: skip

@@ -114,7 +114,7 @@ def test_help(cli):
   ran = cli('--help')
   assert (ran.code, ran.err) == (0, '')
   assert '--mode=sweep --config=configs/digits.py' in ran.out
-  assert '  --workdirs: summarize, dynamics: a run' in ran.out
+  assert '  --workdirs: summarize, dynamics, report: a run' in ran.out
 
 
 def test_batch_that_does_not_divide(refused):

@@ -35,7 +35,8 @@ def test_it_holds_every_file(wheel):
   expected |= {f'maskconnect_jax/configs/{path.name}' for path in configs}
   with zipfile.ZipFile(wheel) as archive:
     held = {name for name in archive.namelist() if '.dist-info/' not in name}
-  assert held == expected | {'maskconnect_jax/py.typed'}
+  page = {f'maskconnect_jax/report/page.{kind}' for kind in ('css', 'js')}
+  assert held == expected | page | {'maskconnect_jax/py.typed'}
 
 
 def test_a_command_in_an_empty_folder(wheel, tmp_path):
@@ -81,5 +82,5 @@ def test_an_empty_environment(wheel, tmp_path):
     )  # fmt: skip
     assert 'resnet8, 3 blocks' in said
   said = run(bin_folder / 'maskconnect', '--help', cwd=empty)
-  assert '--workdirs: summarize, dynamics:' in said
+  assert '--workdirs: summarize, dynamics, report:' in said
   assert not list(empty.iterdir())

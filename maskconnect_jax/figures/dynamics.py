@@ -10,9 +10,9 @@ from matplotlib import cm, collections, colormaps, colors, style, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from maskconnect_jax.figures import layout
+from maskconnect_jax.drawing import layout
+from maskconnect_jax.drawing.layout import BlockSources, Ints
 from maskconnect_jax.figures import page as paper
-from maskconnect_jax.figures.layout import BlockSources, Ints
 from maskconnect_jax.figures.masks import source_name
 from maskconnect_jax.figures.page import Page
 

@@ -13,14 +13,14 @@ from matplotlib import collections, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from maskconnect_jax.figures import layout
-from maskconnect_jax.figures import page as paper
-from maskconnect_jax.figures.layout import (
+from maskconnect_jax.drawing import layout
+from maskconnect_jax.drawing.layout import (
   BlockSources,
   BranchSources,
   Ints,
   Sources,
 )
+from maskconnect_jax.figures import page as paper
 from maskconnect_jax.figures.page import Page
 
 _SIDE = 432  # of the triangle, in points

@@ -10,7 +10,6 @@ A page is measured in points from its lower left corner; an inch has 72 points.
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import os
 from pathlib import Path
@@ -22,8 +21,11 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
 from maskconnect_jax import files
-
-Look = dict[str, Any]
+from maskconnect_jax.drawing.theme import CHOSEN as CHOSEN
+from maskconnect_jax.drawing.theme import DARK as DARK
+from maskconnect_jax.drawing.theme import LIGHT as LIGHT
+from maskconnect_jax.drawing.theme import Look as Look
+from maskconnect_jax.drawing.theme import Theme as Theme
 
 # Text stays text in the SVG. Without the salt, ids would be random.
 STYLE: Any = [
@@ -39,57 +41,6 @@ STYLE: Any = [
 ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Theme:
-  """The colours of a page.
-
-  Attributes:
-    paper: the background.
-    ink: the title, and lines that belong to no stage.
-    soft: all other text.
-    faint: pruned parts, and frames.
-    tints: the colours of the stages, used in turn. Colour-blind readers can
-      tell them apart.
-    band: the opacity of a stage's band.
-  """
-
-  paper: str
-  ink: str
-  soft: str
-  faint: str
-  tints: tuple[str, ...]
-  band: float
-
-  def tint(self, stage: int) -> str:
-    """Returns the colour of a stage, which counts from 0."""
-    return self.tints[int(stage) % len(self.tints)]
-
-  @property
-  def pruned(self) -> Look:
-    """The look of a pruned edge."""
-    return {'color': self.faint, 'lw': 0.8, 'ls': (0, (3, 2))}
-
-
-# The colours of Okabe and Ito, except the orange: it marks a choice.
-LIGHT = Theme(
-  paper='#FFFFFF',
-  ink='#262626',
-  soft='#5F5F5F',
-  faint='#A6A6A6',
-  tints=('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#56B4E9', '#7F7F3F'),
-  band=0.07,
-)
-# The same hues, light enough for dark slides.
-DARK = Theme(
-  paper='#14171C',
-  ink='#F0F2F5',
-  soft='#B3B9C3',
-  faint='#6C7480',
-  tints=('#5CB8F2', '#FF9A4D', '#2FCF9F', '#EFA3CD', '#A9DBFF', '#C9C96A'),
-  band=0.11,
-)
-
-CHOSEN = '#F0A000'
 DOT: Look = {'ls': '', 'marker': 'o', 'color': CHOSEN, 'mec': 'white'}
 # The first colour is no pure white, so that r = 0 differs from an entry that
 # does not exist.

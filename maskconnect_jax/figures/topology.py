@@ -14,14 +14,13 @@ import numpy as np
 from matplotlib import patches, path, style
 from matplotlib.figure import Figure
 
-from maskconnect_jax.figures import layout
+from maskconnect_jax.drawing import layout
+from maskconnect_jax.drawing.layout import Graph, Ints, Sources
 from maskconnect_jax.figures import page as paper
-from maskconnect_jax.figures.layout import Edge, Graph, Ints, Sources
 from maskconnect_jax.figures.page import Look, Page, Theme
 
 _LEGEND = 12  # y of the key, in points
 _CUBIC = [path.Path.MOVETO, *[path.Path.CURVE4] * 3]
-_UNKNOWN = 0.6  # the r that the strength of an edge stands for if r is unknown
 
 
 def topology_figure(
@@ -121,8 +120,8 @@ def _draw_bands(page: Page, graph: Graph, stages: Ints) -> None:
 
 
 def _draw_edges(page: Page, graph: Graph) -> None:
-  """Draws every edge: long edges behind short ones, weak ones behind strong."""
-  for edge in sorted(graph.edges, key=_depth):
+  """Draws every edge, from the back to the front."""
+  for edge in sorted(graph.edges, key=layout.depth):
     color = edge.target.color if edge.chosen else page.theme.soft
     look = {'color': color, **_strength(edge.real, graph.boldness)}
     if not edge.live:
@@ -140,18 +139,10 @@ def _draw_edges(page: Page, graph: Graph) -> None:
     page.axes.add_patch(arc)
 
 
-def _depth(edge: Edge) -> tuple[float, float]:
-  """Returns a key that sorts edges from the back to the front."""
-  return edge.source.x - edge.target.x, edge.real or 0
-
-
 def _strength(real: float | None, boldness: float) -> Look:
   """Returns the width and opacity of an edge with entry r; None: unknown."""
-  share = _UNKNOWN if real is None else real
-  return {
-    'lw': (0.6 + 2.8 * share) * (0.3 + 0.7 * boldness),
-    'alpha': (0.35 + 0.55 * share) * (0.4 + 0.6 * boldness),
-  }
+  width, opacity = layout.strength(real, boldness)
+  return {'lw': width, 'alpha': opacity}
 
 
 def _draw_nodes(page: Page, graph: Graph) -> None:

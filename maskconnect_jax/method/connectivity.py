@@ -145,7 +145,7 @@ def draw(
   return top_k(scores + noise, valid, fan_in)
 
 
-def top_k(scores: jax.Array, valid: Any, fan_in: int) -> jax.Array:
+def top_k(scores: jax.Array | np.ndarray, valid: Any, fan_in: int) -> jax.Array:
   """Returns ones at the k_j largest valid scores of each row, else zeros.
 
   Of equal scores the latest source is kept. Ties are common in a real mask:

@@ -15,6 +15,7 @@ import msgspec
 import numpy as np
 
 from maskconnect_jax import files, limits
+from maskconnect_jax.drawing import svg
 from maskconnect_jax.errors import InputError
 
 # Which sources each row may take: bool, of the shape of the mask.
@@ -83,6 +84,10 @@ class Topology:
           f'block {target + 1} takes {sources}: only sources'
           f' 0..{target} come before it'
         )
+
+  def _repr_svg_(self) -> str:
+    """Shows the topology in a notebook."""
+    return svg.of_topology(self, f'Topology of {len(self.sources)} blocks')
 
   @property
   def num_links(self) -> int:
@@ -199,6 +204,12 @@ class BranchTopology:
             f'branch {branch} of block {junction + 2} takes {row}: there are'
             f' only {len(self.sources[0])} branches'
           )
+
+  def _repr_svg_(self) -> str:
+    """Shows the topology in a notebook."""
+    return svg.of_topology(
+      self, f'Topology of {len(self.sources) + 1} blocks of branches'
+    )
 
   @property
   def shape(self) -> tuple[int, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +17,10 @@ from clu import parameter_overview
 from flax import nnx
 
 from maskconnect_jax import config as config_lib
+from maskconnect_jax import files
+from maskconnect_jax.drawing import graph, svg
+from maskconnect_jax.errors import InputError
+from maskconnect_jax.method import topology as topology_lib
 from maskconnect_jax.networks import cost
 from maskconnect_jax.run import (
   cores,
@@ -29,7 +35,57 @@ _STEPS = 5
 _SECONDS = 5.0
 
 
-def describe(config: ml_collections.ConfigDict) -> str:
+GRAPHS: dict[str, Callable[..., str]] = {
+  '.svg': svg.topology_svg,
+  '.dot': graph.dot,
+  '.graphml': graph.graphml,
+}
+
+
+def check_graph(path: Path) -> None:
+  """Checks the path of a graph, before any work is done.
+
+  Raises:
+    InputError: its suffix is none of GRAPHS, or it cannot be written.
+  """
+  if path.suffix not in GRAPHS:
+    raise InputError(f'--graph={path} must end in {", ".join(GRAPHS)}')
+  files.check_output(path)
+
+
+def write_graph(path: Path, model: Any, workdir: Path | None = None) -> None:
+  """Writes the topology of a network as a graph.
+
+  Args:
+    path: FILE.svg, FILE.dot or FILE.graphml.
+    model: the network. If its wiring is to be learned, the graph has every edge
+      that a block may take.
+    workdir: of a run, whose topology.json is taken if it is there.
+
+  Raises:
+    InputError: topology.json is damaged or of another network, or the file
+      cannot be written.
+  """
+  own = model.topology or topology_lib.from_mask(model.stack.valid)
+  if workdir is not None and (workdir / 'topology.json').is_file():
+    own = topology_lib.read(
+      workdir / 'topology.json', remedy='omit --workdir, or train again'
+    )
+    own.check(model.stack.valid)
+  text = GRAPHS[path.suffix](
+    own.sources,
+    stages=model.stages,
+    live=getattr(own, 'live_branches', own.live),
+    title=path.stem,
+  )
+  files.write_text(path, text)
+
+
+def describe(
+  config: ml_collections.ConfigDict,
+  graph_path: Path | None = None,
+  workdir: Path | None = None,
+) -> str:
   """Returns the network layer by layer, and the cost of training it.
 
   FLOPs, bytes and memory are XLA's count for one device of the compiled
@@ -39,6 +95,8 @@ def describe(config: ml_collections.ConfigDict) -> str:
 
   Args:
     config: see `maskconnect_jax/config.py`.
+    graph_path: where the topology is written as a graph; None: nowhere.
+    workdir: of a run, see `write_graph`.
 
   Returns:
     A table of the layers, then one line for each fact.
@@ -51,6 +109,8 @@ def describe(config: ml_collections.ConfigDict) -> str:
   distributed.check_platform()
   job = experiment.build(config)
   dataset, plan, model, recipe = job.dataset, job.plan, job.model, job.recipe
+  if graph_path is not None:
+    write_graph(graph_path, model, workdir)
   state = distributed.to_global(
     steps.init_state(model, recipe), distributed.replicated(job.mesh)
   )

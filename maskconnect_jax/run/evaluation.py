@@ -20,7 +20,7 @@ from maskconnect_jax.data import datasets, photographs, sources
 from maskconnect_jax.data.datasets import LazySplit, Split
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.networks import streams
-from maskconnect_jax.run import batches, inference, steps
+from maskconnect_jax.run import batches, distributed, inference, steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,9 +146,7 @@ class Evaluator:
       Stopped: the run is to stop.
     """
     recipe = dataclasses.replace(self._recipe, network=network)
-    # A batch larger than the split would only add filling.
-    size = min(self._batch_size, len(split))
-    size = -(-size // self._mesh.size) * self._mesh.size
+    size = self._size(split)
     sums = []
     for index, batch in enumerate(
       batches.evaluation_batches(split, size, self._mesh, threads=self._threads)
@@ -162,6 +160,51 @@ class Evaluator:
       # Waits, as batches would pile up on a device slower than its host.
       sums.append(jax.device_get(found))
     return _means(sums)
+
+  def examples(
+    self, network: Any, variables: Any, split: Split | LazySplit
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns some images of a split, and what a network takes them for.
+
+    They are a batch, evenly spread over the split, so that the program of a
+    measurement serves here too.
+
+    Args:
+      network: see `__call__`.
+      variables: see `__call__`.
+      split: see `__call__`.
+
+    Returns:
+      Images, uint8 [N, H, W, C], their classes, int32 [N], and the classes that
+      the network gives them, int32 [N]. Damaged records are left out. With
+      several processes, each gets its share.
+
+    Raises:
+      InputError: see `__call__`.
+    """
+    recipe = dataclasses.replace(self._recipe, network=network)
+    size = self._size(split)
+    spread = np.linspace(0, len(split) - 1, min(size, len(split)))
+    process, count = distributed.process()
+    (share,) = batches.evaluation_shares(
+      split.part(np.unique(spread.astype(np.int64))),
+      size,
+      process,
+      count,
+      threads=self._threads,
+    )
+    images, labels, counted = share
+    batch = distributed.from_shares(share, distributed.sharded(self._mesh))
+    found = self._step(recipe, variables, *batch, None, 0)
+    own = size // count
+    pairs = jax.device_get(found['outcomes'])[process * own :][:own]
+    kept = np.flatnonzero(counted)
+    return images[kept], labels[kept], pairs[kept, 1]
+
+  def _size(self, split: Split | LazySplit) -> int:
+    # A batch larger than the split would only add filling.
+    size = min(self._batch_size, len(split))
+    return -(-size // self._mesh.size) * self._mesh.size
 
 
 def of_model(

@@ -22,6 +22,7 @@ from maskconnect_jax.run import (
   experiment,
   inference,
   metrics,
+  report,
   steps,
 )
 from maskconnect_jax.run.progress import Run
@@ -98,6 +99,9 @@ def finish(run: Run) -> tuple[dict[str, Any], Any]:
     | run.progress.margins
     | evaluation.by_class(tested, job.dataset.classes)
   )
+  shown = run.evaluate.examples(network, tuple(kept), test)
+  if not jax.process_index():
+    report.write_examples(run.workdir, *shown)
   write(run.workdir, job, frozen, pruned, summary, run.history)
   if not jax.process_index():
     draw_confusion(run.workdir, job, tested)
@@ -186,7 +190,7 @@ def write(
   summary: dict[str, Any],
   history: metrics.MaskHistory,
 ) -> None:
-  """Writes model, mask history, topology, pictures and, last, the summary.
+  """Writes model, masks, topology, pictures, page and, last, the summary.
 
   All processes call it together; the first one writes.
 
@@ -207,6 +211,7 @@ def write(
   history.save()
   files.write_json(workdir / 'topology.json', frozen.topology.to_dict())
   draw_figures(workdir, job.config, frozen, history)
+  report.write(workdir, summary=summary)
   files.write_json(workdir / 'summary.json', summary)
 
 
@@ -307,6 +312,7 @@ def table(summary: dict[str, Any], workdir: Path) -> str:
   files = [
     ('summary', 'summary.json'),
     ('topology', 'topology.json'),
+    ('page', 'report.html'),
     ('pictures', 'figures/'),
     ('model', 'model/'),
     ('metrics', 'metrics.jsonl'),

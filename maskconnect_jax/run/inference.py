@@ -7,6 +7,7 @@ and preprocessing. Nothing else is needed to predict.
 
 from __future__ import annotations
 
+import html
 import itertools
 import math
 import os
@@ -21,6 +22,7 @@ from flax import nnx
 from maskconnect_jax import files, limits
 from maskconnect_jax.config import given_path
 from maskconnect_jax.data import image_headers, image_inputs, images
+from maskconnect_jax.drawing import svg
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import topology, wiring
 from maskconnect_jax.networks import models
@@ -212,6 +214,23 @@ class Classifier:
     self._network = network
     self._forward = forward
     self._features: dict[int | None, Any] = {}
+
+  def _repr_html_(self) -> str:
+    """Shows the model in a notebook: what it is, and its topology."""
+    own, shape = self.record['architecture'], self.image_shape
+    name = f'{own["name"]}, {len(self.classes)} classes'
+    drawing = svg.topology_svg(
+      self.topology.sources,
+      stages=models.architecture_of(own['name']).stages,
+      live=getattr(self.topology, 'live_branches', self.topology.live),
+      title=f'Topology of {name}',
+    )
+    size = ' × '.join(map(str, shape))
+    return (
+      '<figure style="max-width:720px;margin:0">'
+      f'<figcaption><b>{html.escape(name)}</b>, images of {size}</figcaption>'
+      f'{drawing}</figure>'
+    )
 
   @property
   def model(self) -> Any:

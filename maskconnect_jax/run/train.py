@@ -34,6 +34,7 @@ from maskconnect_jax.run import (
   metrics,
   narrow,
   profile,
+  report,
   snapshot,
   steps,
   workdirs,
@@ -60,6 +61,13 @@ class Result:
   state: steps.TrainState
   model: Any
   interrupted: int = 0
+
+  def _repr_html_(self) -> str:
+    """Shows the run in a notebook: its accuracies and its topology."""
+    if self.interrupted:
+      step = int(self.state.step)
+      return f'<p>Stopped after step {step:,}; the same call goes on.</p>'
+    return report.snippet(self.summary, self.model)
 
 
 class NotFinite(Exception):

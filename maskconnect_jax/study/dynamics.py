@@ -75,6 +75,7 @@ class Agreement:
     mean: agreement, the mean over the pairs of seeds.
     chance: expected agreement of uniform choices.
     deviation: standard deviation of the agreement of uniform choices.
+    pairs: the agreement of each pair of seeds.
   """
 
   name: str
@@ -82,6 +83,44 @@ class Agreement:
   mean: float
   chance: float
   deviation: float
+  pairs: tuple[float, ...]
+
+
+def agreement(
+  name: str,
+  seeds: Sequence[int],
+  chosen: Sequence[np.ndarray],
+  valid: np.ndarray,
+  fan_in: int,
+) -> Agreement | None:
+  """Compares the choices of several seeds.
+
+  Args:
+    name: of the config.
+    seeds: in rising order.
+    chosen: for each seed bool [J, S], whether row j takes source i.
+    valid: bool [J, S]; each row has more valid sources than K.
+    fan_in: K.
+
+  Returns:
+    None for less than two seeds.
+  """
+  k, n = fan_in, valid.sum(-1)
+  total = k * len(n)
+  pairs = [
+    float(np.sum(a & b)) / total for a, b in itertools.combinations(chosen, 2)
+  ]
+  if not pairs:
+    return None
+  variance = np.sum(k * (k / n) * (1 - k / n) * (n - k) / (n - 1))
+  return Agreement(
+    name,
+    list(seeds),
+    float(np.mean(pairs)),
+    float(np.sum(k**2 / n) / total),
+    float(np.sqrt(variance / len(pairs)) / total),
+    tuple(pairs),
+  )
 
 
 def agreements(runs: Sequence[Trajectory]) -> list[Agreement]:
@@ -112,21 +151,16 @@ def agreements(runs: Sequence[Trajectory]) -> list[Agreement]:
           f'{one.workdir} and {other.workdir} are the same config and seed;'
           ' leave one of them out'
         )
-    pairs = list(itertools.combinations([r for r in group if r.over], 2))
-    if not pairs:
-      continue
-    k, n = group[0].fan_in, group[0].valid.sum(-1)
-    total = k * len(n)
-    variance = np.sum(k * (k / n) * (1 - k / n) * (n - k) / (n - 1))
-    found.append(
-      Agreement(
-        name,
-        [run.seed for run in group if run.over],
-        float(np.mean([np.sum(a.chosen & b.chosen) for a, b in pairs]) / total),
-        float(np.sum(k**2 / n) / total),
-        float(np.sqrt(variance / len(pairs)) / total),
-      )
+    over = [run for run in group if run.over]
+    own = agreement(
+      name,
+      [run.seed for run in over],
+      [run.chosen for run in over],
+      group[0].valid,
+      group[0].fan_in,
     )
+    if own:
+      found.append(own)
   return found
 
 

@@ -18,9 +18,9 @@ import numpy as np
 from maskconnect_jax import config as config_lib
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import connectivity, topology
-from maskconnect_jax.method.spec import NARROWING, WiringSpec
+from maskconnect_jax.method.spec import NARROWING
 from maskconnect_jax.networks import models
-from maskconnect_jax.run import experiment, metrics
+from maskconnect_jax.run import experiment, metrics, sharpness
 from maskconnect_jax.run import plan as plan_lib
 
 
@@ -86,17 +86,10 @@ class Trajectory:
     if learner in NARROWING:
       kept = (self.masks >= 1) & self.valid
       return np.asarray(np.log(kept.sum(-1)) / np.log(self.valid.sum(-1)))
-    r = np.maximum(self.masks, connectivity.PROBABILITY_FLOOR, dtype=np.float64)
-    last = WiringSpec(temperature=self.fields['connectivity.temperature'])
-    temperature = last.temperature_at(self.progress)
-    if learner == 'as_published':
-      temperature = np.ones_like(temperature)
-    scores = np.log(r) / temperature[:, None, None]
-    scores -= scores.max(-1, where=self.valid, initial=-np.inf, keepdims=True)
-    weights = np.where(self.valid, np.exp(np.minimum(scores, 0)), 0)
-    total = weights.sum(-1)
-    entropy = np.log(total) - (weights * scores).sum(-1) / total
-    return np.asarray(entropy / np.log(self.valid.sum(-1)))
+    temperature = sharpness.temperatures(
+      learner, self.fields['connectivity.temperature'], self.progress
+    )
+    return sharpness.entropies(self.masks, self.valid, temperature)
 
   def share_at(self, value: float) -> float:
     """Returns the share of valid entries that end at exactly this value."""

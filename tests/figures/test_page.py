@@ -152,7 +152,7 @@ def test_a_theme_can_be_read_on_its_paper(theme, tmp_path):
 def test_imports_neither_jax_nor_pyplot():
   code = (
     'import sys; from maskconnect_jax.figures import'
-    ' dynamics, layout, masks, page, summary, topology;'
+    ' dynamics, masks, page, summary, topology;'
     'sys.exit(str({"jax", "matplotlib.pyplot"} & set(sys.modules)))'
   )
   done = subprocess.run(

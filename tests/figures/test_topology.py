@@ -5,8 +5,8 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
+from maskconnect_jax.drawing.layout import runs_of
 from maskconnect_jax.figures import page
-from maskconnect_jax.figures.layout import runs_of
 from maskconnect_jax.figures.topology import topology_figure
 
 

@@ -19,7 +19,9 @@ Sources = Sequence[Sequence[Any]]  # BlockSources or BranchSources
 Point = tuple[float, float]
 
 STAGE = 47  # y of the stages' names
-_LEFT, _WIDTH = 44, 632  # x of the stem, and distance from stem to head
+LEFT = 44  # x of the stem
+WIDTH = 632  # distance from stem to head
+_UNKNOWN = 0.6  # the r that the strength of an edge stands for if r is unknown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +113,28 @@ class Graph:
     return min(1.0, (60 / len(self.edges)) ** 0.5)
 
 
+def strength(real: float | None, boldness: float) -> tuple[float, float]:
+  """Returns the width in points and the opacity of an edge.
+
+  Args:
+    real: the edge's entry r of the real mask; None: unknown.
+    boldness: of the graph.
+  """
+  share = _UNKNOWN if real is None else real
+  return (
+    (0.6 + 2.8 * share) * (0.3 + 0.7 * boldness),
+    (0.35 + 0.55 * share) * (0.4 + 0.6 * boldness),
+  )
+
+
+def depth(edge: Edge) -> tuple[float, float]:
+  """Returns a key that sorts edges from the back to the front.
+
+  Long edges lie behind short ones, and weak edges behind strong ones.
+  """
+  return edge.source.x - edge.target.x, edge.real or 0
+
+
 def has_branches(sources: Sources) -> bool:
   """Returns whether sources are of branches: rows of rows of numbers."""
   return any(
@@ -187,6 +211,7 @@ def row_of_blocks(
   live: Sequence[Any],
   tints: Sequence[str],
   real_mask: np.ndarray | None,
+  width: float = WIDTH,
 ) -> Graph:
   """Places blocks in a row, and edges as arcs above the row.
 
@@ -195,13 +220,14 @@ def row_of_blocks(
     live: `[L]`, whether the network's output depends on each block.
     tints: `[L + 2]` colours of stem, blocks and head.
     real_mask: `[L, L]` or None, as in `check_blocks`.
+    width: distance from stem to head, in points.
 
   Returns:
     The graph.
   """
   count = len(sources)
   pairs = [(int(i), t) for t, row in enumerate(sources, start=1) for i in row]
-  columns = _places(count)
+  columns = _places(count, width)
   size = float(np.clip(0.66 * (columns[1] - columns[0]), 6, 24))
   base = STAGE + 16 + size / 2 + 14 * (not holds_text(size))
   names = ['stem', *map(str, range(1, count + 1)), 'head']
@@ -263,6 +289,7 @@ def columns_of_branches(
   live: Sequence[Any],
   tints: Sequence[str],
   real_mask: np.ndarray | None,
+  width: float = WIDTH,
 ) -> Graph:
   """Places every block as a column of branches, the first branch on top.
 
@@ -272,12 +299,13 @@ def columns_of_branches(
       depends on.
     tints: `[L + 2]` colours of stem, blocks and head.
     real_mask: `[L-1, C, C]` or None, as in `check_branches`.
+    width: distance from stem to head, in points.
 
   Returns:
     The graph.
   """
   blocks, branches = len(sources) + 1, len(sources[0])
-  columns = _places(blocks)
+  columns = _places(blocks, width)
   row = min(34.0, 330 / branches)
   size = float(np.clip(0.62 * min(row, columns[1] - columns[0]), 3, 20))
   low = STAGE + 30 + size / 2
@@ -320,10 +348,10 @@ def columns_of_branches(
   )
 
 
-def _places(blocks: int) -> list[float]:
+def _places(blocks: int, width: float) -> list[float]:
   """Returns x of the stem, the blocks and the head, in points."""
-  gap = _WIDTH / (blocks + 1)
-  return [_LEFT + gap * i for i in range(blocks + 2)]
+  gap = width / (blocks + 1)
+  return [LEFT + gap * i for i in range(blocks + 2)]
 
 
 def _fixed_edge(source: Node, target: Node) -> Edge:
