@@ -64,8 +64,10 @@ ARROWS: dict[str, set[str]] = {
   'run.inference': {
     'config', 'files', 'limits', 'data.image_headers', 'data.image_inputs',
     'data.images', 'method', 'networks', 'run.augment', 'run.checkpoint',
-    'run.cores', 'run.distributed', 'run.model_record',
+    'run.cores', 'run.distributed', 'run.model_record', 'run.weights',
   },
+  'run.weights': {'limits'},
+  'run.card': {'names'},
 }  # fmt: skip
 NEEDS_ORBAX = {'run.checkpoint', 'run.storage'}
 ON_JAX = {'clu', 'flax', 'jax', 'jaxlib', 'optax'}  # orbax: see NEEDS_ORBAX

@@ -17,7 +17,7 @@ from maskconnect_jax.method import wiring
 from maskconnect_jax.method.spec import NARROWING
 from maskconnect_jax.method.topology import BranchTopology, Topology
 from maskconnect_jax.networks import cost
-from maskconnect_jax.run import experiment, inference, metrics, steps
+from maskconnect_jax.run import card, experiment, inference, metrics, steps
 from maskconnect_jax.run.progress import Run
 
 
@@ -192,6 +192,17 @@ def write(
   Raises:
     InputError: a file cannot be written, as on a full disk.
   """
+  extra = {}
+  if not jax.process_index():
+    draw_figures(workdir, job.config, frozen, history)
+    about = card.text(
+      job.config,
+      summary,
+      classes=job.dataset.classes,
+      image_shape=job.dataset.image_shape,
+    )
+    picture = workdir / 'figures' / card.PICTURE
+    extra = {card.NAME: about.encode(), card.PICTURE: picture.read_bytes()}
   inference.save(
     workdir / 'model',
     pruned,
@@ -202,12 +213,12 @@ def write(
     mean=job.recipe.mean,
     std=job.recipe.std,
     max_pixels=job.config.data.max_pixels,
+    extra=extra,
   )
   if jax.process_index():
     return
   history.save()
   files.write_json(workdir / 'topology.json', frozen.topology.to_dict())
-  draw_figures(workdir, job.config, frozen, history)
   files.write_json(workdir / 'summary.json', summary)
 
 
