@@ -9,14 +9,19 @@ compiler predicts. Convolutions have a module of their own, `convolution`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+
+# Whether `by_platform` chooses. The value is a part of the key under which JAX
+# keeps what it has traced.
+_choosing = jax.make_user_context(default_value=True)
 
 SOURCES_AT_ONCE = 9  # in a call of a masked sum: see `sum_in_parts`
 
@@ -39,6 +44,15 @@ def traced_once(*static: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
   return lambda function: jax.jit(function, static_argnums=static)
 
 
+def without_platforms() -> contextlib.AbstractContextManager[None]:
+  """Returns a context in which `by_platform` returns `default` alone.
+
+  A converter to another format can then read the program: ONNX has nothing like
+  a choice by platform.
+  """
+  return cast(contextlib.AbstractContextManager[None], _choosing(False))
+
+
 def by_platform(
   cpu: Callable[..., jax.Array], default: Callable[..., jax.Array]
 ) -> Callable[..., jax.Array]:
@@ -54,6 +68,8 @@ def by_platform(
     cpu: linear in each of its arguments, so that gradients need these alone.
     default: equal to `cpu` up to rounding.
   """
+  if not _choosing.value:
+    return default
   settings: Any = jax.config
   # Gradients are traced later, where the precision may be another.
   precise = functools.partial(

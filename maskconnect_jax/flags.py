@@ -20,8 +20,8 @@ from maskconnect_jax import fields
 from maskconnect_jax.errors import InputError
 
 MODES = (
-  'train', 'evaluate', 'describe', 'predict', 'sweep', 'summarize', 'dynamics',
-  'report', 'prepare',
+  'train', 'evaluate', 'describe', 'predict', 'export', 'serve', 'sweep',
+  'summarize', 'dynamics', 'report', 'prepare',
 )  # fmt: skip
 _HELP = ('-h', '-help', '--help', '-helpshort', '--helpshort')
 _MODULE = 'config_config'  # the name under which a config file is imported
@@ -100,7 +100,9 @@ MODE = flags.DEFINE_enum(
   MODES,
   'train (goes on from the newest checkpoint in the workdir), evaluate (the'
   ' finished model on the test images), describe (the network and the cost of'
-  ' a step), predict (a class for each of --images), sweep (trains every one'
+  ' a step), predict (a class for each of --images), export (the model as a'
+  ' file for other programs), serve (the model over HTTP), sweep (trains every'
+  ' one'
   ' of config.variants with every one of config.seeds), summarize (the table'
   ' of the runs in --workdirs), dynamics (what their real masks did while they'
   ' were learned), report (a page to look at, of the run in --workdir or of the'
@@ -117,6 +119,27 @@ JSON = flags.DEFINE_bool(
   'json',
   False,
   'predict: print one JSON object per line. evaluate: also each class.',
+)
+FORMAT = flags.DEFINE_enum(
+  'format',
+  'stablehlo',
+  ('stablehlo', 'onnx'),
+  'export: stablehlo, which any program with JAX runs, or onnx.',
+)
+OUTPUT = _define_path(
+  'output', 'export: the file to write; by default WORKDIR/model.FORMAT.'
+)
+HOST = flags.DEFINE_string(
+  'host',
+  '127.0.0.1',
+  'serve: the address to listen at; by default this machine alone can ask.',
+)
+PORT = flags.DEFINE_integer(
+  'port',
+  8000,
+  'serve: the port; 0 takes a free one.',
+  lower_bound=0,
+  upper_bound=65535,
 )
 WORKDIRS = flags.DEFINE_multi(
   _PATH,

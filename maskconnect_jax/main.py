@@ -6,6 +6,9 @@ r"""Learns how the blocks of a network are wired. Each mode is one task.
   python -m maskconnect_jax.main --mode=evaluate --workdir=runs/digits
   python -m maskconnect_jax.main --mode=predict --workdir=runs/digits \
       --images=photos
+  python -m maskconnect_jax.main --mode=export --workdir=runs/digits \
+      --format=onnx --output=digits.onnx
+  python -m maskconnect_jax.main --mode=serve --workdir=runs/digits --port=8000
   python -m maskconnect_jax.main --mode=sweep --config=configs/digits.py \
       --workdir=runs/rules --config.seeds=0,1,2 \
       --config.variants=connectivity.rule=learned \
@@ -62,6 +65,7 @@ from maskconnect_jax.run import (
   describe,
   distributed,
   evaluation,
+  export,
   finish,
   inference,
   report,
@@ -104,6 +108,8 @@ def run_mode() -> None:
     'evaluate': run_evaluate,
     'describe': run_describe,
     'predict': run_predict,
+    'export': run_export,
+    'serve': run_serve,
     'sweep': run_sweep,
     'summarize': run_summarize,
     'dynamics': run_dynamics,
@@ -200,6 +206,35 @@ def run_predict() -> None:
     print(line, flush=True)  # so that no signal loses a line
   if unread:
     sys.exit(2)
+
+
+def run_export() -> None:
+  """Writes the model of --workdir as a file, and prints the file's path."""
+  workdir, kind = the_workdir(), flags.FORMAT.value
+  path = flags.OUTPUT.value or workdir / f'model.{kind}'
+  files.check_output(path)
+  distributed.check_platform()
+  export.write(inference.load(workdir), kind, path)
+  print(path)
+
+
+def run_serve() -> None:
+  """Serves the model of --workdir over HTTP until a signal."""
+  try:
+    from maskconnect_jax.serve import server
+  except ImportError as error:  # starlette and uvicorn are an extra
+    raise InputError(
+      f"a package is missing ({error}); pip install 'maskconnect_jax[serve]'"
+    ) from error
+  cores.use(cores.available())
+  distributed.check_platform()
+  number = server.serve(
+    inference.load(the_workdir()),
+    host=flags.HOST.value,
+    port=flags.PORT.value,
+    begun=lambda address: command.tell(f'serving at {address}'),
+  )
+  sys.exit(128 + number if number else 0)
 
 
 def run_sweep() -> None:

@@ -24,8 +24,9 @@ FILES_FOUND = sorted(ROOT.rglob('*.py'))
 FOLDERS: dict[str, set[str]] = {
   '': {  # main
     'command', 'config', 'data.image_files', 'data.mini_imagenet', 'files',
-    'flags', 'names', 'run', 'signals', 'study',
+    'flags', 'names', 'run', 'serve', 'signals', 'study',
   },
+  'serve': {'files', 'names', 'signals', 'run.cores', 'run.inference'},
   'study': {
     'config', 'command', 'fields', 'files', 'signals', 'run', 'figures',
     'method.connectivity', 'method.spec', 'method.topology', 'networks.models',
@@ -68,11 +69,14 @@ ARROWS: dict[str, set[str]] = {
     'config', 'drawing', 'files', 'limits', 'data.image_headers',
     'data.image_inputs', 'data.images', 'method', 'networks', 'run.augment',
     'run.checkpoint', 'run.cores', 'run.distributed', 'run.model_record',
-    'run.snapshot',
+    'run.snapshot', 'run.weights',
   },
   'run.snapshot': {
     'files', 'method', 'networks', 'run.checkpoint', 'run.model_record',
   },
+  'run.weights': {'limits'},
+  'run.card': {'names'},
+  'run.export': {'backend', 'files', 'run.augment', 'run.inference'},
 }  # fmt: skip
 NEEDS_ORBAX = {'run.checkpoint', 'run.storage'}
 ON_JAX = {'clu', 'flax', 'jax', 'jaxlib', 'optax'}  # orbax: see NEEDS_ORBAX

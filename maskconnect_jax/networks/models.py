@@ -244,7 +244,16 @@ class Stem(nnx.Module):
     x = self.norm(self.conv(images), use_running_average=not train)
     x = backend.relu(x)
     if self.large:
-      x = nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+      # What `nnx.max_pool` calls. The converter to ONNX replaces that function
+      # by one that has no explicit padding.
+      x = jax.lax.reduce_window(
+        x,
+        -jnp.inf,
+        jax.lax.max,
+        (1, 3, 3, 1),
+        (1, 2, 2, 1),
+        ((0, 0), (1, 1), (1, 1), (0, 0)),
+      )
     return x
 
 

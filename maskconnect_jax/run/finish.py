@@ -18,6 +18,7 @@ from maskconnect_jax.method.spec import NARROWING
 from maskconnect_jax.method.topology import BranchTopology, Topology
 from maskconnect_jax.networks import cost
 from maskconnect_jax.run import (
+  card,
   evaluation,
   experiment,
   inference,
@@ -205,12 +206,24 @@ def write(
   Raises:
     InputError: a file cannot be written, as on a full disk.
   """
-  inference.save(workdir / 'model', pruned, **experiment.served_as(job))
+  extra = {}
+  if not jax.process_index():
+    draw_figures(workdir, job.config, frozen, history)
+    about = card.text(
+      job.config,
+      summary,
+      classes=job.dataset.classes,
+      image_shape=job.dataset.image_shape,
+    )
+    picture = workdir / 'figures' / card.PICTURE
+    extra = {card.NAME: about.encode(), card.PICTURE: picture.read_bytes()}
+  inference.save(
+    workdir / 'model', pruned, **experiment.served_as(job), extra=extra
+  )
   if jax.process_index():
     return
   history.save()
   files.write_json(workdir / 'topology.json', frozen.topology.to_dict())
-  draw_figures(workdir, job.config, frozen, history)
   report.write(workdir, summary=summary)
   files.write_json(workdir / 'summary.json', summary)
 

@@ -1,8 +1,9 @@
 """A model folder, and predictions from it.
 
-`model/` holds `arrays/` and `model.json`. Orbax writes `arrays/`: one array per
-parameter, named by its path. `model.json` holds architecture, topology, classes
-and preprocessing. Nothing else is needed to predict.
+`model/` holds `arrays/`, `model.safetensors` and `model.json`. Orbax writes
+`arrays/`: one array per parameter, named by its path. `model.safetensors` holds
+the same arrays. `model.json` holds architecture, topology, classes and
+preprocessing. It and one of the two others are all that is needed to predict.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import html
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,6 +34,7 @@ from maskconnect_jax.run import (
   distributed,
   model_record,
   snapshot,
+  weights,
 )
 
 K = TypeVar('K')
@@ -52,6 +54,7 @@ def save(
   mean: Sequence[float],
   std: Sequence[float],
   max_pixels: int = image_headers.MAX_PIXELS,
+  extra: Mapping[str, bytes] | None = None,
 ) -> None:
   """Writes a frozen, pruned model; a folder already there is replaced.
 
@@ -68,6 +71,7 @@ def save(
     mean: one number per channel, on the 0..255 scale.
     std: one number per channel, on the 0..255 scale.
     max_pixels: width times height of the largest image to decode.
+    extra: more files for the folder, content by name, such as a model card.
 
   Raises:
     InputError: the model cannot be written, as on a full disk; a folder already
@@ -87,20 +91,26 @@ def save(
     std=std,
     max_pixels=max_pixels,
   ) | {'digest': checkpoint.digest(arrays)}
-  size = sum(array.nbytes for array in arrays.values())
+  size = 2 * sum(array.nbytes for array in arrays.values())
   with files.replacing(folder, size) as temporary:
     temporary.mkdir(parents=True)
     checkpoint.save_arrays(temporary / 'arrays', arrays)
+    weights.save(temporary / weights.NAME, arrays)
+    for name, content in (extra or {}).items():
+      (temporary / name).write_bytes(content)
     files.write_json(temporary / 'model.json', record)
 
 
 def load(folder: str | Path, step: int | str | None = None) -> Classifier:
   """Reads a model.
 
+  No code of the folder runs. Shapes are checked before arrays are read.
+
   Args:
     folder: the workdir of a run, such as 'runs/digits', or a model folder,
       which may have been moved anywhere. Of a run that is not finished, the
-      newest whole checkpoint is read.
+      newest whole checkpoint is read. Of `arrays` and `model.safetensors` a
+      model folder needs one; `arrays` is read if both are there.
     step: reads a checkpoint of a workdir instead: that after so many steps; or
       'best', that with the best accuracy on the images that the run was
       evaluated on. A network that still learns its wiring is wired as it is
@@ -126,9 +136,14 @@ def load(folder: str | Path, step: int | str | None = None) -> Classifier:
       ' that was interrupted)'
     )
   record, frozen = model_record.read(path)
-  arrays_folder = folder / 'arrays'
-  stored = checkpoint.stored_arrays(arrays_folder)
-  model_record.check_blocks(arrays_folder, frozen, stored)
+  place = folder / 'arrays'
+  stored_in: Any = checkpoint.stored_arrays
+  read: Any = checkpoint.load_arrays
+  if not place.exists() and (folder / weights.NAME).exists():
+    place = folder / weights.NAME
+    stored_in, read = weights.stored, weights.load
+  stored = stored_in(place)
+  model_record.check_blocks(place, frozen, stored)
   # The first models have no 'version': version 1 was the only one.
   architecture = {'version': '1'} | record['architecture']
   # Version 0.1.0 wrote this field, which only training used.
@@ -143,11 +158,11 @@ def load(folder: str | Path, step: int | str | None = None) -> Classifier:
       f'{path} is damaged: {why}; {model_record.REMEDY}'
     ) from error
   expected = _named_arrays(abstract)
-  model_record.check_arrays(arrays_folder, expected, stored)
-  arrays = checkpoint.load_arrays(arrays_folder, expected)
+  model_record.check_arrays(place, expected, stored)
+  arrays = read(place, expected)
   if checkpoint.digest(arrays) != record['digest']:
     raise InputError(
-      f'{arrays_folder} is damaged: not the arrays that were saved;'
+      f'{place} is damaged: not the arrays that were saved;'
       f' {model_record.REMEDY}'
     )
   network, state = nnx.split(abstract)

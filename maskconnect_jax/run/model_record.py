@@ -113,7 +113,7 @@ def checked(record: dict[str, Any]) -> Record:
 
 
 def check_blocks(
-  folder: Path,
+  place: Path,
   frozen: Topology | BranchTopology,
   stored: dict[str, jax.ShapeDtypeStruct],
 ) -> None:
@@ -122,9 +122,9 @@ def check_blocks(
   Building a block takes a tenth of a second.
 
   Args:
-    folder: the folder of the arrays.
+    place: the folder or file of the arrays.
     frozen: the topology; blocks that it prunes have no arrays.
-    stored: shape and dtype of the arrays in the folder, by name.
+    stored: shape and dtype of the arrays there, by name.
 
   Raises:
     InputError: a live block has no arrays.
@@ -133,22 +133,22 @@ def check_blocks(
   for index, live in enumerate(frozen.live):
     if live and str(index) not in held:
       raise InputError(
-        f'{folder} has no arrays of block {index + 1}, which model.json names;'
+        f'{place} has no arrays of block {index + 1}, which model.json names;'
         f' {REMEDY}'
       )
 
 
 def check_arrays(
-  folder: Path,
+  place: Path,
   expected: dict[str, jax.ShapeDtypeStruct],
   stored: dict[str, jax.ShapeDtypeStruct],
 ) -> None:
   """Checks the arrays of a model before any of them is allocated.
 
   Args:
-    folder: the folder of the arrays.
+    place: the folder or file of the arrays.
     expected: shape and dtype of the model's arrays, by name.
-    stored: shape and dtype of the arrays in the folder, by name.
+    stored: shape and dtype of the arrays there, by name.
 
   Raises:
     InputError: an array is missing, or has another shape or dtype; or the
@@ -161,13 +161,15 @@ def check_arrays(
     )
     if ours != theirs:
       raise InputError(
-        f'{folder}: the array {limits.shown(name)} is {theirs}, but'
+        f'{place}: the array {limits.shown(name)} is {theirs}, but'
         f' model.json makes it {ours}; {REMEDY}'
       )
   declared = sum(leaf.size * leaf.dtype.itemsize for leaf in expected.values())
-  held = sum(p.stat().st_size for p in folder.rglob('*') if p.is_file())
+  held = sum(
+    path.stat().st_size for path in (place, *place.rglob('*')) if path.is_file()
+  )
   if declared > _MAX_RATIO * held + _SLACK:
     raise InputError(
-      f'{folder} holds {held:,} bytes, which cannot be the {declared:,} of the'
+      f'{place} holds {held:,} bytes, which cannot be the {declared:,} of the'
       f' arrays that it names; {REMEDY}'
     )

@@ -601,6 +601,7 @@ def test_a_record_of_many_blocks_does_not_build_them(folder, monkeypatch):
 
 
 def test_arrays_of_another_network(folder):
+  (folder / 'model.safetensors').unlink()
   shutil.rmtree(folder / 'arrays')
   with pytest.raises(config.InputError, match='arrays is no whole set'):
     inference.load(folder)
@@ -674,7 +675,9 @@ def test_cut_record(folder):
 
 @pytest.mark.parametrize('how', ['flipped', 'truncated', 'deleted'])
 def test_damaged_arrays(how, folder):
-  files = [path for path in folder.rglob('*') if path.is_file()]
+  (folder / 'model.safetensors').unlink()
+  arrays = folder / 'arrays'
+  files = [path for path in arrays.rglob('*') if path.is_file()]
   largest = max(files, key=lambda path: path.stat().st_size)
   content = bytearray(largest.read_bytes())
   middle = len(content) // 2

@@ -1,0 +1,309 @@
+"""The service over real sockets of this machine: answers, refusals, its end."""
+
+import base64
+import contextlib
+import hashlib
+import http.client
+import io
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import prometheus_client.parser
+import pytest
+import sklearn.datasets
+from PIL import Image
+
+import maskconnect_jax
+from maskconnect_jax.serve import server
+from maskconnect_jax.serve.app import Limits
+
+DIGITS = np.rint(sklearn.datasets.load_digits().images * 255 / 16).astype(
+  np.uint8
+)
+SHORT = Limits(
+  body_bytes=20_000,
+  images=3,
+  batch=8,
+  head_seconds=0.5,
+  body_seconds=0.5,
+  answer_seconds=20,
+  ending_seconds=5,
+)
+
+
+def png(image):
+  file = io.BytesIO()
+  Image.fromarray(image).save(file, 'png')
+  return file.getvalue()
+
+
+@pytest.fixture(scope='module')
+def model(finished):
+  return maskconnect_jax.load(finished.workdir)
+
+
+@contextlib.contextmanager
+def served(model, limits):
+  """Yields the port of a service in a thread."""
+  begun = threading.Event()
+  with socket.create_server(('127.0.0.1', 0)) as listening:
+    port = listening.getsockname()[1]
+    running = server.of(model, limits, begun.set)
+    thread = threading.Thread(target=running.run, args=([listening],))
+    thread.start()
+    try:
+      assert begun.wait(30)
+      yield port
+    finally:
+      running.should_exit = True
+      thread.join(30)
+    assert not thread.is_alive()
+
+
+@pytest.fixture(scope='module')
+def port(model):
+  with served(model, SHORT) as port:
+    yield port
+
+
+def ask(port, method='POST', path='/predict', body=None, **headers):
+  """Returns status, headers and content of an answer."""
+  connection = http.client.HTTPConnection('127.0.0.1', port, timeout=30)
+  with contextlib.closing(connection):
+    connection.request(method, path, body, headers)
+    answer = connection.getresponse()
+    return answer.status, answer.headers, answer.read()
+
+
+def form(*parts, boundary='xyz'):
+  """Returns body and headers of a form; a part is (filename, content)."""
+  body = b''
+  for name, content in parts:
+    file = f'; filename="{name}"' if name is not None else ''
+    body += (
+      f'--{boundary}\r\nContent-Disposition: form-data; name="images"{file}'
+      '\r\n\r\n'
+    ).encode()
+    body += content + b'\r\n'
+  kind = f'multipart/form-data; boundary={boundary}'
+  return body + f'--{boundary}--\r\n'.encode(), {'content-type': kind}
+
+
+def test_answers_of_requests_that_come_together_equal_single_ones(port, model):
+  expected = model.predict(DIGITS[:24])
+  with ThreadPoolExecutor(12) as threads:
+    found = list(
+      threads.map(lambda image: ask(port, body=png(image)), DIGITS[:24])
+    )
+  for (status, headers, content), row in zip(found, expected, strict=True):
+    assert status == 200, content
+    assert headers['content-type'] == 'application/json'
+    (one,) = json.loads(content)['predictions']
+    assert one['image'] == 'the image'
+    assert one['class'] == str(row.argmax())
+    assert one['probability'] == max(one['probabilities'].values())
+    np.testing.assert_allclose(
+      list(one['probabilities'].values()), row, atol=1e-6
+    )
+
+
+def test_several_images_in_a_form(port, model):
+  body, headers = form(
+    ('a.png', png(DIGITS[0])), ('b\\"é.png', png(DIGITS[1])), (None, b'a note')
+  )
+  status, _, content = ask(port, body=body, **headers)
+  assert status == 200, content
+  first, second = json.loads(content)['predictions']
+  assert first['image'] == 'a.png'
+  for one, row in zip((first, second), model.predict(DIGITS[:2]), strict=True):
+    np.testing.assert_allclose(
+      list(one['probabilities'].values()), row, atol=1e-6
+    )
+
+
+def bomb(side):
+  """A PNG of side x side pixels whose header alone is whole."""
+
+  def chunk(kind, data):
+    crc = zlib.crc32(kind + data).to_bytes(4, 'big')
+    return len(data).to_bytes(4, 'big') + kind + data + crc
+
+  size = side.to_bytes(4, 'big') * 2
+  rows = zlib.compress(bytes(10**6), 9)
+  return (
+    b'\x89PNG\r\n\x1a\n'
+    + chunk(b'IHDR', size + bytes([8, 0, 0, 0, 0]))
+    + chunk(b'IDAT', rows)
+    + chunk(b'IEND', b'')
+  )
+
+
+GOOD = png(DIGITS[0])
+
+
+@pytest.mark.parametrize(
+  ('request_', 'status', 'says'),
+  [
+    ({'body': b''}, 400, 'the image is empty; send an image file'),
+    ({'body': b'{"image": 1}'}, 400, 'not an image that Pillow can read'),
+    ({'body': GOOD[:-30]}, 400, 'is damaged or cut short'),
+    ({'body': bomb(100_000)}, 400, '100000x100000 pixels'),
+    ({'body': bytes(20_001)}, 413, 'the body has more than 20,000 bytes'),
+    ({'body': iter([bytes(9_000)] * 3)}, 413, 'more than 20,000 bytes'),
+    ({'form': []}, 400, 'the form holds no file'),
+    ({'form': [(None, b'text')]}, 400, 'the form holds no file'),
+    ({'form': [('a.png', b'')]}, 400, 'a.png is empty; send an image file'),
+    ({'form': [('a\tb', b'x')]}, 400, 'an image that Pillow can read'),
+    ({'form': [('a.png', GOOD), ('b.png', b'x')]}, 400, 'b.png: is not an'),
+    ({'form': [('a.png', GOOD)] * 4}, 400, 'Too many files. Maximum'),
+    ({'body': b'x', 'content-type': 'multipart/form-data'}, 400, 'oundary'),
+    (
+      {'body': b'xx', 'content-type': 'multipart/form-data; boundary=y'},
+      400,
+      '',
+    ),
+    ({'method': 'GET'}, 405, 'Method Not Allowed'),
+    ({'path': '/other'}, 404, 'Not Found'),
+  ],
+)
+def test_bad_input_is_refused_in_one_line(request_, status, says, port):
+  if 'form' in request_:
+    body, headers = form(*request_.pop('form'))
+    request_ |= {'body': body} | headers
+  found, headers, content = ask(port, **request_)
+  error = json.loads(content)['error']
+  assert (found, says in error) == (status, True), error
+  assert '\n' not in error
+  assert headers['content-type'] == 'application/json'
+  assert ask(port, body=GOOD)[0] == 200
+
+
+def test_no_image_may_wait_where_none_may(model):
+  limits = Limits(waiting=0, batch=1)
+  with served(model, limits) as port:
+    status, headers, content = ask(port, body=GOOD)
+  assert status == 503
+  assert headers['retry-after'] == '1'
+  assert 'too many images are waiting' in json.loads(content)['error']
+
+
+@contextlib.contextmanager
+def connected(port):
+  with socket.create_connection(('127.0.0.1', port), 30) as connection:
+    yield connection
+
+
+def test_a_slow_head_is_cut(port):
+  with connected(port) as slow, connected(port) as idle:
+    began = time.monotonic()
+    slow.sendall(b'POST /predict HT')
+    assert slow.recv(100) == b''
+    assert idle.recv(100) == b''
+    assert 0.3 < time.monotonic() - began < 20
+
+
+def test_a_slow_body_is_cut_and_does_not_hold_the_others(port):
+  with connected(port) as slow:
+    slow.sendall(
+      b'POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 999\r\n\r\n123'
+    )
+    assert ask(port, body=GOOD)[0] == 200
+    answer = b''
+    while part := slow.recv(1000):
+      answer += part
+  assert answer.startswith(b'HTTP/1.1 408 ')
+  assert b'the body did not arrive within 0.5 s' in answer
+
+
+def test_a_client_that_goes_leaves_no_trace(port, capsys):
+  with connected(port) as gone:
+    gone.sendall(
+      b'POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 999\r\n\r\n123'
+    )
+  assert ask(port, body=GOOD)[0] == 200
+  assert 'Traceback' not in capsys.readouterr().err
+
+
+def test_health_metrics_and_page(port):
+  status, _, content = ask(port, 'GET', '/health')
+  assert status == 200
+  assert json.loads(content) == {
+    'status': 'ok', 'model': 'resnet8', 'classes': 10,
+    'image_shape': [8, 8, 1],
+  }  # fmt: skip
+
+  def answered():
+    text = ask(port, 'GET', '/metrics')[2].decode()
+    families = prometheus_client.parser.text_string_to_metric_families(text)
+    samples = [sample for family in families for sample in family.samples]
+    by_name = {(s.name, *s.labels.values()): s.value for s in samples}
+    assert by_name['maskconnect_waiting_images',] == 0
+    return (
+      by_name.get(('maskconnect_requests_total', '/predict', '200'), 0),
+      by_name['maskconnect_batch_images_sum',],
+    )
+
+  before = answered()
+  assert ask(port, body=GOOD)[0] == 200
+  assert answered() == (before[0] + 1, before[1] + 1)
+
+  status, headers, content = ask(port, 'GET', '/')
+  text = content.decode()
+  assert status == 200
+  assert 'type="file"' in text
+  for tag in ('script', 'style'):
+    (inner,) = re.findall(f'<{tag}>(.*?)</{tag}>', text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(inner.encode()).digest())
+    assert (
+      f"{tag}-src 'sha256-{digest.decode()}'"
+      in (headers['content-security-policy'])
+    )
+  assert 'http' not in re.sub('<!doctype html>', '', text)  # loads nothing
+
+
+def test_sigterm_lets_a_request_end(finished):
+  """As a user runs it: a free port of the loopback, then status 143."""
+  program = subprocess.Popen(
+    [
+      sys.executable, '-m', 'maskconnect_jax.main', '--mode=serve',
+      f'--workdir={finished.workdir}', '--port=0',
+    ],
+    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+  )  # fmt: skip
+  with program:
+    try:
+      line = program.stdout.readline()
+      match = re.fullmatch(r'serving at http://127\.0\.0\.1:(\d+)\n', line)
+      assert match, (line, program.stderr.read())
+      with connected(int(match[1])) as connection:
+        connection.sendall(
+          b'POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n'
+          % len(GOOD)
+          + GOOD[:20]
+        )
+        time.sleep(0.3)
+        program.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        connection.sendall(GOOD[20:])
+        answer = connection.recv(10_000)
+      assert answer.startswith(b'HTTP/1.1 200 '), answer
+      assert program.wait(30) == 143
+      assert program.stderr.read() == ''
+    finally:
+      program.kill()
+
+
+def test_a_port_that_is_taken_is_one_line(cli, finished, port):
+  ran = cli('--mode=serve', f'--workdir={finished.workdir}', f'--port={port}')
+  assert ran.code == 2
+  assert f'--port={port} cannot be listened at: Address already' in ran.err
+  assert ran.err.count('\n') == 1
