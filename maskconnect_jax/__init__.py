@@ -10,6 +10,7 @@ if TYPE_CHECKING:
   from maskconnect_jax.method.wiring import freeze, prune
   from maskconnect_jax.networks.models import create_model, list_models
   from maskconnect_jax.run.inference import load
+  from maskconnect_jax.run.train import train
 
 __all__ = [
   'MaskedStack',
@@ -18,6 +19,7 @@ __all__ = [
   'list_models',
   'load',
   'prune',
+  'train',
 ]
 
 # The module of each public name, imported at the name's first use. Importing
@@ -29,6 +31,7 @@ _MODULES = {
   'list_models': 'networks.models',
   'load': 'run.inference',
   'prune': 'method.wiring',
+  'train': 'run.train',
 }
 
 

@@ -100,7 +100,7 @@ FIELDS: dict[str, Field] = {
   'optimizer.accumulate_steps': whole(1),
   'optimizer.label_smoothing': Number(0, 1),
   'optimizer.average': Number(0, 1, open=')'),  # 1 would keep the first weights
-  'data.source': Choice(('digits', 'idx', 'folder', 'table', 'tfds')),
+  'data.source': Choice(('digits', 'idx', 'folder', 'table', 'tfds', 'arrays')),
   'data.name': Text(),
   'data.dir': File(),
   'data.image_size': whole(0, limits.MAX_SIDE),
@@ -419,7 +419,7 @@ def check_is_one_run(config: ml_collections.ConfigDict) -> None:
 def check_files(config: ml_collections.ConfigDict) -> None:
   """Raises InputError if the path in a field does not exist."""
   for path, value in flat(config).items():
-    unused = path == 'data.dir' and config.data.source == 'digits'
+    unused = path == 'data.dir' and config.data.source in ('digits', 'arrays')
     if not isinstance(FIELDS[path], File) or not value or unused:
       continue
     name = f'config.{path}'

@@ -47,6 +47,7 @@ FOLDERS: dict[str, set[str]] = {
 ARROWS: dict[str, set[str]] = {
   '__init__': {
     'method.stack', 'method.wiring', 'networks.models', 'run.inference',
+    'run.train',
   },
   '__main__': {'command', 'main'},
   'backend': set(),

@@ -248,11 +248,14 @@ class Dataset:
     return mean, np.where(variance > 0, np.sqrt(variance), 1.0)
 
 
-def load(data: ml_collections.ConfigDict) -> Dataset:
+def load(
+  data: ml_collections.ConfigDict, source: Source | None = None
+) -> Dataset:
   """Makes the data set that `config.data` describes.
 
   Args:
     data: `config.data`.
+    source: the data source; None: the one that `data` names.
 
   Returns:
     Images in a fixed order, all of one size. They lie in host memory if they
@@ -262,7 +265,7 @@ def load(data: ml_collections.ConfigDict) -> Dataset:
     InputError: the data is missing, damaged or inconsistent. The message is one
       line that names the folder, file or field.
   """
-  source = sources.open_source(data)
+  source = source or sources.open_source(data)
   for what, count in (
     ('training', source.num_train),
     ('test', source.num_test),

@@ -443,9 +443,17 @@ def _tfds(data: ml_collections.ConfigDict) -> Source:
   )
 
 
+def _arrays(data: ml_collections.ConfigDict) -> Source:
+  raise InputError(
+    f'config.data.source={data.source!r} is for Python: train(config, workdir,'
+    ' data=(images, labels, test_images, test_labels))'
+  )
+
+
 _SOURCES: dict[str, Callable[[ml_collections.ConfigDict], Source]] = {
   'digits': _digits,
   'idx': _idx,
+  'arrays': _arrays,
   'folder': _image_folder,
   'table': _table,
   'tfds': _tfds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import optax
 
 from maskconnect_jax import config as config_lib
 from maskconnect_jax import names
-from maskconnect_jax.data import datasets
+from maskconnect_jax.data import arrays, datasets
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import topology
 from maskconnect_jax.networks import models
@@ -91,11 +92,15 @@ class Experiment:
   recipe: steps.Recipe
 
 
-def build(config: ml_collections.ConfigDict) -> Experiment:
+def build(
+  config: ml_collections.ConfigDict, data: Sequence[Any] | None = None
+) -> Experiment:
   """Reads the data and builds the network; writes nothing.
 
   Args:
     config: see `maskconnect_jax/config.py`.
+    data: images, labels, test images and test labels, see `arrays.of`; they go
+      with config.data.source='arrays'.
 
   Raises:
     InputError: the config or its data cannot be used.
@@ -110,7 +115,14 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
       f' {config.batch_size // jax.device_count()} images of'
       ' config.batch_size on each device'
     )
-  dataset = datasets.load(config.data)
+  if (data is not None) != (config.data.source == 'arrays'):
+    raise InputError(
+      "config.data.source='arrays' and train(..., data=(images, labels,"
+      ' test_images, test_labels)) go together'
+    )
+  dataset = datasets.load(
+    config.data, None if data is None else arrays.of(data)
+  )
   plan = plan_lib.make(config, len(dataset.train))
   architecture = architecture_of(
     config, len(dataset.classes), dataset.image_shape[-1]

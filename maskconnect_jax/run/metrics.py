@@ -108,6 +108,50 @@ class MetricsWriter:
         if value is not None and math.isfinite(value):
           self._add(step, summary=summary.scalar(name, value))
 
+  def write_mask(self, step: int, mask: np.ndarray, valid: Any) -> None:
+    """Gives TensorBoard the real mask, as an image and as a histogram.
+
+    Args:
+      step: steps done.
+      mask: r, float32 [L, L] or [L - 1, C, C].
+      valid: bool, of its shape; the other entries do not exist.
+
+    Raises:
+      InputError: see `write`.
+    """
+    if not self._enabled:
+      return
+    valid = np.asarray(valid)
+    picture = mask_image(mask, valid)
+    with self._failing_at(self._folder):
+      self._add(
+        step, summary=summary.image('real_mask', picture, dataformats='HWC')
+      )
+      bins = np.linspace(0, 1, 21)
+      self._add(
+        step, summary=summary.histogram('real_mask_entries', mask[valid], bins)
+      )
+
+  def write_fields(self, fields: dict[str, Any]) -> None:
+    """Gives TensorBoard's hparams page the config of the run.
+
+    Args:
+      fields: every field by its path; see `config.flat`.
+
+    Raises:
+      InputError: see `write`.
+    """
+    if not self._enabled:
+      return
+    plain = {
+      name: value if isinstance(value, bool | int | float | str) else str(value)
+      for name, value in fields.items()
+    }
+    measured = dict.fromkeys(('test_accuracy', 'validation_accuracy', 'loss'))
+    with self._failing_at(self._folder):
+      for part in summary.hparams(plain, measured):
+        self._add(0, summary=part)
+
   def close(self) -> None:
     """Flushes and closes both files.
 
@@ -141,6 +185,27 @@ class MetricsWriter:
     except OSError as error:
       self._failed = True
       raise files.unwritten(path, error) from error
+
+
+def mask_image(mask: np.ndarray, valid: np.ndarray) -> np.ndarray:
+  """Returns a real mask as pixels: pale for 0, dark for 1, white for none.
+
+  Args:
+    mask: r, float32 [L, L], or [L - 1, C, C], whose squares stand side by side.
+    valid: bool, of its shape.
+
+  Returns:
+    uint8 [H, W, 3]; an entry has 8 x 8 pixels.
+  """
+  pale, dark = np.array([232, 238, 245]), np.array([8, 48, 107])
+  colours = pale + mask[..., None] * (dark - pale)
+  pixels = np.where(valid[..., None], np.rint(colours), 255).astype(np.uint8)
+  if mask.ndim == 3:
+    apart = np.pad(
+      pixels, ((0, 0), (0, 0), (0, 1), (0, 0)), constant_values=255
+    )
+    pixels = np.concatenate(list(apart), axis=1)[:, :-1]
+  return pixels.repeat(8, 0).repeat(8, 1)
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
@@ -354,15 +419,17 @@ class MaskHistory:
       if step <= start
     ]
 
-  def add(self, step: int, masks: Any) -> None:
-    """Records the real mask after `step`.
+  def add(self, step: int, masks: Any) -> np.ndarray:
+    """Records the real mask after `step`, and returns it.
 
     Args:
       step: steps done.
       masks: a tree with one leaf: r, float32 [L, L] or [L - 1, C, C].
     """
+    mask: np.ndarray
     (mask,) = jax.tree.leaves(jax.device_get(masks))
     self._records.append((step, mask))
+    return mask
 
   @property
   def steps(self) -> np.ndarray:

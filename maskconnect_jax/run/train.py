@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +78,7 @@ def train(
   config: ml_collections.ConfigDict,
   workdir: str | Path,
   *,
+  data: Sequence[Any] | None = None,
   profile_steps: int = 0,
 ) -> Result:
   """Trains, freezes, fine-tunes, prunes and evaluates; resumes a cut run.
@@ -85,6 +86,8 @@ def train(
   Args:
     config: see `maskconnect_jax/config.py`.
     workdir: the folder to write to; see docs/running.md, "The workdir".
+    data: images, labels, test images and test labels, arrays that go with
+      config.data.source='arrays'; see `arrays.of`.
     profile_steps: how many steps to trace into workdir/profile; 0: none.
 
   Returns:
@@ -106,7 +109,7 @@ def train(
   with locks.locked(workdir, enabled=jax.process_index() == 0):
     # Again, because a run that held the lock until now may have written here.
     workdirs.check(config, workdir)
-    run = start(experiment.build(config), workdir)
+    run = start(experiment.build(config, data), workdir)
     plan = run.job.plan
     traced = profile.Profile(
       workdir / 'profile', profile_steps, int(run.state.step)
@@ -197,6 +200,7 @@ def start(job: experiment.Experiment, workdir: Path) -> Run:
   )
   if plan.freeze and step > plan.freeze:
     run.recipe = freeze.frozen_recipe(job.recipe, state)
+  run.writer.write_fields(config_lib.flat(config))
   run.bar.say(plan.in_words(config.batch_size))
   if note := experiment.note_on_fan_in(job):
     run.bar.say(note)
@@ -341,7 +345,8 @@ def record(
     accuracy = scores.accuracy
   run.progress.pending = []
   if phase == 'connectivity':
-    run.history.add(done, run.state.masks)
+    mask = run.history.add(done, run.state.masks)
+    run.writer.write_mask(done, mask, job.model.stack.valid)
   run.writer.write(done, phase, line)
   run.bar.update(done, phase, line)
   return accuracy

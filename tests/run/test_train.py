@@ -1,6 +1,7 @@
 """One whole tiny run: what it leaves in its workdir, recomputed apart."""
 
 import dataclasses
+import io
 import json
 import math
 import struct
@@ -13,7 +14,7 @@ import pytest
 import sklearn.datasets
 import sklearn.model_selection
 from PIL import Image
-from tensorboardX.proto import event_pb2
+from tensorboardX.proto import event_pb2, plugin_hparams_pb2
 
 import maskconnect_jax
 from maskconnect_jax import config
@@ -42,7 +43,7 @@ def read_json(workdir, name):
   return json.loads((workdir / name).read_text())
 
 
-def events(workdir):
+def events(workdir, kind='simple_value'):
   """{(tag, step): value} of all event files, as TensorBoard reads them."""
   found = {}
   for path in sorted((workdir / 'tensorboard').iterdir()):
@@ -54,7 +55,8 @@ def events(workdir):
       if event.session_log.status == event_pb2.SessionLog.START:
         found = {k: v for k, v in found.items() if k[1] < event.step}
       for value in event.summary.value:
-        found[value.tag, event.step] = value.simple_value
+        if value.HasField(kind):
+          found[value.tag, event.step] = getattr(value, kind)
   return found
 
 
@@ -130,6 +132,34 @@ def test_tensorboard_says_the_same(finished):
   assert set(found) == set(expected)
   for key, value in expected.items():
     assert found[key] == pytest.approx(value, rel=1e-6), key
+
+
+def test_tensorboard_shows_the_real_mask_and_the_config(finished):
+  with np.load(finished.workdir / 'real_masks.npz') as file:
+    masks = dict(zip(file['steps'].tolist(), file['masks'], strict=True))
+  images = events(finished.workdir, 'image')
+  histograms = events(finished.workdir, 'histo')
+  assert set(images) == {('real_mask', step) for step in masks}
+  for step, mask in masks.items():
+    with Image.open(
+      io.BytesIO(images['real_mask', step].encoded_image_string)
+    ) as picture:
+      pixels = np.asarray(picture.convert('RGB'), int)[4::8, 4::8]
+    assert (pixels[~np.tri(3, dtype=bool)] == 255).all()
+    red = pixels[..., 0][np.tri(3, dtype=bool)]
+    found = (232 - red) / (232 - 8)
+    np.testing.assert_allclose(found, mask[np.tri(3, dtype=bool)], atol=0.003)
+    histogram = histograms['real_mask_entries', step]
+    assert histogram.num == 6
+    assert histogram.sum == pytest.approx(mask.sum(), rel=1e-5)
+  parts = events(finished.workdir, 'metadata')
+  plugin = plugin_hparams_pb2.HParamsPluginData.FromString(
+    parts['_hparams_/session_start_info', 0].plugin_data.content
+  )
+  fields = plugin.session_start_info.hparams
+  assert fields['model.name'].string_value == 'resnet8'
+  assert fields['batch_size'].number_value == 64
+  assert fields['optimizer.steps_at'].string_value == "('50%', '75%')"
 
 
 def test_real_masks_are_those_of_the_checkpoints(finished, arrays_in):

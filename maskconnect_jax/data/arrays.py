@@ -1,0 +1,89 @@
+"""A data source of arrays in memory, as a notebook has them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from maskconnect_jax.data import fingerprint
+from maskconnect_jax.data.sources import Source
+from maskconnect_jax.errors import InputError
+
+_NEEDS = (
+  'data=(images, labels, test_images, test_labels): uint8 images [N, H, W],'
+  ' [N, H, W, 1] or [N, H, W, 3], and as many labels'
+)
+
+
+def of(data: Sequence[Any]) -> Source:
+  """Returns a data source of arrays.
+
+  Args:
+    data: images, labels, test images and test labels. Images are uint8
+      [N, H, W, C] with C = 1 (grey) or 3 (RGB), or [N, H, W]. Labels are whole
+      numbers from 0, or names, [N].
+
+  Raises:
+    InputError: the arrays are of other shapes or types, or do not fit together.
+  """
+  if not isinstance(data, list | tuple) or len(data) != 4:
+    raise InputError(f'give {_NEEDS}')
+  images, labels, test_images, test_labels = map(np.asarray, data)
+  pixels = [_pixels(images, 'images'), _pixels(test_images, 'test_images')]
+  if pixels[0].shape[-1] != pixels[1].shape[-1]:
+    raise InputError(
+      f'images have {pixels[0].shape[-1]} channels and test_images'
+      f' {pixels[1].shape[-1]}; give {_NEEDS}'
+    )
+  for name, own, of_them in (
+    ('labels', labels, pixels[0]),
+    ('test_labels', test_labels, pixels[1]),
+  ):
+    if own.shape != (len(of_them),) or own.dtype.kind not in 'iuU':
+      raise InputError(
+        f'{name} are {own.dtype} {list(own.shape)}, but there are'
+        f' {len(of_them)} images; give {_NEEDS}'
+      )
+  if (labels.dtype.kind == 'U') != (test_labels.dtype.kind == 'U'):
+    raise InputError('labels and test_labels must both be numbers or names')
+  numbers = [labels, test_labels]
+  if labels.dtype.kind != 'U':
+    classes = tuple(map(str, range(int(labels.max(initial=0)) + 1)))
+  else:
+    classes = tuple(np.unique(labels).tolist())
+    if odd := sorted(set(test_labels.tolist()) - set(classes)):
+      raise InputError(
+        f'test_labels have {odd[0]!r}, of which there are no training images'
+      )
+    numbers = [np.searchsorted(classes, own) for own in numbers]
+  num_train = len(pixels[0])
+
+  def read(i: int) -> tuple[np.ndarray, int]:
+    part, i = (0, i) if i < num_train else (1, i - num_train)
+    return pixels[part][i], int(numbers[part][i])
+
+  return Source(
+    read,
+    num_train=num_train,
+    num_test=len(pixels[1]),
+    classes=classes,
+    channels=pixels[0].shape[-1],
+    name='data',
+    digest=fingerprint.of_arrays([*pixels, *numbers]),
+  )
+
+
+def _pixels(images: np.ndarray, name: str) -> np.ndarray:
+  if images.ndim == 3:
+    images = images[..., None]
+  if (
+    images.dtype != np.uint8
+    or images.ndim != 4
+    or images.shape[-1] not in (1, 3)
+  ):
+    raise InputError(
+      f'{name} are {images.dtype} {list(images.shape)}; give {_NEEDS}'
+    )
+  return images

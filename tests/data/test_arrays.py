@@ -1,0 +1,96 @@
+"""Arrays as data: the same set as from files, and what does not fit."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from sklearn.utils import class_weight
+
+from maskconnect_jax import config
+from maskconnect_jax.data import arrays, datasets
+from maskconnect_jax.run import experiment
+
+RNG = np.random.default_rng(0)
+IMAGES, LABELS = RNG.integers(0, 256, (8, 4, 4, 3), np.uint8), np.arange(8) % 2
+DATA = (IMAGES, LABELS, IMAGES[:3], LABELS[:3])
+
+
+def test_digits_as_arrays_are_the_digits():
+  data = config.default().data
+  expected = datasets.load(data)
+  given = (
+    expected.train.images[..., 0], expected.train.labels,
+    expected.test.images[..., 0], expected.test.labels,
+  )  # fmt: skip
+  found = datasets.load(data, arrays.of(given))
+  assert found.classes == expected.classes
+  for part in ('train', 'test'):
+    own, other = getattr(found, part), getattr(expected, part)
+    np.testing.assert_array_equal(own.images, other.images)
+    np.testing.assert_array_equal(own.labels, other.labels)
+  digest = arrays.of(given).identity.digest
+  assert digest() == arrays.of(given).identity.digest()
+  changed = given[0].copy()
+  changed[0, 0, 0] ^= 1
+  assert digest() != arrays.of((changed, *given[1:])).identity.digest()
+
+
+def test_names_become_classes():
+  names = np.array(['dog', 'cat'])[LABELS]
+  source = arrays.of((IMAGES, names, IMAGES[:3], names[:3].tolist()))
+  assert source.classes == ('cat', 'dog')
+  image, label = source.read(8)
+  assert (label, image.tobytes()) == (1, IMAGES[0].tobytes())
+
+
+@pytest.mark.parametrize(
+  ('data', 'says'),
+  [
+    (DATA[:2], 'give data=\\(images, labels'),
+    ((IMAGES / 255, *DATA[1:]), 'images are float64'),
+    ((IMAGES.transpose(0, 3, 1, 2), *DATA[1:]), r'images are uint8 \[8, 3, 4'),
+    (
+      (IMAGES, LABELS[:7], *DATA[2:]),
+      r'labels are int64 \[7\], but there are 8',
+    ),
+    ((IMAGES, LABELS / 2, *DATA[2:]), 'labels are float64'),
+    (
+      (*DATA[:2], IMAGES[:3, ..., :1], LABELS[:3]),
+      'channels and test_images 1',
+    ),
+    ((*DATA[:3], ['a', 'b', 'a']), 'must both be numbers or names'),
+    (
+      (IMAGES, list('abababab'), IMAGES[:2], ['a', 'c']),
+      "test_labels have 'c', of which there are no training images",
+    ),
+  ],
+)
+def test_arrays_that_do_not_fit(data, says):
+  with pytest.raises(config.InputError, match=says) as error:
+    arrays.of(data)
+  assert '\n' not in str(error.value)
+
+
+def test_arrays_and_their_source_go_together(tiny_config):
+  with pytest.raises(config.InputError, match='go together'):
+    experiment.build(tiny_config, DATA)
+  tiny_config.data.source = 'arrays'
+  with pytest.raises(config.InputError, match='go together'):
+    experiment.build(tiny_config)
+
+
+def test_rare_classes_weigh_more(tiny_config):
+  uneven = np.array([0, 1, 1, 1, 1, 1, 1, 1])
+  found = datasets.load(
+    tiny_config.data, arrays.of((IMAGES, uneven, *DATA[2:]))
+  )
+  assert experiment.class_weights(tiny_config, found) == ()
+  tiny_config.data.class_weights = 'balanced'
+  expected = class_weight.compute_class_weight(
+    'balanced', classes=[0, 1], y=uneven
+  )
+  weights = experiment.class_weights(tiny_config, found)
+  assert weights == pytest.approx(expected)
+  one = dataclasses.replace(found, classes=('a', 'b', 'c'))
+  with pytest.raises(config.InputError, match='c has none'):
+    experiment.class_weights(tiny_config, one)
