@@ -13,7 +13,8 @@ from flax import nnx
 from maskconnect_jax import files, names
 from maskconnect_jax.figures import confusion, dynamics, masks, page
 from maskconnect_jax.figures import topology as topology_picture
-from maskconnect_jax.method import wiring
+from maskconnect_jax.method import connectivity, wiring
+from maskconnect_jax.method import topology as topology_lib
 from maskconnect_jax.method.spec import NARROWING
 from maskconnect_jax.method.topology import BranchTopology, Topology
 from maskconnect_jax.networks import cost
@@ -128,6 +129,10 @@ def summarize(
     clock: the run's time and speed.
   """
   own, shape = job.config.connectivity, job.dataset.image_shape
+  # A frozen network leaves out the blocks that pruning cuts out. In the chain
+  # every block runs, and sums cost no products.
+  chain = topology_lib.from_mask(connectivity.fixed_prev(frozen.stack.valid))
+  whole = wiring.freeze(frozen, chain)
   return {
     'model': job.config.model.name,
     'rule': own.rule,
@@ -140,7 +145,7 @@ def summarize(
     'skipped_files': skipped,
     'parameters': cost.count_parameters(frozen),
     'parameters_pruned': cost.count_parameters(pruned),
-    'multiply_adds': cost.forward_products(frozen, shape),
+    'multiply_adds': cost.forward_products(whole, shape),
     'multiply_adds_pruned': cost.forward_products(pruned, shape),
     'blocks': len(frozen.stack.blocks),
     'blocks_pruned': sum(frozen.topology.live),

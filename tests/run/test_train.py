@@ -234,6 +234,18 @@ def test_summary(finished, arrays_in):
   }
   assert {name: summary[name] for name in expected} == expected
   assert pruned < sum(weights.values())
+  # Stem, blocks of two 3x3 convolutions on 8x8, 4x4 and 2x2 pixels, head.
+  products = {
+    0: 9 * 8 * 64,
+    1: 9 * (8 * 8 + 8 * 8) * 64,
+    2: 9 * (8 * 16 + 16 * 16) * 16,
+    3: 9 * (16 * 32 + 32 * 32) * 4,
+    4: 32 * 10,
+  }
+  assert summary['multiply_adds'] == sum(products.values())
+  assert summary['multiply_adds_pruned'] == sum(
+    products[part] for part in {0, 4} | live
+  )
   for name in ('_drawn', '_at_freeze', '', '_pruned'):
     correct = summary[f'test_accuracy{name}'] * 360
     assert correct == pytest.approx(round(correct))
