@@ -29,6 +29,7 @@ if __name__ == '__main__':  # before JAX is imported, which takes seconds
 
   command.begin()
 
+import contextlib
 import gc
 import json
 import signal
@@ -38,6 +39,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import jax
+import ml_collections
 import numpy as np
 from absl import app, logging
 
@@ -56,6 +58,7 @@ from maskconnect_jax.flags import (
   the_workdirs,
 )
 from maskconnect_jax.run import (
+  bucket,
   compilation_cache,
   cores,
   describe,
@@ -64,6 +67,7 @@ from maskconnect_jax.run import (
   finish,
   inference,
   train,
+  workdirs,
 )
 from maskconnect_jax.study import dynamics, summarize, sweep
 
@@ -112,7 +116,7 @@ def run_train() -> None:
   """Trains and prints the result; without --config, uses the workdir's own."""
   workdir = the_workdir()
   result = train.train(
-    the_config_or_stored(), workdir, profile_steps=flags.PROFILE.value
+    _config(workdir), workdir, profile_steps=flags.PROFILE.value
   )
   if result.interrupted:
     sys.exit(128 + result.interrupted)
@@ -122,19 +126,28 @@ def run_train() -> None:
 
 def run_evaluate() -> None:
   """Prints the scores of a finished model on its test images, as JSON."""
-  workdir = the_workdir()
-  config = flags.CONFIG.value or config_lib.stored(workdir)
-  config_lib.check(config)
-  cores.use(cores.for_batches(config.eval_batch_size, config.data))
-  distributed.check_platform()
-  scores = evaluation.of_model(inference.load(workdir), config)
+  with bucket.reading(the_workdir(), inference.READS) as workdir:
+    config = flags.CONFIG.value or config_lib.stored(workdir)
+    config_lib.check(config)
+    cores.use(cores.for_batches(config.eval_batch_size, config.data))
+    distributed.check_platform()
+    model = inference.load(workdir)
+  scores = evaluation.of_model(model, config)
   record = scores.named('test') | {'num_test_examples': scores.count}
   print(json.dumps(files.finite(record), allow_nan=False))
 
 
 def run_describe() -> None:
   """Prints the network and the cost of a step."""
-  print(describe.describe(the_config_or_stored()))
+  print(describe.describe(_config(flags.WORKDIR.value)))
+
+
+def _config(workdir: Path | str | None) -> ml_collections.ConfigDict:
+  """Returns --config, or without it the config stored in a workdir."""
+  if flags.CONFIG.value is not None or not workdir:
+    return the_config()
+  with bucket.reading(workdir, ['config.json']) as folder:
+    return the_config_or_stored(folder)
 
 
 def run_predict() -> None:
@@ -187,27 +200,47 @@ def run_predict() -> None:
 def run_sweep() -> None:
   """Trains many runs and prints their table."""
   config, workdir = the_config(), the_workdir()
+  if isinstance(workdir, str):
+    raise InputError(
+      f'--workdir={workdir}: a sweep writes to a folder, its members too; give'
+      ' one, or give each run a workdir in the bucket'
+    )
   sys.exit(sweep.sweep(config, workdir, flags.PARALLEL.value))
 
 
 def run_summarize() -> None:
   """Prints the table of the runs in --workdirs."""
-  workdirs, csv = the_workdirs(), flags.CSV.value
+  csv = flags.CSV.value
   if FIGURE.value:
     summarize.check_figure(FIGURE.value)
   if csv:
     files.check_output(csv)
-  table = summarize.summarize(workdirs)
-  if FIGURE.value:
-    table.draw(FIGURE.value, flags.AGAINST.value)
-  if csv:
-    files.write_text(csv, table.csv())
-  print(table.markdown(), end='')
+  with _read_workdirs() as places:
+    table = summarize.summarize(list(places))
+    if FIGURE.value:
+      table.draw(FIGURE.value, flags.AGAINST.value)
+    if csv:
+      files.write_text(csv, bucket.named(table.csv(), places))
+    print(bucket.named(table.markdown(), places), end='')
 
 
 def run_dynamics() -> None:
   """Prints how the real masks of the runs in --workdirs moved."""
-  print(dynamics.report(the_workdirs(), FIGURE.value), end='')
+  with _read_workdirs() as places:
+    report = dynamics.report(list(places), FIGURE.value)
+    print(bucket.named(report, places), end='')
+
+
+@contextlib.contextmanager
+def _read_workdirs() -> Iterator[dict[Path, str]]:
+  """Yields a local folder for each of --workdirs, and its name."""
+  with contextlib.ExitStack() as stack:
+    yield {
+      stack.enter_context(
+        bucket.reading(workdir, workdirs.FILES, flag='--workdirs')
+      ): str(workdir).rstrip('/')
+      for workdir in the_workdirs()
+    }
 
 
 def run_prepare() -> None:

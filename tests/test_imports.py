@@ -63,8 +63,8 @@ ARROWS: dict[str, set[str]] = {
   # What serves a model has neither the loop nor the data sets.
   'run.inference': {
     'config', 'files', 'limits', 'data.image_headers', 'data.image_inputs',
-    'data.images', 'method', 'networks', 'run.augment', 'run.checkpoint',
-    'run.cores', 'run.distributed', 'run.model_record',
+    'data.images', 'method', 'networks', 'run.augment', 'run.bucket',
+    'run.checkpoint', 'run.cores', 'run.distributed', 'run.model_record',
   },
 }  # fmt: skip
 NEEDS_ORBAX = {'run.checkpoint', 'run.storage'}

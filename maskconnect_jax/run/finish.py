@@ -269,7 +269,7 @@ def draw_figures(
     page.save(figure, workdir / 'figures' / name)
 
 
-def table(summary: dict[str, Any], workdir: Path) -> str:
+def table(summary: dict[str, Any], workdir: Path | str) -> str:
   """Returns the table that a run prints at its end."""
   watched = 'validation' if 'validation_accuracy' in summary else 'test'
   tested = f'test accuracy ({summary["num_test_examples"]:,} images)'
@@ -316,9 +316,6 @@ def table(summary: dict[str, Any], workdir: Path) -> str:
       f'  {"after pruning":<20}{summary["blocks_pruned"]:>9}'
       f'{summary["parameters_pruned"]:>13,}',
       '',
-      *(
-        f'  {name:<20}{workdir / path}{"/" if path[-1] == "/" else ""}'
-        for name, path in files
-      ),
+      *(f'  {name:<20}{workdir}/{path}' for name, path in files),
     ]
   )

@@ -19,13 +19,13 @@ import numpy as np
 from flax import nnx
 
 from maskconnect_jax import files, limits
-from maskconnect_jax.config import given_path
 from maskconnect_jax.data import image_headers, image_inputs, images
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import topology, wiring
 from maskconnect_jax.networks import models
 from maskconnect_jax.run import (
   augment,
+  bucket,
   checkpoint,
   cores,
   distributed,
@@ -35,6 +35,8 @@ from maskconnect_jax.run import (
 K = TypeVar('K')
 
 BATCH = 256
+# What `load` reads: names of files and folders, of a workdir or a model folder.
+READS = ('config.json', 'model', 'model.json', 'arrays')
 _BATCH_BYTES = 2**26  # most bytes of a batch's images as uint8
 
 
@@ -105,12 +107,17 @@ def load(folder: str | Path) -> Classifier:
 
   Args:
     folder: the workdir of a finished run, such as 'runs/digits', or a model
-      folder, which may have been moved anywhere.
+      folder, which may have been moved anywhere; or the address of one in a
+      bucket, such as 's3://bucket/run'.
 
   Raises:
-    InputError: the folder holds no whole model.
+    InputError: the folder holds no whole model, or cannot be read.
   """
-  folder = given_path(folder, '--workdir')
+  with bucket.reading(folder, READS) as there:
+    return _load(there)
+
+
+def _load(folder: Path) -> Classifier:
   if (folder / 'model' / 'model.json').is_file():  # a workdir
     folder /= 'model'
   path = folder / 'model.json'

@@ -22,6 +22,7 @@ import numpy as np
 from maskconnect_jax import config as config_lib
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.run import (
+  bucket,
   checkpoint,
   cores,
   distributed,
@@ -75,7 +76,8 @@ def train(
 
   Args:
     config: see `maskconnect_jax/config.py`.
-    workdir: the folder to write to; see docs/running.md, "The workdir".
+    workdir: the folder to write to, or an address such as s3://bucket/run; see
+      docs/running.md, "The workdir".
     profile_steps: how many steps to trace into workdir/profile; 0: none.
 
   Returns:
@@ -86,22 +88,32 @@ def train(
       before anything is written; or the loss stopped being finite; or a file
       cannot be written.
   """
-  workdir = config_lib.given_path(workdir, '--workdir')
   config_lib.check(config)
   config_lib.check_is_one_run(config)
   config = config.copy_and_resolve_references()
   cores.use(cores.for_batches(config.batch_size, config.data))
   distributed.check_platform()
+  if bucket.is_address(workdir) and jax.process_count() > 1:
+    raise InputError(
+      f'{workdir} is for one process; several write to one folder: mount the'
+      ' bucket (gcsfuse, mountpoint-s3) and give a folder of the mount'
+    )
+  with bucket.mirrored(workdir) as folder:
+    return _train(config, folder, profile_steps, str(workdir))
+
+
+def _train(
+  config: ml_collections.ConfigDict, workdir: Path, profiled: int, name: str
+) -> Result:
+  """Does what `train` does, in a local folder that messages call `name`."""
   workdirs.keep_version(config, workdir)
   workdirs.check(config, workdir)
   with locks.locked(workdir, enabled=jax.process_index() == 0):
     # Again, because a run that held the lock until now may have written here.
     workdirs.check(config, workdir)
-    run = start(experiment.build(config), workdir)
+    run = start(experiment.build(config), workdir, name)
     plan = run.job.plan
-    traced = profile.Profile(
-      workdir / 'profile', profile_steps, int(run.state.step)
-    )
+    traced = profile.Profile(workdir / 'profile', profiled, int(run.state.step))
     interrupted = loop(run, traced)
     traced.close(run.state)
     if interrupted:
@@ -116,12 +128,13 @@ def train(
     return Result(summary, run.state, model)
 
 
-def start(job: experiment.Experiment, workdir: Path) -> Run:
+def start(job: experiment.Experiment, workdir: Path, name: str) -> Run:
   """Loads the newest checkpoint, or starts from the seed; opens the log.
 
   Args:
     job: the config, and everything built from it.
     workdir: the folder of the run; the caller holds its lock.
+    name: what the user calls the folder.
 
   Returns:
     The run, before its next step.
@@ -195,7 +208,7 @@ def start(job: experiment.Experiment, workdir: Path) -> Run:
   if begun:
     run.bar.say(begun)
   if loaded:
-    run.bar.say(f'going on from step {step} of {plan.total} in {workdir}')
+    run.bar.say(f'going on from step {step} of {plan.total} in {name}')
   return run
 
 
