@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from maskconnect_jax import files
@@ -278,6 +279,10 @@ def digest(arrays: Any) -> int:
   """Returns a CRC-32 over the bytes of all arrays of a pytree."""
   crc = 0
   for leaf in jax.tree.leaves(arrays):
+    if isinstance(leaf, jax.Array) and not (
+      leaf.is_fully_addressable or leaf.is_fully_replicated
+    ):  # other processes hold parts of it, and call this too
+      leaf = multihost_utils.process_allgather(leaf, tiled=True)
     crc = zlib.crc32(np.asarray(leaf).tobytes(), crc)
   return crc
 

@@ -51,9 +51,7 @@ def describe(config: ml_collections.ConfigDict) -> str:
   distributed.check_platform()
   job = experiment.build(config)
   dataset, plan, model, recipe = job.dataset, job.plan, job.model, job.recipe
-  state = distributed.to_global(
-    steps.init_state(model, recipe), distributed.replicated(job.mesh)
-  )
+  state = steps.on_devices(recipe, steps.init_state(model, recipe))
   rng = np.random.default_rng(0)
   batch = distributed.to_global(
     (
@@ -106,6 +104,9 @@ def describe(config: ml_collections.ConfigDict) -> str:
       f' {counted["bytes accessed"] / 1e6:,.1f} MB accessed,'
       f' {memory.temp_size_in_bytes / 1e6:,.1f} MB temporary'
       f' (XLA, {jax.default_backend()}, per device)',
+      f'memory       {memory.argument_size_in_bytes / 1e6:,.1f} MB of weights,'
+      ' momentum, statistics and images on each device,'
+      f' {memory.temp_size_in_bytes / 1e6:,.1f} MB temporary',
       f'time         {seconds * 1e3:,.1f} ms a step,'
       f' {config.batch_size / seconds:,.0f} images per second, {total} for all'
       f' steps (measured; {job.mesh.size} x {jax.devices()[0].device_kind})',

@@ -158,6 +158,8 @@ def build(config: ml_collections.ConfigDict) -> Experiment:
     label_smoothing=config.optimizer.label_smoothing,
     average=config.optimizer.average,
     parts=config.optimizer.accumulate_steps,
+    shard=config.optimizer.shard,
+    own_statistics=config.model.batchnorm == 'device',
     batch_sharding=distributed.sharded(mesh),
   )
   return Experiment(

@@ -52,7 +52,7 @@ def finish(run: Run) -> tuple[dict[str, Any], Any]:
     InputError: a file cannot be written, as on a full disk.
   """
   job, test = run.job, run.job.dataset.test
-  variables = run.state.variables()
+  variables = steps.gathered(run.recipe, run.state)
   frozen = nnx.merge(run.recipe.network, *variables)
   pruned = wiring.prune(frozen)
   network, *kept = steps.split(pruned)

@@ -155,9 +155,7 @@ def start(job: experiment.Experiment, workdir: Path, name: str) -> Run:
       # The first file of all, because it marks the folder as a run's workdir.
       workdirs.write_config(config, workdir)
 
-  state = distributed.to_global(
-    steps.init_state(job.model, job.recipe), distributed.replicated(job.mesh)
-  )
+  state = steps.on_devices(job.recipe, steps.init_state(job.model, job.recipe))
   checkpoints = checkpoint.Checkpoints(
     workdir / 'checkpoints', keep=config.keep_checkpoints
   )
@@ -166,9 +164,7 @@ def start(job: experiment.Experiment, workdir: Path, name: str) -> Run:
   if config.init_from and not loaded:
     folder = config_lib.given_path(config.init_from, 'config.init_from')
     model, begun = init_from.filled(job.model, folder)
-    state = distributed.to_global(
-      steps.init_state(model, job.recipe), distributed.replicated(job.mesh)
-    )
+    state = steps.on_devices(job.recipe, steps.init_state(model, job.recipe))
   state, progress = loaded or (state, Progress())
   step = int(state.step)
   if primary:
@@ -427,8 +423,16 @@ def check_finite(state: steps.TrainState, done: int) -> None:
   leaves = jax.tree.leaves(
     (state.weights, state.masks, state.statistics, state.average)
   )
-  # By NumPy, as JAX would compile a program for each shape.
-  if not all(np.isfinite(leaf).all() for leaf in jax.device_get(leaves)):
+  # By NumPy, as JAX would compile a program for each shape. Of an array that is
+  # split over processes, each one checks its own part.
+  parts = [
+    shard.data
+    for leaf in leaves
+    for shard in leaf.addressable_shards[
+      : 1 if leaf.is_fully_replicated else None
+    ]
+  ]
+  if not all(np.isfinite(part).all() for part in jax.device_get(parts)):
     raise NotFinite(f'the update is not finite at step {done}')
 
 
