@@ -55,7 +55,7 @@ def recipe_on(count, model, **options):
   mesh = Mesh(
     np.array(jax.devices()[:count]), ('data',), axis_types=(AxisType.Auto,)
   )
-  plain = dict(
+  plain: dict[str, object] = dict(  # noqa: C408
     temperature=lambda _: 1.0,
     network=steps.split(model)[0],
     optimizer=transform,
@@ -164,7 +164,7 @@ def test_a_step_on_eight_devices_is_one_on_one(
       jax.tree.leaves(getattr(one, tree)),
       strict=True,
     ):
-      assert np.abs(a - b).max() > 1e-4
+      assert np.abs(a - b).max() > 1e-6
   assert sums['count'] == sums8['count'] == 13
   assert sums['correct'] == sums8['correct']
   np.testing.assert_allclose(sums['loss'], sums8['loss'], rtol=1e-12)

@@ -167,6 +167,8 @@ def start(job: experiment.Experiment, workdir: Path, name: str) -> Run:
     state = steps.on_devices(job.recipe, steps.init_state(model, job.recipe))
   state, progress = loaded or (state, Progress())
   step = int(state.step)
+  # Saved before the record of its step was written; that may be there or not.
+  logged = step - (bool(progress.pending) and plan.records(step))
   if primary:
     workdirs.write_config(config, workdir)
     workdirs.write_inputs(inputs, workdir)
@@ -190,8 +192,8 @@ def start(job: experiment.Experiment, workdir: Path, name: str) -> Run:
     ),
     preemption=preemption,
     checkpoints=checkpoints,
-    writer=metrics.MetricsWriter(workdir, step, enabled=primary),
-    history=metrics.MaskHistory(workdir, step, *shapes, enabled=primary),
+    writer=metrics.MetricsWriter(workdir, logged, enabled=primary),
+    history=metrics.MaskHistory(workdir, logged, *shapes, enabled=primary),
     bar=metrics.ProgressBar(plan.total, step, enabled=primary),
   )
   if plan.freeze and step > plan.freeze:
@@ -212,9 +214,9 @@ def loop(run: Run, traced: profile.Profile) -> int:
   """Takes all remaining steps, then closes the log and the checkpoints.
 
   A stop leaves no trace in the log: the checkpoint keeps the values of the
-  steps since the last record. If a signal stops the evaluation at the last
-  step, that step's record is not written. The next start then begins with that
-  record.
+  steps since the last record. Where a checkpoint and an evaluation are due, the
+  checkpoint comes first, so that no kill in an evaluation costs the steps. A
+  run that goes on from it begins with the evaluation and the record.
 
   Args:
     run: as `start` returns it; its state moves on to the last step.
@@ -247,7 +249,7 @@ def loop(run: Run, traced: profile.Profile) -> int:
           except evaluation.Stopped:
             interrupted = run.preemption.requested(step)
             if step > first and not plan.saves(step):
-              save(run, step, None)
+              save(run, step)
             return interrupted
           run.bar.say(finish.at_freeze(run))
           train_step = None
@@ -262,25 +264,51 @@ def loop(run: Run, traced: profile.Profile) -> int:
           if line := narrow.narrow(run, number):
             run.bar.say(line)
         except evaluation.Stopped:
-          save(run, done, None)
+          save(run, done)
           return run.preemption.requested(done)
       interrupted = run.preemption.requested(done)
       if not (interrupted or plan.records(done)):
         continue
-      means = mean_of_steps(run.progress.pending, done)
-      rate = run.progress.clock.stop(run.timed * run.job.config.batch_size)
-      run.timed = 0
-      accuracy: float | None = None
-      if plan.records(done):
-        try:
-          accuracy = record(run, done, means, rate)
-        except evaluation.Stopped:
-          interrupted = run.preemption.requested(done)
-      if interrupted or plan.saves(done):
-        save(run, done, accuracy)
+      interrupted = log(run, done, interrupted, saved=done <= first)
       if interrupted:
         return interrupted
   return 0
+
+
+def log(run: Run, done: int, interrupted: int, *, saved: bool) -> int:
+  """Writes the record and the checkpoint that are due after `done` steps.
+
+  Args:
+    run: with the values of the steps since the last record.
+    done: steps done.
+    interrupted: the signal that asks to stop, else 0.
+    saved: whether this step's checkpoint is there already.
+
+  Returns:
+    The signal that asks to stop, which may have come meanwhile, else 0.
+
+  Raises:
+    NotFinite: a loss or the state is not finite.
+    InputError: a file cannot be written.
+  """
+  plan = run.job.plan
+  means = mean_of_steps(run.progress.pending, done)
+  rate = run.progress.clock.stop(run.timed * run.job.config.batch_size)
+  run.timed = 0
+  if not saved and plan.saves(done) and plan.evaluates(done):
+    save(run, done)
+    saved = True
+  accuracy: float | None = None
+  if plan.records(done):
+    try:
+      accuracy = record(run, done, means, rate)
+    except evaluation.Stopped:
+      interrupted = run.preemption.requested(done)
+  if not saved and (interrupted or plan.saves(done)):
+    save(run, done, accuracy)
+  elif saved and accuracy is not None:
+    run.checkpoints.measured(done, accuracy)
+  return interrupted
 
 
 def take_step(run: Run, upcoming: Iterator[Any], train_step: Any) -> Any:
@@ -346,7 +374,7 @@ def record(
   return accuracy
 
 
-def save(run: Run, done: int, accuracy: float | None) -> None:
+def save(run: Run, done: int, accuracy: float | None = None) -> None:
   """Saves a checkpoint after `done` steps.
 
   Args:
