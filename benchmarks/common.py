@@ -211,12 +211,13 @@ def noise(num_images: int, num_classes: int, side: int) -> Iterator[str]:
 
 def traced(job: experiment.Experiment) -> Any:
   """Returns the training step, traced for the arrays of a run."""
-  everywhere = distributed.replicated(job.mesh)
+  shapes = jax.eval_shape(lambda: steps.init_state(job.model, job.recipe))
   state = jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=everywhere
+    lambda leaf, sharding: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding
     ),
-    jax.eval_shape(lambda: steps.init_state(job.model, job.recipe)),
+    shapes,
+    steps.shardings(job.recipe, shapes),
   )
   size, sharding = job.config.batch_size, job.recipe.batch_sharding
   batch = (
@@ -275,6 +276,24 @@ def library_bytes(program: str) -> int:
   )
 
 
+def collectives(program: str) -> dict[str, tuple[int, int]]:
+  """Returns number, and bytes of the results, of each kind of collective.
+
+  Args:
+    program: in HLO, optimized.
+  """
+  found: dict[str, tuple[int, int]] = {}
+  for kinds, name in re.findall(
+    r' = (\(.*?\)|\S+) (all-reduce|all-gather|reduce-scatter|all-to-all'
+    r'|collective-permute)(?:-start)?\(',
+    program,
+  ):
+    count, size = found.get(name, (0, 0))
+    arrays = re.findall(r'\w+\[[\d,]*\]', kinds)
+    found[name] = count + 1, size + sum(map(array_bytes, arrays))
+  return found
+
+
 def array_bytes(kind: str) -> int:
   """Returns the size of 'bf16[128,32]'."""
   dtype, shape = kind.rstrip(']').split('[')
@@ -292,8 +311,8 @@ class TrainingStep:
     self.lowered = traced(job).lower()
     self.compiled = self.lowered.compile()
     self.compile_seconds = time.perf_counter() - began
-    self.state = distributed.to_global(
-      steps.init_state(job.model, job.recipe), distributed.replicated(job.mesh)
+    self.state = steps.on_devices(
+      job.recipe, steps.init_state(job.model, job.recipe)
     )
     self.batch = random_batch(job)
 

@@ -45,4 +45,5 @@ def to_listings(app: Any, name: str, text: list[str]) -> None:
 
 
 def setup(app: Any) -> None:
+  """Sphinx calls this once."""
   app.connect('source-read', to_listings)

@@ -57,6 +57,7 @@ FIELDS: dict[str, Field] = {
   'model.width': whole(0, limits.MAX_WIDTH),
   'model.dtype': Choice(spec.DTYPES),
   'model.head_norm': Switch(),
+  'model.batchnorm': Choice(('global', 'device')),
   'model.remat': Choice(spec.REMATS),
   'model.drop_path': Number(0, 1, open=')'),
   'model.version': Choice(spec.VERSIONS),
@@ -98,6 +99,7 @@ FIELDS: dict[str, Field] = {
   'optimizer.decay_all': Switch(),
   'optimizer.clip_norm': Number(0, _FINITE),
   'optimizer.accumulate_steps': whole(1),
+  'optimizer.shard': Switch(),
   'optimizer.label_smoothing': Number(0, 1),
   'optimizer.average': Number(0, 1, open=')'),  # 1 would keep the first weights
   'data.source': Choice(('digits', 'idx', 'folder', 'table', 'tfds', 'arrays')),
@@ -171,6 +173,7 @@ INCIDENTAL = (
   'evaluate_every',
   'keep_checkpoints',
   'log_every',
+  'optimizer.shard',  # up to rounding
 )
 
 
@@ -199,6 +202,9 @@ def default() -> ml_collections.ConfigDict:
   config.model.dtype = 'float32'  # of the activations; the rest is float32
   config.model.matmul_precision = 'default'  # see `create_model`
   config.model.head_norm = False  # a BatchNorm before the head
+  # A training step normalises by statistics of the whole batch, or with
+  # 'device' of the images on each device.
+  config.model.batchnorm = 'global'
   config.model.remat = 'none'  # or 'block': blocks are recomputed, not kept
   # Stochastic depth: the share of images in which training leaves out the last
   # block's residual; it grows linearly with depth. 0: off.
@@ -257,6 +263,8 @@ def default() -> ml_collections.ConfigDict:
   # The batch is computed in so many parts, for less memory. BatchNorm then
   # takes the statistics of each part.
   config.optimizer.accumulate_steps = 1
+  # Each device keeps a part of weights, momentum and averages, not all of them.
+  config.optimizer.shard = False
   config.optimizer.label_smoothing = 0.0
   config.optimizer.average = 0.0  # decay of averaged weights; 0: not used
 

@@ -91,7 +91,8 @@ def by_library(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   groups = groups_of(x, kernel)
   local = functools.partial(plain, strides=(stride, stride), groups=groups)
   mesh = jax.sharding.get_abstract_mesh()
-  if groups > 1 and not mesh.empty and mesh.size > 1:
+  inside = mesh.empty or mesh.manual_axes  # in the `shard_map` of a step
+  if groups > 1 and not inside and mesh.size > 1:
     batch, whole = PartitionSpec('data'), PartitionSpec()
     local = jax.shard_map(local, in_specs=(batch, whole), out_specs=batch)
   return local(x, kernel)

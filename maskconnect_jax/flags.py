@@ -24,6 +24,7 @@ MODES = (
   'summarize', 'dynamics', 'report', 'prepare',
 )  # fmt: skip
 _HELP = ('-h', '-help', '--help', '-helpshort', '--helpshort')
+BUCKETS = ('gs://', 's3://')  # how the address of a workdir may begin
 _MODULE = 'config_config'  # the name under which a config file is imported
 
 
@@ -39,6 +40,15 @@ class PathParser(flags.ArgumentParser[Path]):
   def flag_type(self) -> str:
     """The type that --help shows."""
     return 'path'
+
+
+class WorkdirParser(PathParser):
+  """Parses a path, or the address of a folder in a bucket, which stays text."""
+
+  def parse(self, argument: str | os.PathLike[str]) -> Any:
+    """Returns the path or address. Raises ValueError if it can be neither."""
+    text = os.fspath(argument)
+    return text if text.startswith(BUCKETS) else super().parse(text)
 
 
 class ConfigParser(flags.ArgumentParser[ml_collections.ConfigDict]):
@@ -79,12 +89,15 @@ class ConfigParser(flags.ArgumentParser[ml_collections.ConfigDict]):
 
 
 _PATH = PathParser()
+_WORKDIR = WorkdirParser()
 _AS_TEXT: flags.ArgumentSerializer[Path] = flags.ArgumentSerializer()
 
 
-def _define_path(name: str, text: str) -> flags.FlagHolder[Any]:
-  """Defines a flag whose value is a Path, or None without the flag."""
-  return flags.DEFINE(_PATH, name, None, text, serializer=_AS_TEXT)
+def _define_path(
+  name: str, text: str, parser: PathParser = _PATH
+) -> flags.FlagHolder[Any]:
+  """Defines a flag whose value is what the parser returns, or None."""
+  return flags.DEFINE(parser, name, None, text, serializer=_AS_TEXT)
 
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -92,7 +105,10 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 flags.FLAGS['config'].parser = ConfigParser()
 WORKDIR = _define_path(
-  'workdir', 'Where a run writes, and where it goes on from.'
+  'workdir',
+  'Where a run writes, and where it goes on from: a folder, or gs://BUCKET/RUN'
+  ' or s3://BUCKET/RUN.',
+  _WORKDIR,
 )
 MODE = flags.DEFINE_enum(
   'mode',
@@ -142,7 +158,7 @@ PORT = flags.DEFINE_integer(
   upper_bound=65535,
 )
 WORKDIRS = flags.DEFINE_multi(
-  _PATH,
+  _WORKDIR,
   _AS_TEXT,
   'workdirs',
   [],
@@ -207,37 +223,35 @@ def the_config() -> ml_collections.ConfigDict:
   return CONFIG.value
 
 
-def the_config_or_stored() -> ml_collections.ConfigDict:
-  """Returns --config, or without it the config stored in --workdir.
+def the_config_or_stored(workdir: Path) -> ml_collections.ConfigDict:
+  """Returns --config, or without it the config stored in a workdir.
 
   Raises:
     InputError: there is neither, or the stored config cannot be used.
   """
-  if CONFIG.value is not None or not WORKDIR.value:
-    return the_config()
-  if (WORKDIR.value / 'config.json').exists():
-    return config_lib.stored(WORKDIR.value)
+  if CONFIG.value is None and (workdir / 'config.json').exists():
+    return config_lib.stored(workdir)
   return the_config()
 
 
-def the_workdir() -> Path:
+def the_workdir() -> Path | str:
   """Returns --workdir. Raises InputError without it."""
   if not WORKDIR.value:
     raise InputError(
       f'--mode={MODE.value} needs --workdir, such as --workdir=runs/digits'
     )
-  path: Path = WORKDIR.value
-  return path
+  workdir: Path | str = WORKDIR.value
+  return workdir
 
 
-def the_workdirs() -> list[Path]:
+def the_workdirs() -> Sequence[Path | str]:
   """Returns --workdirs. Raises InputError without any."""
   if not WORKDIRS.value:
     raise InputError(
       f'--mode={MODE.value} needs --workdirs, such as --workdirs=runs/rules'
     )
-  paths: list[Path] = WORKDIRS.value
-  return paths
+  workdirs: Sequence[Path | str] = WORKDIRS.value
+  return workdirs
 
 
 def parse(argv: Sequence[str], about: str) -> list[str]:

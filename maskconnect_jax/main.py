@@ -33,6 +33,7 @@ if __name__ == '__main__':  # before JAX is imported, which takes seconds
 
   command.begin()
 
+import contextlib
 import gc
 import json
 import signal
@@ -42,6 +43,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import ml_collections
 import numpy as np
 from absl import app, logging
 
@@ -60,6 +62,7 @@ from maskconnect_jax.flags import (
   the_workdirs,
 )
 from maskconnect_jax.run import (
+  bucket,
   compilation_cache,
   cores,
   describe,
@@ -70,6 +73,7 @@ from maskconnect_jax.run import (
   inference,
   report,
   train,
+  workdirs,
 )
 from maskconnect_jax.study import dynamics, summarize, sweep
 from maskconnect_jax.study import report as study_report
@@ -122,7 +126,7 @@ def run_train() -> None:
   """Trains and prints the result; without --config, uses the workdir's own."""
   workdir = the_workdir()
   result = train.train(
-    the_config_or_stored(), workdir, profile_steps=flags.PROFILE.value
+    _config(workdir), workdir, profile_steps=flags.PROFILE.value
   )
   if result.interrupted:
     sys.exit(128 + result.interrupted)
@@ -135,12 +139,12 @@ def run_evaluate() -> None:
 
   With --json, also those of each class.
   """
-  workdir = the_workdir()
-  config = flags.CONFIG.value or config_lib.stored(workdir)
-  config_lib.check(config)
-  cores.use(cores.for_batches(config.eval_batch_size, config.data))
-  distributed.check_platform()
-  model = inference.load(workdir)
+  with bucket.reading(the_workdir(), inference.READS) as workdir:
+    config = flags.CONFIG.value or config_lib.stored(workdir)
+    config_lib.check(config)
+    cores.use(cores.for_batches(config.eval_batch_size, config.data))
+    distributed.check_platform()
+    model = inference.load(workdir)
   scores = evaluation.of_model(model, config)
   record: dict[str, Any] = {
     **scores.named('test'),
@@ -156,9 +160,17 @@ def run_describe() -> None:
   graph, workdir = flags.GRAPH.value, flags.WORKDIR.value
   if graph:
     describe.check_graph(graph)
-  print(describe.describe(the_config_or_stored(), graph, workdir))
+  print(describe.describe(_config(workdir), graph, workdir))
   if graph:
     print(f'graph        {graph}')
+
+
+def _config(workdir: Path | str | None) -> ml_collections.ConfigDict:
+  """Returns --config, or without it the config stored in a workdir."""
+  if flags.CONFIG.value is not None or not workdir:
+    return the_config()
+  with bucket.reading(workdir, ['config.json']) as folder:
+    return the_config_or_stored(folder)
 
 
 def run_predict() -> None:
@@ -211,7 +223,7 @@ def run_predict() -> None:
 def run_export() -> None:
   """Writes the model of --workdir as a file, and prints the file's path."""
   workdir, kind = the_workdir(), flags.FORMAT.value
-  path = flags.OUTPUT.value or workdir / f'model.{kind}'
+  path = flags.OUTPUT.value or a_folder(workdir) / f'model.{kind}'
   files.check_output(path)
   distributed.check_platform()
   export.write(inference.load(workdir), kind, path)
@@ -239,34 +251,49 @@ def run_serve() -> None:
 
 def run_sweep() -> None:
   """Trains many runs and prints their table."""
-  config, workdir = the_config(), the_workdir()
+  config, workdir = the_config(), a_folder(the_workdir())
   sys.exit(sweep.sweep(config, workdir, flags.PARALLEL.value))
 
 
 def run_summarize() -> None:
   """Prints the table of the runs in --workdirs."""
-  workdirs, csv = the_workdirs(), flags.CSV.value
+  csv = flags.CSV.value
   if FIGURE.value:
     summarize.check_figure(FIGURE.value)
   if csv:
     files.check_output(csv)
-  table = summarize.summarize(workdirs)
-  if FIGURE.value:
-    table.draw(FIGURE.value, flags.AGAINST.value)
-  if csv:
-    files.write_text(csv, table.csv())
-  print(table.markdown(), end='')
+  with _read_workdirs() as places:
+    table = summarize.summarize(list(places))
+    if FIGURE.value:
+      table.draw(FIGURE.value, flags.AGAINST.value)
+    if csv:
+      files.write_text(csv, bucket.named(table.csv(), places))
+    print(bucket.named(table.markdown(), places), end='')
 
 
 def run_dynamics() -> None:
   """Prints how the real masks of the runs in --workdirs moved."""
-  print(dynamics.report(the_workdirs(), FIGURE.value), end='')
+  with _read_workdirs() as places:
+    report = dynamics.report(list(places), FIGURE.value)
+    print(bucket.named(report, places), end='')
+
+
+@contextlib.contextmanager
+def _read_workdirs() -> Iterator[dict[Path, str]]:
+  """Yields a local folder for each of --workdirs, and its name."""
+  with contextlib.ExitStack() as stack:
+    yield {
+      stack.enter_context(
+        bucket.reading(workdir, workdirs.FILES, flag='--workdirs')
+      ): str(workdir).rstrip('/')
+      for workdir in the_workdirs()
+    }
 
 
 def run_report() -> None:
   """Writes the page of a run, or of the runs in --workdirs; prints its path."""
   if not flags.WORKDIRS.value:
-    workdir = the_workdir()
+    workdir = a_folder(the_workdir())
     if flags.HTML.value:
       raise InputError(
         f'--html is for several runs; the page of one is {workdir}/report.html'
@@ -281,7 +308,19 @@ def run_report() -> None:
       '--follow and --workdir are for the page of one run; omit them, or'
       ' --workdirs'
     )
-  print(study_report.write(the_workdirs(), flags.HTML.value))
+  print(
+    study_report.write([a_folder(w) for w in the_workdirs()], flags.HTML.value)
+  )
+
+
+def a_folder(workdir: Path | str) -> Path:
+  """Returns a workdir to which this mode writes; raises for one in a bucket."""
+  if isinstance(workdir, str):
+    raise InputError(
+      f'{workdir}: --mode={flags.MODE.value} writes to a folder; copy the run'
+      ' from the bucket, or mount the bucket'
+    )
+  return workdir
 
 
 def run_prepare() -> None:

@@ -419,3 +419,25 @@ def test_cores_are_busy_while_they_work() -> None:
   while time.process_time() < began + 0.5:
     pass
   assert peer['busy_seconds'](cores) - before > 0.4
+
+
+def test_scaling_counts_the_collectives_of_a_program() -> None:
+  """Of HLO as XLA prints it; the sizes are 4 (3 + 8) and 2 * 6 bytes."""
+  collectives = functions_of('common')['collectives']
+  program = """
+  %all-reduce.1 = (f32[3]{0}, f32[2,4]{1,0}) all-reduce(%a, %b), channel_id=1
+  ROOT %x = bf16[6]{0} all-gather(%c), channel_id=2, dimensions={0}
+  %y = f32[9]{0} add(%all-reduce.1, %z)
+"""
+  assert collectives(program) == {'all-reduce': (1, 44), 'all-gather': (1, 12)}
+
+
+@pytest.mark.slow
+def test_scaling(measured: Callable[..., dict[str, Any]]) -> None:
+  arguments = '--quick', '--models=resnet8', '--devices=1,8', '--fan_in=2'
+  one, eight = measured('scaling', *arguments)['rows']
+  assert one['messages'] == 0
+  assert one['sent MB'] == 0
+  assert eight['other'] == '0'
+  assert eight['of ideal'] == pytest.approx(1, rel=0.02)
+  assert eight['sent MB'] == pytest.approx(eight['ideal MB'], rel=0.02)

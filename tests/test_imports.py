@@ -69,8 +69,8 @@ ARROWS: dict[str, set[str]] = {
   'run.inference': {
     'config', 'drawing', 'files', 'limits', 'data.image_headers',
     'data.image_inputs', 'data.images', 'method', 'networks', 'run.augment',
-    'run.checkpoint', 'run.cores', 'run.distributed', 'run.model_record',
-    'run.snapshot', 'run.weights',
+    'run.bucket', 'run.checkpoint', 'run.cores', 'run.distributed',
+    'run.model_record', 'run.snapshot', 'run.weights',
   },
   'run.snapshot': {
     'files', 'method', 'networks', 'run.checkpoint', 'run.model_record',

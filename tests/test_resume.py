@@ -177,6 +177,23 @@ def test_killed_and_started_again(tiny, tmp_path, finished, assert_same_end):
   assert 'Traceback' not in ran.stderr
 
 
+def test_killed_in_an_evaluation(tiny_config, tmp_path, assert_same_end):
+  """The steps before it are saved; the evaluation is done anew."""
+  workdir = tmp_path / 'run'
+
+  def killed(self, *arguments, **more):
+    raise KeyboardInterrupt
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(train.evaluation.Evaluator, '__call__', killed)
+    with pytest.raises(KeyboardInterrupt):
+      train.train(tiny_config, workdir)
+  assert lines(workdir)[-1]['step'] == 6
+  assert steps(workdir)[-1] == 8
+  train.train(tiny_config, workdir)
+  assert_same_end(workdir)
+
+
 @pytest.mark.parametrize('step', [12, 16])
 def test_from_any_checkpoint(
   step, tiny_config, tmp_path, finished, assert_same_end, capsys

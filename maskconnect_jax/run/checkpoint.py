@@ -9,13 +9,14 @@ from __future__ import annotations
 import errno
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from maskconnect_jax import files
@@ -36,8 +37,34 @@ _NO_DAMAGE = (
 )
 
 
-def _metric(metrics: Any) -> float:
-  return float(metrics['accuracy']) if metrics else float('-inf')
+# Checkpoints without a schema are of this one.
+SCHEMA = 'maskconnect_jax.checkpoint/1'
+ACCURACIES = 'accuracies.json'
+
+
+class _Best:
+  """Orbax keeps the checkpoint of the highest accuracy that is known.
+
+  Attributes:
+    accuracies: by step. Those of earlier versions are in Orbax's metrics.
+  """
+
+  def __init__(self, accuracies: dict[int, float]) -> None:
+    self.accuracies = accuracies
+
+  def should_preserve(
+    self, checkpoints: Sequence[Any], *, context: Any
+  ) -> list[bool]:
+    del context
+    known = {
+      each.step: self.accuracies.get(
+        each.step, each.metrics and each.metrics['accuracy']
+      )
+      for each in checkpoints
+    }
+    ranked = [(own, step) for step, own in known.items() if own is not None]
+    best = max(ranked)[1] if ranked else None
+    return [each.step == best for each in checkpoints]
 
 
 class Checkpoints:
@@ -71,22 +98,19 @@ class Checkpoints:
       raise stored.unreadable(
         error.filename or folder, error.strerror
       ) from error
+    self._best = _Best(stored.accuracies(folder / ACCURACIES))
     self._session = storage.Session(folder)
     failure = ''
     with storage.quiet() as settle:
       try:
-        # Without LatestN, BestN would delete the newest.
+        # Without LatestN, the best one alone would stay.
         self._checkpointer = self._session.call(
           ocp.training.Checkpointer,
           self._session.path,
           preservation_policy=_policies.AnyPreservationPolicy(
             [
               _policies.LatestN(keep),
-              _policies.BestN(
-                n=1,
-                get_metric_fn=_metric,
-                keep_checkpoints_without_metrics=False,
-              ),
+              self._best,
             ]
           ),
           cleanup_tmp_directories=True,
@@ -111,7 +135,7 @@ class Checkpoints:
     step: int,
     state: Any,
     progress: dict[str, Any],
-    accuracy: float | None,
+    accuracy: float | None = None,
   ) -> None:
     """Saves in the background; an unfinished save never counts as a checkpoint.
 
@@ -122,7 +146,7 @@ class Checkpoints:
       step: number of steps done.
       state: a dataclass of pytrees of arrays; may be donated once this returns.
       progress: JSON kept beside the state.
-      accuracy: decides the best checkpoint; None if not measured at this step.
+      accuracy: decides the best checkpoint; None if not measured so far.
 
     Raises:
       InputError: this checkpoint or the previous one cannot be written, as on a
@@ -141,9 +165,32 @@ class Checkpoints:
       overwrite=True,
       metrics=None if accuracy is None else {'accuracy': accuracy},
       # A copy: Orbax writes it later, while the caller changes its own.
-      custom_metadata={'progress': dict(progress), 'digest': digest(arrays)},
+      custom_metadata={
+        'schema': SCHEMA,
+        'progress': dict(progress),
+        'digest': digest(arrays),
+      },
     )
     self._saving = step, size, response
+
+  def measured(self, step: int, accuracy: float) -> None:
+    """Tells the accuracy of a step that was saved before it was measured.
+
+    Args:
+      step: of the last save.
+      accuracy: decides the best checkpoint.
+
+    Raises:
+      InputError: the file of the accuracies cannot be written.
+    """
+    known = self._best.accuracies
+    known[step] = accuracy
+    for old in known.keys() - {*self.steps(), step}:
+      del known[old]
+    if jax.process_index() == 0:
+      files.write_json(
+        self.folder / ACCURACIES, {str(n): known[n] for n in sorted(known)}
+      )
 
   def wait(self) -> None:
     """Waits until the last save is finished.
@@ -180,7 +227,7 @@ class Checkpoints:
     for step in reversed(steps):
       folder = self.folder / str(step)
       stored.check_permissions(folder)
-      damage = other = ''
+      damage = other = version = ''
       no_damage = None
       with storage.quiet() as settle:
         try:
@@ -198,14 +245,17 @@ class Checkpoints:
         return type(like)(**loaded), progress
       with storage.quiet() as settle:
         try:
-          found = self._session.call(self._checkpointer.metadata, step).metadata
-          other = stored.difference(found, abstract)
+          about = self._session.call(self._checkpointer.metadata, step)
+          version = stored.of_another_version(
+            about.custom_metadata, about.metadata, SCHEMA
+          )
+          other = version or stored.difference(about.metadata, abstract)
         except Exception:  # a broken file, as above
           settle()
       if other:
         refusal = refusal or f'checkpoint {folder} {other}'
-        # This one is whole, and those before have the same precision.
-        if stored.X64 in other:
+        # This one is whole, and those before are of the same kind.
+        if version or stored.X64 in other:
           break
       logging.warning(
         'checkpoint %s %s trying the one before',
@@ -248,6 +298,8 @@ class Checkpoints:
   def _load(self, step: int, abstract: Any) -> tuple[Any, Any]:
     loaded = self._checkpointer.load(step, abstract)
     metadata = self._checkpointer.metadata(step).custom_metadata or {}
+    if stored.of_another_version(metadata, {}, SCHEMA):
+      raise ValueError('its schema is another one')
     if 'progress' not in metadata:
       raise ValueError('its metadata is missing or damaged')
     # Orbax does not notice a changed byte in an array.
@@ -278,6 +330,10 @@ def digest(arrays: Any) -> int:
   """Returns a CRC-32 over the bytes of all arrays of a pytree."""
   crc = 0
   for leaf in jax.tree.leaves(arrays):
+    if isinstance(leaf, jax.Array) and not (
+      leaf.is_fully_addressable or leaf.is_fully_replicated
+    ):  # other processes hold parts of it, and call this too
+      leaf = multihost_utils.process_allgather(leaf, tiled=True)
     crc = zlib.crc32(np.asarray(leaf).tobytes(), crc)
   return crc
 

@@ -44,8 +44,9 @@ def use() -> None:
     problem = _problem(Path(given))
     folder = Path(given)
   else:
-    for folder in _candidates():
-      problem = _private(folder)
+    *own, temporary = user_folders()
+    for folder in (*(path / 'xla' for path in own), temporary):
+      problem = private(folder)
       if not problem:
         break
   if problem:
@@ -61,18 +62,18 @@ def _user() -> int:
   return os.getuid() if hasattr(os, 'getuid') else 0
 
 
-def _candidates() -> list[Path]:
-  user = _user()
-  temporary = Path(tempfile.gettempdir()) / f'maskconnect_jax-{user}'
+def user_folders() -> list[Path]:
+  """Returns where files of this user may be kept, the best place first."""
+  temporary = Path(tempfile.gettempdir()) / f'maskconnect_jax-{_user()}'
   try:
     own = platformdirs.user_cache_path('maskconnect_jax')
   except (RuntimeError, KeyError, OSError):  # no home is known
     return [temporary]
   # Without a home the path begins with "~", unexpanded.
-  return [own / 'xla', temporary] if own.is_absolute() else [temporary]
+  return [own, temporary] if own.is_absolute() else [temporary]
 
 
-def _private(folder: Path) -> str:
+def private(folder: Path) -> str:
   """Makes the folder for this user alone; returns why it cannot, or ''."""
   try:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -111,9 +111,7 @@ def describe(
   dataset, plan, model, recipe = job.dataset, job.plan, job.model, job.recipe
   if graph_path is not None:
     write_graph(graph_path, model, workdir)
-  state = distributed.to_global(
-    steps.init_state(model, recipe), distributed.replicated(job.mesh)
-  )
+  state = steps.on_devices(recipe, steps.init_state(model, recipe))
   rng = np.random.default_rng(0)
   batch = distributed.to_global(
     (
@@ -166,6 +164,9 @@ def describe(
       f' {counted["bytes accessed"] / 1e6:,.1f} MB accessed,'
       f' {memory.temp_size_in_bytes / 1e6:,.1f} MB temporary'
       f' (XLA, {jax.default_backend()}, per device)',
+      f'memory       {memory.argument_size_in_bytes / 1e6:,.1f} MB of weights,'
+      ' momentum, statistics and images on each device,'
+      f' {memory.temp_size_in_bytes / 1e6:,.1f} MB temporary',
       f'time         {seconds * 1e3:,.1f} ms a step,'
       f' {config.batch_size / seconds:,.0f} images per second, {total} for all'
       f' steps (measured; {job.mesh.size} x {jax.devices()[0].device_kind})',

@@ -169,6 +169,8 @@ def build(
     erasing=config.data.erasing,
     drop_path=config.model.drop_path,
     class_weights=class_weights(config, dataset),
+    shard=config.optimizer.shard,
+    own_statistics=config.model.batchnorm == 'device',
     batch_sharding=distributed.sharded(mesh),
   )
   return Experiment(

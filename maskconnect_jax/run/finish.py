@@ -61,7 +61,7 @@ def finish(run: Run) -> tuple[dict[str, Any], Any]:
     InputError: a file cannot be written, as on a full disk.
   """
   job, test = run.job, run.job.dataset.test
-  variables = run.state.variables()
+  variables = steps.gathered(run.recipe, run.state)
   frozen = nnx.merge(run.recipe.network, *variables)
   pruned = wiring.prune(frozen)
   network, *kept = steps.split(pruned)
@@ -307,7 +307,7 @@ def draw_confusion(
   page.save(figure, workdir / 'figures' / 'confusion')
 
 
-def table(summary: dict[str, Any], workdir: Path) -> str:
+def table(summary: dict[str, Any], workdir: Path | str) -> str:
   """Returns the table that a run prints at its end."""
   watched = 'validation' if 'validation_accuracy' in summary else 'test'
   tested = f'test accuracy ({summary["num_test_examples"]:,} images)'
@@ -355,9 +355,6 @@ def table(summary: dict[str, Any], workdir: Path) -> str:
       f'  {"after pruning":<20}{summary["blocks_pruned"]:>9}'
       f'{summary["parameters_pruned"]:>13,}',
       '',
-      *(
-        f'  {name:<20}{workdir / path}{"/" if path[-1] == "/" else ""}'
-        for name, path in files
-      ),
+      *(f'  {name:<20}{workdir}/{path}' for name, path in files),
     ]
   )

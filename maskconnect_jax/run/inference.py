@@ -21,7 +21,6 @@ import numpy as np
 from flax import nnx
 
 from maskconnect_jax import files, limits
-from maskconnect_jax.config import given_path
 from maskconnect_jax.data import image_headers, image_inputs, images
 from maskconnect_jax.drawing import svg
 from maskconnect_jax.errors import InputError
@@ -29,6 +28,7 @@ from maskconnect_jax.method import topology, wiring
 from maskconnect_jax.networks import models
 from maskconnect_jax.run import (
   augment,
+  bucket,
   checkpoint,
   cores,
   distributed,
@@ -40,6 +40,8 @@ from maskconnect_jax.run import (
 K = TypeVar('K')
 
 BATCH = 256
+# What `load` reads: names of files and folders, of a workdir or a model folder.
+READS = ('config.json', 'model', 'model.json', 'arrays', weights.NAME)
 _BATCH_BYTES = 2**26  # most bytes of a batch's images as uint8
 
 
@@ -108,18 +110,24 @@ def load(folder: str | Path, step: int | str | None = None) -> Classifier:
 
   Args:
     folder: the workdir of a run, such as 'runs/digits', or a model folder,
-      which may have been moved anywhere. Of a run that is not finished, the
-      newest whole checkpoint is read. Of `arrays` and `model.safetensors` a
-      model folder needs one; `arrays` is read if both are there.
+      which may have been moved anywhere; or the address of one in a bucket,
+      such as 's3://bucket/run'. Of a run that is not finished, the newest whole
+      checkpoint is read. Of `arrays` and `model.safetensors` a model folder
+      needs one; `arrays` is read if both are there.
     step: reads a checkpoint of a workdir instead: that after so many steps; or
       'best', that with the best accuracy on the images that the run was
       evaluated on. A network that still learns its wiring is wired as it is
       evaluated then.
 
   Raises:
-    InputError: the folder holds no whole model, or no such checkpoint.
+    InputError: the folder holds no whole model, or no such checkpoint, or
+      cannot be read.
   """
-  folder = given_path(folder, '--workdir')
+  with bucket.reading(folder, READS) as there:
+    return _load(there, step)
+
+
+def _load(folder: Path, step: int | str | None) -> Classifier:
   if step is not None or _is_unfinished(folder):
     if step not in (None, 'best') and type(step) is not int:
       raise InputError(

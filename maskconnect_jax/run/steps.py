@@ -15,10 +15,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from maskconnect_jax.method.wiring import RealMask
 from maskconnect_jax.networks import layers, streams
 from maskconnect_jax.run import augment, distributed
+
+# Arrays of fewer entries are not split over the devices: it would save hardly
+# any memory, and cost a message each.
+_SMALL = 1024
 
 
 @jax.tree_util.register_dataclass
@@ -70,6 +75,9 @@ class Recipe:
     label_smoothing, average: see `config.optimizer`.
     batch_sharding: how a batch lies on the devices.
     parts: in how many parts the gradient of a batch is computed.
+    shard: whether each device keeps a part of the weights, see `shardings`.
+    own_statistics: whether BatchNorm takes the statistics of the images on each
+      device, not of the whole batch, in training steps.
   """
 
   network: Any
@@ -89,6 +97,8 @@ class Recipe:
   erasing: float = 0.0
   drop_path: float = 0.0
   class_weights: tuple[float, ...] = ()
+  shard: bool = False
+  own_statistics: bool = False
 
   def key(self, stream: int, step: jax.Array | int) -> jax.Array:
     """Returns the random key of one of `streams` at one step."""
@@ -98,6 +108,14 @@ class Recipe:
     """Sets the mesh for the layers that shard by hand inside a step."""
     mesh = self.batch_sharding.mesh
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+  def whole(self, tree: Any) -> Any:
+    """Returns arrays that each device has in full, inside a compiled step."""
+    if not self.shard:
+      return tree
+    return jax.lax.with_sharding_constraint(
+      tree, distributed.replicated(self.batch_sharding.mesh)
+    )
 
 
 def split(model: nnx.Module) -> tuple[Any, Any, Any, Any]:
@@ -123,6 +141,52 @@ def init_state(model: nnx.Module, recipe: Recipe) -> TrainState:
     optimizer=recipe.optimizer.init({'weights': weights, 'masks': masks}),
     average=average if recipe.average else {},
   )
+
+
+def shardings(recipe: Recipe, state: TrainState) -> TrainState:
+  """Returns how a state lies on the devices: a sharding for each array.
+
+  If the recipe shards, weights, their momentum and their averages are split
+  over the devices, each along its longest axis that the number of devices
+  divides. Small arrays and those without such an axis stay whole everywhere, as
+  do masks and statistics.
+
+  Args:
+    recipe: has the mesh.
+    state: arrays, or their shapes.
+  """
+  mesh = recipe.batch_sharding.mesh
+  everywhere = distributed.replicated(mesh)
+
+  def split(leaf: Any) -> NamedSharding:
+    axes = [n for n in leaf.shape if n % mesh.size == 0]
+    if not recipe.shard or leaf.size < _SMALL or not axes:
+      return everywhere
+    axis = leaf.shape.index(max(axes))
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, 'data'))
+
+  found = jax.tree.map(lambda _: everywhere, state)
+  return dataclasses.replace(
+    found,
+    weights=jax.tree.map(split, state.weights),
+    optimizer=jax.tree.map(split, state.optimizer),
+    average=found.average
+    and found.average
+    | {'weights': jax.tree.map(split, state.average['weights'])},
+  )
+
+
+def gathered(recipe: Recipe, state: TrainState) -> tuple[Any, Any, Any]:
+  """Returns `TrainState.variables`, each of them whole on every device."""
+  if not recipe.shard:
+    return state.variables()
+  whole: tuple[Any, Any, Any] = jax.jit(recipe.whole)(state.variables())
+  return whole
+
+
+def on_devices(recipe: Recipe, state: TrainState) -> TrainState:
+  """Returns a state of host arrays as global arrays, see `shardings`."""
+  return jax.tree.map(distributed.to_global, state, shardings(recipe, state))
 
 
 def augmented(recipe: Recipe, images: jax.Array, step: jax.Array) -> jax.Array:
@@ -209,7 +273,8 @@ def train_step(
     loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
     return loss, (logits, nnx.as_pure(nnx.state(model, nnx.BatchStat)))
 
-  params = {'weights': state.weights, 'masks': state.masks}
+  held = {'weights': state.weights, 'masks': state.masks}
+  params = recipe.whole(held)
   num_classes = state.weights['head']['kernel'].shape[-1]
   targets = optax.smooth_labels(
     jax.nn.one_hot(labels, num_classes), recipe.label_smoothing
@@ -228,26 +293,62 @@ def train_step(
   inputs = {'images': pixels, 'keep': keep}
   with recipe.on_mesh():
     if recipe.parts == 1:
-      (loss, (logits, statistics)), gradients = jax.value_and_grad(
-        loss_of, has_aux=True
-      )(params, state.statistics, inputs, targets)
+      (loss, (logits, statistics)), gradients = _gradients(recipe, loss_of)(
+        params, state.statistics, inputs, targets
+      )
     else:
       loss, logits, statistics, gradients = _in_parts(
         recipe, loss_of, params, state.statistics, inputs, targets
       )
+  if recipe.shard:  # each device gets its part of the summed gradients
+    own = shardings(recipe, state)
+    gradients = jax.lax.with_sharding_constraint(
+      gradients, {'weights': own.weights, 'masks': own.masks}
+    )
   updates, optimizer_state = recipe.optimizer.update(
-    gradients, state.optimizer, params
+    gradients, state.optimizer, held
   )
-  params = optax.apply_updates(params, updates)
+  params = optax.apply_updates(held, updates)
   accuracy = jnp.mean(jnp.argmax(logits, -1) == labels, dtype=jnp.float32)
-  return TrainState(
+  after = TrainState(
     step=state.step + 1,
     weights=params['weights'],
     masks=params['masks'],
     statistics=statistics,
     optimizer=optimizer_state,
     average=averaged(recipe, state, params['weights'], statistics),
-  ), {'loss': loss, 'accuracy': accuracy}
+  )
+  if recipe.shard:
+    after = jax.lax.with_sharding_constraint(after, own)
+  return after, {'loss': loss, 'accuracy': accuracy}
+
+
+def _gradients(recipe: Recipe, loss_of: Any) -> Any:
+  """Returns the function that gives loss, logits, statistics and gradients.
+
+  With `recipe.own_statistics` each device computes those of its own images,
+  with BatchNorm's statistics of these. Loss, gradients and running averages are
+  the means over the devices, which all have as many images.
+  """
+  of_images = jax.value_and_grad(loss_of, has_aux=True)
+  if not recipe.own_statistics:
+    return of_images
+
+  def of_own_images(*arguments: Any) -> Any:
+    (loss, (logits, statistics)), gradients = of_images(*arguments)
+    loss, statistics, gradients = jax.lax.pmean(
+      (loss, statistics, gradients), 'data'
+    )
+    return (loss, (logits, statistics)), gradients
+
+  split, whole = PartitionSpec('data'), PartitionSpec()
+  return jax.shard_map(
+    of_own_images,
+    mesh=recipe.batch_sharding.mesh,
+    in_specs=(whole, whole, split, split),
+    out_specs=((whole, (split, whole)), whole),
+    check_vma=False,
+  )
 
 
 def _in_parts(
@@ -286,9 +387,9 @@ def _in_parts(
 
   def add(carried: Any, own: Any) -> tuple[Any, Any]:
     statistics, total, loss = carried
-    (part, (logits, statistics)), gradients = jax.value_and_grad(
-      loss_of, has_aux=True
-    )(params, statistics, *own)
+    (part, (logits, statistics)), gradients = _gradients(recipe, loss_of)(
+      params, statistics, *own
+    )
     total = jax.tree.map(jnp.add, total, gradients)
     return (statistics, total, loss + part), logits
 
@@ -344,7 +445,7 @@ def batch_statistics(
   Returns:
     The statistics, float32, of the structure of `TrainState.statistics`.
   """
-  weights, masks, statistics = variables
+  weights, masks, statistics = recipe.whole(variables)
   inputs = augmented(recipe, images, step)
   zeros = jax.tree.map(jnp.zeros_like, statistics)
   model = nnx.merge(recipe.network, weights, masks, zeros)
@@ -369,6 +470,7 @@ def _losses_of_masks(
 ) -> Callable[[jax.Array], jax.Array]:
   """Returns the function of a mask to the loss of each image; see below."""
   inputs = augmented(recipe, images, step)
+  variables = recipe.whole(variables)
 
   def losses(mask: jax.Array) -> jax.Array:
     model = nnx.merge(recipe.network, *variables)
@@ -462,7 +564,7 @@ def eval_step(
   Returns:
     See `scores`; and 'outcomes', see `outcomes`, on all devices.
   """
-  model = nnx.merge(recipe.network, *variables)
+  model = nnx.merge(recipe.network, *recipe.whole(variables))
   mask = None
   if mask_key is not None:
     mask = model.draw(mask_key, recipe.temperature(mask_step))

@@ -111,6 +111,44 @@ def unreadable(path: Path | str, why: str | None) -> InputError:
   )
 
 
+def accuracies(path: Path) -> dict[int, float]:
+  """Returns the accuracies by step; {} if the file is missing or damaged."""
+  try:
+    return {
+      int(step): float(accuracy)
+      for step, accuracy in json.loads(path.read_bytes()).items()
+    }
+  except FileNotFoundError:
+    return {}
+  except (ValueError, TypeError, AttributeError, RecursionError):
+    logging.warning('%s is damaged; going on without it', path)
+    return {}
+
+
+def of_another_version(metadata: Any, arrays: Any, schema: str) -> str:
+  """Returns how a checkpoint of another version differs, else ''.
+
+  The text is the first half of a sentence; the caller adds a remedy.
+
+  Args:
+    metadata: what stands beside the stored arrays, or None.
+    arrays: tree of the stored arrays, or of their shapes and dtypes.
+    schema: the schema that this version writes and reads.
+  """
+  theirs = (metadata or {}).get('schema', schema)
+  if theirs != schema:
+    return (
+      f'has the schema {str(theirs)[:60]!r}, and this version reads {schema!r};'
+      ' go on with the version that wrote it, or'
+    )
+  if any(name.endswith('/value') for name, _ in _described(arrays)):
+    return (
+      "was written before version 0.1.0, when arrays had names in '.value'; go"
+      ' on with the version that wrote it, or'
+    )
+  return ''
+
+
 def difference(found: Any, own: Any) -> str:
   """Returns how stored arrays differ from the run's own, '' if they do not.
 

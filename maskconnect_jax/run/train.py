@@ -22,6 +22,7 @@ import numpy as np
 from maskconnect_jax import config as config_lib
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.run import (
+  bucket,
   checkpoint,
   cores,
   distributed,
@@ -85,7 +86,8 @@ def train(
 
   Args:
     config: see `maskconnect_jax/config.py`.
-    workdir: the folder to write to; see docs/running.md, "The workdir".
+    workdir: the folder to write to, or an address such as s3://bucket/run; see
+      docs/running.md, "The workdir".
     data: images, labels, test images and test labels, arrays that go with
       config.data.source='arrays'; see `arrays.of`.
     profile_steps: how many steps to trace into workdir/profile; 0: none.
@@ -98,22 +100,36 @@ def train(
       before anything is written; or the loss stopped being finite; or a file
       cannot be written.
   """
-  workdir = config_lib.given_path(workdir, '--workdir')
   config_lib.check(config)
   config_lib.check_is_one_run(config)
   config = config.copy_and_resolve_references()
   cores.use(cores.for_batches(config.batch_size, config.data))
   distributed.check_platform()
+  if bucket.is_address(workdir) and jax.process_count() > 1:
+    raise InputError(
+      f'{workdir} is for one process; several write to one folder: mount the'
+      ' bucket (gcsfuse, mountpoint-s3) and give a folder of the mount'
+    )
+  with bucket.mirrored(workdir) as folder:
+    return _train(config, folder, data, profile_steps, str(workdir))
+
+
+def _train(
+  config: ml_collections.ConfigDict,
+  workdir: Path,
+  data: Sequence[Any] | None,
+  profiled: int,
+  name: str,
+) -> Result:
+  """Does what `train` does, in a local folder that messages call `name`."""
   workdirs.keep_version(config, workdir)
   workdirs.check(config, workdir)
   with locks.locked(workdir, enabled=jax.process_index() == 0):
     # Again, because a run that held the lock until now may have written here.
     workdirs.check(config, workdir)
-    run = start(experiment.build(config, data), workdir)
+    run = start(experiment.build(config, data), workdir, name)
     plan = run.job.plan
-    traced = profile.Profile(
-      workdir / 'profile', profile_steps, int(run.state.step)
-    )
+    traced = profile.Profile(workdir / 'profile', profiled, int(run.state.step))
     interrupted = loop(run, traced)
     traced.close(run.state)
     if interrupted:
@@ -128,12 +144,13 @@ def train(
     return Result(summary, run.state, model)
 
 
-def start(job: experiment.Experiment, workdir: Path) -> Run:
+def start(job: experiment.Experiment, workdir: Path, name: str) -> Run:
   """Loads the newest checkpoint, or starts from the seed; opens the log.
 
   Args:
     job: the config, and everything built from it.
     workdir: the folder of the run; the caller holds its lock.
+    name: what the user calls the folder.
 
   Returns:
     The run, before its next step.
@@ -155,9 +172,7 @@ def start(job: experiment.Experiment, workdir: Path) -> Run:
       # The first file of all, because it marks the folder as a run's workdir.
       workdirs.write_config(config, workdir)
 
-  state = distributed.to_global(
-    steps.init_state(job.model, job.recipe), distributed.replicated(job.mesh)
-  )
+  state = steps.on_devices(job.recipe, steps.init_state(job.model, job.recipe))
   checkpoints = checkpoint.Checkpoints(
     workdir / 'checkpoints', keep=config.keep_checkpoints
   )
@@ -166,11 +181,11 @@ def start(job: experiment.Experiment, workdir: Path) -> Run:
   if config.init_from and not loaded:
     folder = config_lib.given_path(config.init_from, 'config.init_from')
     model, begun = init_from.filled(job.model, folder)
-    state = distributed.to_global(
-      steps.init_state(model, job.recipe), distributed.replicated(job.mesh)
-    )
+    state = steps.on_devices(job.recipe, steps.init_state(model, job.recipe))
   state, progress = loaded or (state, Progress())
   step = int(state.step)
+  # Saved before the record of its step was written; that may be there or not.
+  logged = step - (bool(progress.pending) and plan.records(step))
   if primary:
     workdirs.write_config(config, workdir)
     workdirs.write_inputs(inputs, workdir)
@@ -194,8 +209,8 @@ def start(job: experiment.Experiment, workdir: Path) -> Run:
     ),
     preemption=preemption,
     checkpoints=checkpoints,
-    writer=metrics.MetricsWriter(workdir, step, enabled=primary),
-    history=metrics.MaskHistory(workdir, step, *shapes, enabled=primary),
+    writer=metrics.MetricsWriter(workdir, logged, enabled=primary),
+    history=metrics.MaskHistory(workdir, logged, *shapes, enabled=primary),
     bar=metrics.ProgressBar(plan.total, step, enabled=primary),
   )
   if plan.freeze and step > plan.freeze:
@@ -209,7 +224,7 @@ def start(job: experiment.Experiment, workdir: Path) -> Run:
   if begun:
     run.bar.say(begun)
   if loaded:
-    run.bar.say(f'going on from step {step} of {plan.total} in {workdir}')
+    run.bar.say(f'going on from step {step} of {plan.total} in {name}')
   return run
 
 
@@ -217,9 +232,9 @@ def loop(run: Run, traced: profile.Profile) -> int:
   """Takes all remaining steps, then closes the log and the checkpoints.
 
   A stop leaves no trace in the log: the checkpoint keeps the values of the
-  steps since the last record. If a signal stops the evaluation at the last
-  step, that step's record is not written. The next start then begins with that
-  record.
+  steps since the last record. Where a checkpoint and an evaluation are due, the
+  checkpoint comes first, so that no kill in an evaluation costs the steps. A
+  run that goes on from it begins with the evaluation and the record.
 
   Args:
     run: as `start` returns it; its state moves on to the last step.
@@ -252,7 +267,7 @@ def loop(run: Run, traced: profile.Profile) -> int:
           except evaluation.Stopped:
             interrupted = run.preemption.requested(step)
             if step > first and not plan.saves(step):
-              save(run, step, None)
+              save(run, step)
             return interrupted
           run.bar.say(finish.at_freeze(run))
           train_step = None
@@ -267,25 +282,51 @@ def loop(run: Run, traced: profile.Profile) -> int:
           if line := narrow.narrow(run, number):
             run.bar.say(line)
         except evaluation.Stopped:
-          save(run, done, None)
+          save(run, done)
           return run.preemption.requested(done)
       interrupted = run.preemption.requested(done)
       if not (interrupted or plan.records(done)):
         continue
-      means = mean_of_steps(run.progress.pending, done)
-      rate = run.progress.clock.stop(run.timed * run.job.config.batch_size)
-      run.timed = 0
-      accuracy: float | None = None
-      if plan.records(done):
-        try:
-          accuracy = record(run, done, means, rate)
-        except evaluation.Stopped:
-          interrupted = run.preemption.requested(done)
-      if interrupted or plan.saves(done):
-        save(run, done, accuracy)
+      interrupted = log(run, done, interrupted, saved=done <= first)
       if interrupted:
         return interrupted
   return 0
+
+
+def log(run: Run, done: int, interrupted: int, *, saved: bool) -> int:
+  """Writes the record and the checkpoint that are due after `done` steps.
+
+  Args:
+    run: with the values of the steps since the last record.
+    done: steps done.
+    interrupted: the signal that asks to stop, else 0.
+    saved: whether this step's checkpoint is there already.
+
+  Returns:
+    The signal that asks to stop, which may have come meanwhile, else 0.
+
+  Raises:
+    NotFinite: a loss or the state is not finite.
+    InputError: a file cannot be written.
+  """
+  plan = run.job.plan
+  means = mean_of_steps(run.progress.pending, done)
+  rate = run.progress.clock.stop(run.timed * run.job.config.batch_size)
+  run.timed = 0
+  if not saved and plan.saves(done) and plan.evaluates(done):
+    save(run, done)
+    saved = True
+  accuracy: float | None = None
+  if plan.records(done):
+    try:
+      accuracy = record(run, done, means, rate)
+    except evaluation.Stopped:
+      interrupted = run.preemption.requested(done)
+  if not saved and (interrupted or plan.saves(done)):
+    save(run, done, accuracy)
+  elif saved and accuracy is not None:
+    run.checkpoints.measured(done, accuracy)
+  return interrupted
 
 
 def take_step(run: Run, upcoming: Iterator[Any], train_step: Any) -> Any:
@@ -352,7 +393,7 @@ def record(
   return accuracy
 
 
-def save(run: Run, done: int, accuracy: float | None) -> None:
+def save(run: Run, done: int, accuracy: float | None = None) -> None:
   """Saves a checkpoint after `done` steps.
 
   Args:
@@ -429,8 +470,16 @@ def check_finite(state: steps.TrainState, done: int) -> None:
   leaves = jax.tree.leaves(
     (state.weights, state.masks, state.statistics, state.average)
   )
-  # By NumPy, as JAX would compile a program for each shape.
-  if not all(np.isfinite(leaf).all() for leaf in jax.device_get(leaves)):
+  # By NumPy, as JAX would compile a program for each shape. Of an array that is
+  # split over processes, each one checks its own part.
+  parts = [
+    shard.data
+    for leaf in leaves
+    for shard in leaf.addressable_shards[
+      : 1 if leaf.is_fully_replicated else None
+    ]
+  ]
+  if not all(np.isfinite(part).all() for part in jax.device_get(parts)):
     raise NotFinite(f'the update is not finite at step {done}')
 
 

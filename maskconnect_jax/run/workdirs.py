@@ -41,7 +41,7 @@ INPUTS_SCHEMA = 'maskconnect_jax.inputs/1'
 PLACES = ('data.dir', 'data.val_labels', 'connectivity.topology')
 
 _FOLDERS = ('checkpoints', 'figures', 'model', 'tensorboard')
-_FILES = (
+FILES = (
   'config.json',
   'inputs.json',
   'metrics.jsonl',
@@ -151,7 +151,7 @@ def _is_ours(workdir: Path) -> bool:
       f'{path} is not of a run of maskconnect_jax; give another --workdir, or'
       ' an empty folder'
     )
-  for name in (*_FOLDERS, *_FILES):
+  for name in (*_FOLDERS, *FILES):
     child, kind = workdir / name, 'folder' if name in _FOLDERS else 'file'
     fits = child.is_dir() if kind == 'folder' else child.is_file()
     if os.path.lexists(child) and not fits:
@@ -216,7 +216,7 @@ def remove_leftovers(folder: Path, names: Iterable[str] | None = None) -> None:
     folder: the workdir of a run or of a sweep.
     names: names of the files that are written there; None: those of a run.
   """
-  written = {*_FOLDERS, *_FILES} if names is None else set(names)
+  written = {*_FOLDERS, *FILES} if names is None else set(names)
   for name in written:
     files.remove(files.temporary_of(folder / name))
   if names is None:

@@ -102,6 +102,75 @@ def test_newest_and_best_are_kept(tmp_path):
   assert save(tmp_path, [(10, 0.95), (11, None), (12, None)]) == [10, 11, 12]
 
 
+def test_an_accuracy_may_come_after_the_save(tmp_path):
+  def measured(steps, accuracies):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=1)
+    for step in steps:
+      checkpoints.save(step, state(step), {'at': step})
+      if step in accuracies:
+        checkpoints.measured(step, accuracies[step])
+    checkpoints.close()
+    return sorted(int(p.name) for p in tmp_path.iterdir() if p.is_dir())
+
+  assert measured(range(1, 6), {1: 0.5, 2: 0.9, 4: 0.7}) == [2, 5]
+  assert json.loads((tmp_path / 'accuracies.json').read_text()) == {
+    '2': 0.9, '4': 0.7,
+  }  # fmt: skip
+  # Opened again, it still knows which was the best; and without the file not.
+  assert measured([6, 7], {6: 0.8}) == [2, 7]
+  (tmp_path / 'accuracies.json').write_text('{"2": []}')
+  assert measured([8], {}) == [8]
+
+
+@pytest.mark.parametrize('shards', [True, False])
+def test_a_sharded_state_and_a_whole_one_are_the_same_checkpoint(
+  shards, tmp_path
+):
+  """Either is saved and loaded as the other, to the same bits."""
+  mesh = distributed.make_mesh()
+  places = [distributed.sharded(mesh), distributed.replicated(mesh)]
+  ours, theirs = places if shards else places[::-1]
+
+  def placed(step, place):
+    whole, arrays = state(step), expected(step)
+    split = distributed.to_global(arrays['a'], place)
+    return State(whole.step, whole.weights | {'a': split})
+
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+  checkpoints.save(4, placed(4, ours), {})
+  checkpoints.close()
+  loaded, _ = load(tmp_path, placed(0, theirs))
+  assert loaded.weights['a'].sharding == theirs
+  np.testing.assert_array_equal(loaded.weights['a'], expected(4)['a'])
+
+
+def test_a_checkpoint_of_another_version_names_it(two_saved, tmp_path):
+  folder = tmp_path / 'checkpoints'
+  shutil.copytree(two_saved, folder)
+  path = folder / '7/_CHECKPOINT_METADATA'
+  record = json.loads(path.read_bytes())
+  assert record['custom_metadata']['schema'] == checkpoint.SCHEMA
+  record['custom_metadata']['schema'] = 'maskconnect_jax.checkpoint/9'
+  path.write_text(json.dumps(record))
+  with pytest.raises(config.InputError, match="/7 has the schema '.*/9'") as e:
+    load(folder)  # nor does it go on from the older one
+  assert 'damaged' not in str(e.value)
+  del record['custom_metadata']['schema']  # as version 0.1.0 wrote it
+  path.write_text(json.dumps(record))
+  assert_is(load(folder)[0], 7)
+
+
+def test_arrays_named_as_before_version_0_1_0(tmp_path):
+  place = distributed.replicated(distributed.make_mesh())
+  own = {'a': {'value': np.zeros(3)}, 'b': [np.zeros(())]}
+  checkpoints = checkpoint.Checkpoints(tmp_path, keep=2)
+  checkpoints.save(1, distributed.to_global(State(np.int32(1), own), place), {})
+  checkpoints.close()
+  with pytest.raises(config.InputError, match='before version 0.1.0') as e:
+    load(tmp_path)
+  assert 'damaged' not in str(e.value)
+
+
 def test_without_any_accuracy_the_newest_are_kept(tmp_path):
   assert save(tmp_path, [(s, None) for s in range(1, 6)], keep=3) == [3, 4, 5]
 

@@ -1,0 +1,311 @@
+"""Workdirs in a bucket, against an S3 server of the same API on this host."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import boto3
+import numpy as np
+import pytest
+from moto.server import ThreadedMotoServer
+
+import maskconnect_jax
+from maskconnect_jax.errors import InputError
+from maskconnect_jax.run import bucket, locks
+
+ROOT = Path(__file__).parents[2]
+WHOLE = '_CHECKPOINT_METADATA'
+
+
+@pytest.fixture(scope='module')
+def server():
+  """The address of the server, which ends with the module."""
+  running = ThreadedMotoServer(ip_address='127.0.0.1', port=0, verbose=False)
+  running.start()
+  yield 'http://{}:{}'.format(*running.get_host_and_port())
+  running.stop()
+
+
+@pytest.fixture
+def s3(server, tmp_path, monkeypatch):
+  """A client of boto3, s3fs's peer; bucket 'store' is empty."""
+  for name, value in {
+    'AWS_ENDPOINT_URL': server,
+    'AWS_ACCESS_KEY_ID': 'test',
+    'AWS_SECRET_ACCESS_KEY': 'test',
+    'AWS_DEFAULT_REGION': 'us-east-1',
+    'XDG_CACHE_HOME': str(tmp_path / 'cache'),
+  }.items():
+    monkeypatch.setenv(name, value)
+  client = boto3.client('s3')
+  client.create_bucket(Bucket='store')
+  yield client
+  for key in keys(client):
+    client.delete_object(Bucket='store', Key=key)
+  client.delete_bucket(Bucket='store')
+  client.close()
+
+
+def keys(client, prefix=''):
+  found = client.list_objects_v2(Bucket='store', Prefix=prefix)
+  return [item['Key'] for item in found.get('Contents', [])]
+
+
+def content(client, key):
+  return client.get_object(Bucket='store', Key=key)['Body'].read()
+
+
+def write(folder, texts):
+  for name, text in texts.items():
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def checkpoint(step):
+  return {f'checkpoints/{step}/{WHOLE}': '{}', f'checkpoints/{step}/a': 'abc'}
+
+
+def test_a_folder_and_its_bucket(s3, monkeypatch):
+  monkeypatch.setattr(locks, 'PATIENCE', 0.1)
+  with bucket.mirrored('s3://store/r/un/') as folder:
+    assert not list(folder.iterdir())
+    again = bucket.mirrored('s3://store/r/un')
+    with pytest.raises(InputError, match='s3://store/r/un is being trained'):
+      again.__enter__()
+    write(folder, {'config.json': '1', **checkpoint(4), 'tensorboard/e': 't'})
+    write(folder, {'.lock': '', 'checkpoints/8.orbax-checkpoint-tmp/a': ''})
+  assert not folder.exists()
+  assert keys(s3) == [
+    f'r/un/checkpoints/4/{WHOLE}',
+    'r/un/checkpoints/4/a',
+    'r/un/config.json',
+    'r/un/tensorboard/e',
+  ]
+  # A push of checkpoint 6 that was killed before its end.
+  s3.put_object(Bucket='store', Key='r/un/checkpoints/6/a', Body=b'')
+  with bucket.mirrored('s3://store/r/un') as folder:
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob('*')}
+    assert names == {
+      'checkpoints', 'checkpoints/4', *checkpoint(4), 'config.json',
+    }  # fmt: skip
+    assert (folder / 'checkpoints/4/a').read_text() == 'abc'
+    write(folder, {'config.json': '22', **checkpoint(8)})
+    shutil.rmtree(folder / 'checkpoints/4')
+  assert keys(s3) == [
+    f'r/un/checkpoints/8/{WHOLE}',
+    'r/un/checkpoints/8/a',
+    'r/un/config.json',
+    'r/un/tensorboard/e',  # neither fetched nor deleted
+  ]
+  assert content(s3, 'r/un/config.json') == b'22'
+  with bucket.reading('s3://store/r', ['config.json']) as folder:
+    (found,) = (p for p in folder.rglob('*') if p.is_file())
+    assert found == folder / 'un/config.json'
+    assert folder.parts[-2:] == ('store', 'r')
+
+
+def test_in_which_order_objects_come_and_go(s3, tmp_path, monkeypatch):
+  """So a process that is killed leaves no checkpoint that counts in part."""
+  told = []
+
+  def record(kind):
+    real = getattr(bucket._Mirror('s3://store/run')._system, kind)
+
+    def call(*args):
+      told.append((kind[0], args[-1].removeprefix('store/run/')))
+      return real(*args)
+
+    return call
+
+  mirror = bucket._Mirror('s3://store/run')
+  for kind in ('put_file', 'rm_file'):
+    monkeypatch.setattr(mirror._system, kind, record(kind))
+  write(tmp_path, {'summary.json': '', 'model/model.json': '', 'model/z': ''})
+  write(tmp_path, {'metrics.jsonl': '', 'config.json': '', **checkpoint(4)})
+  mirror.push(tmp_path)
+  assert told == [
+    ('p', 'config.json'),
+    ('p', 'metrics.jsonl'),
+    ('p', 'checkpoints/4/a'),
+    ('p', f'checkpoints/4/{WHOLE}'),
+    ('p', 'model/z'),
+    ('p', 'model/model.json'),
+    ('p', 'summary.json'),
+  ]
+  told.clear()
+  mirror.push(tmp_path)
+  assert told == []  # nothing has changed
+  shutil.rmtree(tmp_path / 'checkpoints/4')
+  write(tmp_path, checkpoint(8))
+  mirror.push(tmp_path)
+  assert told == [
+    ('p', 'checkpoints/8/a'),
+    ('p', f'checkpoints/8/{WHOLE}'),
+    ('r', f'checkpoints/4/{WHOLE}'),
+    ('r', 'checkpoints/4/a'),
+  ]
+
+
+def test_what_changes_goes_up_meanwhile(s3, monkeypatch):
+  monkeypatch.setattr(bucket, 'SECONDS', 0.05)
+  with bucket.mirrored('s3://store/run') as folder:
+    write(folder, {'metrics.jsonl': 'a line\n'})
+    waiter = s3.get_waiter('object_exists')
+    waiter.config.delay = 0.1
+    waiter.wait(Bucket='store', Key='run/metrics.jsonl')
+
+
+def test_a_bucket_that_is_lost_loses_nothing(s3):
+  work = bucket.mirrored('s3://store/run')
+  write(work.__enter__(), {'config.json': 'kept'})
+  s3.delete_bucket(Bucket='store')
+  with pytest.raises(InputError, match='cannot be written .*all files') as told:
+    work.__exit__(None, None, None)
+  kept = Path(str(told.value).partition(' are in ')[2].partition(',')[0])
+  assert (kept / 'config.json').read_text() == 'kept'
+  s3.create_bucket(Bucket='store')
+
+
+@pytest.mark.parametrize(
+  ('address', 'says'),
+  [
+    (
+      's3://store',
+      "'s3://store' names no folder in a bucket; give one such as s3://store/",
+    ),
+    ('s3://store/../x', 'names no folder'),
+    ('s3://no-such/run', 's3://no-such/run cannot be written'),
+  ],
+)
+def test_what_is_no_bucket(s3, address, says, tmp_path):
+  with pytest.raises(InputError, match=says) as told, bucket.mirrored(address):
+    pass
+  assert '\n' not in str(told.value)
+  assert not (tmp_path / 'cache/maskconnect_jax/buckets').exists() or not list(
+    (tmp_path / 'cache/maskconnect_jax/buckets').iterdir()
+  )
+
+
+@pytest.mark.parametrize(
+  ('address', 'extra'), [('gs://store/run', 'gcs'), ('s3://store/run', 's3')]
+)
+def test_a_missing_package_is_named(address, extra, monkeypatch):
+  """As on an installation without the extra: Python finds no such module."""
+  real = importlib.util.find_spec
+  monkeypatch.setattr(
+    importlib.util,
+    'find_spec',
+    lambda name, *rest: (
+      None if name in ('gcsfs', 's3fs') else real(name, *rest)
+    ),
+  )
+  with pytest.raises(InputError, match=rf"'maskconnect_jax\[{extra}\]'$"):
+    maskconnect_jax.load(address)
+
+
+# Runs the command line, but kills itself (kill -9) once step 14 is written, and
+# all of that is in the bucket.
+COMMAND = """
+import os, signal, sys, time
+from maskconnect_jax import main
+from maskconnect_jax.run import bucket, metrics
+
+bucket.SECONDS = 0.1
+
+def write(self, step, *rest, real=metrics.MetricsWriter.write):
+  real(self, step, *rest)
+  if 'kill' in os.environ and step == 14:
+    time.sleep(5)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+metrics.MetricsWriter.write = write
+main.run()
+"""
+
+
+def start(*arguments, **environment):
+  return subprocess.run(
+    [sys.executable, '-W', 'error::UserWarning', '-c', COMMAND, *arguments],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    env=os.environ | environment,
+    timeout=250,
+    check=False,
+  )
+
+
+def records(path):
+  return [
+    {k: v for k, v in json.loads(line).items() if k != 'images_per_second'}
+    for line in path.read_text().splitlines()
+  ]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_from_the_bucket_alone(
+  s3, tiny, finished, arrays_in, tmp_path
+):
+  address = '--workdir=s3://store/runs/a'
+  first = start(f'--config={tiny}', address, kill='')
+  assert first.returncode == -signal.SIGKILL, first.stderr
+  assert f'runs/a/checkpoints/12/{WHOLE}' in keys(s3)
+  assert 'runs/a/summary.json' not in keys(s3)
+  other = str(tmp_path / 'of another machine')
+  second = start(address, XDG_CACHE_HOME=other)  # the config is there, too
+  assert second.returncode == 0, second.stderr
+  assert 'going on from step 12 of 24 in s3://store/runs/a' in second.stderr
+  assert 's3://store/runs/a/summary.json' in second.stdout
+  assert not [p for p in Path(other).rglob('*') if 'buckets/' in str(p)]
+
+  there = tmp_path / 'copy'
+  for key in keys(s3, 'runs/a/'):
+    path = there / key.removeprefix('runs/a/')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content(s3, key))
+  whole = finished.workdir
+  assert records(there / 'metrics.jsonl') == records(whole / 'metrics.jsonl')
+  ours = arrays_in(there / 'checkpoints/24/state')
+  theirs = arrays_in(whole / 'checkpoints/24/state')
+  assert ours.keys() == theirs.keys()
+  for name, array in theirs.items():
+    assert ours[name].tobytes() == array.tobytes(), name
+  for name in ('topology.json', 'inputs.json', 'plan.json', 'config.json'):
+    assert (there / name).read_text() == (whole / name).read_text()
+  with (
+    np.load(there / 'real_masks.npz') as mine,
+    np.load(whole / 'real_masks.npz') as other_masks,
+  ):
+    np.testing.assert_array_equal(mine['masks'], other_masks['masks'])
+  assert {p.name for p in (there / 'figures').iterdir()} == {
+    p.name for p in (whole / 'figures').iterdir()
+  }
+
+  images = np.random.default_rng(0).integers(0, 256, (3, 8, 8), np.uint8)
+  here = maskconnect_jax.load(there).predict(images)
+  for place in ('s3://store/runs/a', 's3://store/runs/a/model/'):
+    np.testing.assert_array_equal(
+      maskconnect_jax.load(place).predict(images), here
+    )
+  summary = json.loads((there / 'summary.json').read_text())
+  scores = start('--mode=evaluate', address)
+  assert scores.returncode == 0, scores.stderr
+  assert (
+    json.loads(scores.stdout)['test_accuracy']
+    == summary['test_accuracy_pruned']
+  )
+  for mode in ('summarize', 'dynamics'):
+    table = start(f'--mode={mode}', '--workdirs=s3://store/runs')
+    assert table.returncode == 0, table.stderr
+    assert 'maskconnect-' not in table.stdout
+  sweep = start('--mode=sweep', f'--config={tiny}', address)
+  assert sweep.returncode == 2
+  assert 'a sweep writes to a folder' in sweep.stderr
