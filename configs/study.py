@@ -25,8 +25,8 @@ DIR is an image folder, such as CIFAR-10. Every part except `branch` also exists
 with `cpu-` before its name. Of these, the first three train resnet26 of width 8
 (`cpu-branches`: resnext20_8x4d of width 16) on 10,000 images of 16x16 for 20
 epochs, in 2 min on one core. The others are older and train resnet38 of width 8
-for 30 epochs, in 10 min. Both are too small for a claim about CIFAR-10.
-docs/results.md and docs/results_draws.md have the results. Settings are compared
+for 30 epochs, in 10 min. Both are too small for a claim about CIFAR-10. The
+results are in docs/results.md and docs/results_draws.md. Settings are compared
 on 5,000 held out training images, everything else on the test images.
 """
 

@@ -208,6 +208,7 @@ def test_from_any_checkpoint(
   assert_same_end(workdir)
 
 
+@pytest.mark.slow
 def test_a_branch_level_run_is_cut_too(
   tiny_config, tmp_path, assert_same_end, monkeypatch
 ):

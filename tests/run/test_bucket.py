@@ -308,4 +308,4 @@ def test_a_killed_run_goes_on_from_the_bucket_alone(
     assert 'maskconnect-' not in table.stdout
   sweep = start('--mode=sweep', f'--config={tiny}', address)
   assert sweep.returncode == 2
-  assert 'a sweep writes to a folder' in sweep.stderr
+  assert '--mode=sweep writes to a folder' in sweep.stderr

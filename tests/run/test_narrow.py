@@ -234,7 +234,7 @@ def assert_same(one, other):
   'learner',
   [
     learner
-    if learner in ('measured', 'as_published')
+    if learner == 'measured'
     else pytest.param(learner, marks=pytest.mark.slow)
     for learner in LEARNERS
   ],
