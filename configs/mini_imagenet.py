@@ -38,6 +38,7 @@ def get_config(level: str = 'block') -> ml_collections.ConfigDict:
   if level == 'branch':
     config.model.name = 'resnext50_32x4d'
     config.connectivity.level = 'branch'
+    config.connectivity.learner = 'fisher'  # so many edges: docs/results.md
     config.connectivity.fan_in = 16
 
   config.optimizer.learning_rate = 0.1  # for a batch of 256

@@ -53,6 +53,10 @@ CONTROLS = (
   'connectivity.rule=fixed_prev',
   'connectivity.rule=fixed_all',
 )
+OTHER_LEARNERS = tuple(
+  f'connectivity.fan_in=2 connectivity.learner={learner}'
+  for learner in ('measured', 'random', 'draws')
+)
 # The plain settings of docs/method.md, around which the settings vary. The
 # winning settings are the defaults now.
 CENTRE = {
@@ -94,9 +98,10 @@ def get_config(name: str = 'settings') -> ml_collections.ConfigDict:
     config.variants = LEARNERS + CONTROLS
     if part == 'branches':
       config.connectivity.level = 'branch'
+      config.connectivity.learner = 'fisher'
       config.model.name = 'resnext20_8x4d'
       config.model.width = 16 if on_cpu else 0
-      config.variants = LEARNERS
+      config.variants = LEARNERS + OTHER_LEARNERS
     elif part == 'wiring':
       config.connectivity.rule = 'fixed_given'
       config.variants = ('', 'connectivity.shuffled=true')

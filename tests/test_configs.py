@@ -178,7 +178,7 @@ def test_cifar10_is_cifar_of_10_classes():
   ('part', 'rows', 'seeds'),
   [
     ('learners', 12, 5),
-    ('branches', 6, 5),
+    ('branches', 9, 5),
     ('wiring', 2, 5),
     ('settings', 22, 2),
     ('block', 12, 3),
@@ -186,7 +186,7 @@ def test_cifar10_is_cifar_of_10_classes():
     ('topology', 3, 3),
     ('fashion', 4, 3),
     ('cpu-learners', 12, 5),
-    ('cpu-branches', 6, 5),
+    ('cpu-branches', 9, 5),
     ('cpu-wiring', 2, 5),
     ('cpu-settings', 22, 2),
     ('cpu-block', 4, 3),
