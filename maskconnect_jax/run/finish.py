@@ -98,9 +98,9 @@ def finish(run: Run) -> tuple[dict[str, Any], Any]:
     | run.progress.margins
     | evaluation.by_class(tested, job.dataset.classes)
   )
-  write(run.workdir, job, frozen, pruned, summary, run.history)
   if not jax.process_index():
     draw_confusion(run.workdir, job, tested)
+  write(run.workdir, job, frozen, pruned, summary, run.history)
   return summary, pruned
 
 
