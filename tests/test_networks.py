@@ -21,6 +21,8 @@ PUBLISHED = {
   'resnet74': (100, 1.151e6, 5e-4),
   'resnet110': (100, 1.734e6, 5e-4),
   'resnext29_8x64d': (100, 34.5e6, 1e-3),
+  'resnet18': (1000, 11689512, 0),
+  'resnet34': (1000, 21797672, 0),
   'resnet50': (1000, 25557032, 0),
   'resnet101': (1000, 44549160, 0),
   'resnext50_32x4d': (1000, 25028904, 0),
@@ -38,6 +40,8 @@ def counted_by_hand(own, classes, *, width=None, channels=3, level='block'):
     for position in range(depth):
       if not own.bottleneck:
         total += 9 * (wide * width + width**2) + 4 * width
+        if own.large_images and stage and position == 0:
+          total += wide * width + 2 * width  # the shortcut's
         wide = width
         continue
       inner = width

@@ -104,9 +104,8 @@ def finish(run: Run) -> tuple[dict[str, Any], Any]:
   shown = run.evaluate.examples(network, tuple(kept), test)
   if not jax.process_index():
     report.write_examples(run.workdir, *shown)
-  write(run.workdir, job, frozen, pruned, summary, run.history)
-  if not jax.process_index():
     draw_confusion(run.workdir, job, tested)
+  write(run.workdir, job, frozen, pruned, summary, run.history)
   return summary, pruned
 
 

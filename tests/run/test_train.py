@@ -367,7 +367,7 @@ def test_a_fixed_rule_has_no_masks(tiny_config, tmp_path, capsys):
   assert [b['sources'] for b in topology['blocks']] == [[0], [0, 1], [0, 1, 2]]
   assert not (tmp_path / 'real_masks.npz').exists()
   figures = {path.stem for path in (tmp_path / 'figures').iterdir()}
-  assert figures == {'topology', 'topology_dark'}
+  assert figures == {'topology', 'topology_dark', 'confusion'}
   assert 'sources' not in capsys.readouterr().err  # K means nothing here
 
 
