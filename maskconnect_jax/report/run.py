@@ -487,7 +487,8 @@ def _confusion(record: Record, summary: dict[str, Any]) -> str:
     drawing
     + (html.folded('Most frequent confusions', listed) if wrong else ''),
     about='A row for each class, a column for what it is taken for, both in the'
-    ' order of the classes; dark is the whole class.',
+    ' order of the classes. The stronger the colour, the larger the share of'
+    ' the class.',
   )
 
 

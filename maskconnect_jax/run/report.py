@@ -6,7 +6,7 @@ import contextlib
 import importlib.metadata
 import json
 import platform
-import time
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from maskconnect_jax import config as config_lib
-from maskconnect_jax import files
+from maskconnect_jax import files, signals
 from maskconnect_jax.drawing import svg
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import connectivity, narrowing
@@ -75,7 +75,7 @@ def follow(
 ) -> Path:
   """Writes the page again whenever a run has written, until it is finished.
 
-  Meanwhile the page asks the browser to read it again.
+  Ctrl-C ends it, too. Meanwhile the page asks the browser to read it again.
 
   Args:
     workdir: the folder of the run.
@@ -89,18 +89,19 @@ def follow(
     InputError: see `write`.
   """
   seen: list[Any] = []
-  while True:
-    now = [_state_of(workdir / name) for name in _WATCHED]
-    over = (workdir / 'summary.json').is_file()
-    if now != seen or over:
-      again = 0 if over else max(1, round(2 * seconds))
-      path = write(workdir, reload_seconds=again)
-      if not seen and not over:
-        tell(f'{path} follows the run; Ctrl-C ends this, not the run')
-      seen = now
-    if over:
-      return path
-    time.sleep(seconds)
+  stopped = threading.Event()
+  with signals.caught(lambda number, frame: stopped.set()):
+    while not ((workdir / 'summary.json').is_file() or stopped.is_set()):
+      now = [_state_of(workdir / name) for name in _WATCHED]
+      if now != seen:
+        path = write(workdir, reload_seconds=max(1, round(2 * seconds)))
+        if not seen:
+          tell(f'{path} follows the run; Ctrl-C ends this, not the run')
+        seen = now
+      stopped.wait(seconds)
+    # The last page asks for nothing. It is written before the handlers from
+    # before are back, which would end the process by the same signal.
+    return write(workdir)
 
 
 def _state_of(path: Path) -> tuple[int, int] | None:

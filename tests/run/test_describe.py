@@ -1,8 +1,11 @@
 """What --mode=describe says, against counts made by hand."""
 
+import json
 import re
+import xml.etree.ElementTree as ET
 
 import jax
+import networkx
 import pytest
 from flax import nnx
 
@@ -38,6 +41,37 @@ def test_parameters(text, finished):
   assert number(r'3 blocks, ([\d,]+) parameters', text) == total
   assert number(r'Total: ([\d,]+)', text) == total
   assert total == finished.summary['parameters']
+
+
+def test_the_topology_as_a_graph(finished, tmp_path):
+  """networkx counts nodes and edges of GraphML, XML those of SVG."""
+  own = config.stored(finished.workdir)
+  model = models.create_model(
+    'resnet8', num_classes=10, in_channels=1, width=8,
+    spec=config.wiring_spec(own),
+  )  # fmt: skip
+  stored = json.loads((finished.workdir / 'topology.json').read_text())
+  learned = sum(len(block['sources']) for block in stored['blocks'])
+  # Blocks 1, 2, 3 may read 1, 2, 3 sources; the head reads the last block.
+  for workdir, edges in ((None, 6), (finished.workdir, learned)):
+    path = tmp_path / 'graph.graphml'
+    describe.write_graph(path, model, workdir)
+    graph = networkx.read_graphml(path)
+    assert graph.number_of_nodes() == 5
+    assert graph.number_of_edges() == edges + 1
+    describe.write_graph(path.with_suffix('.svg'), model, workdir)
+    root = ET.parse(path.with_suffix('.svg')).getroot()
+    drawn = [e for e in root.iter() if e.get('data-to')]
+    assert len(drawn) == edges + 1
+    describe.write_graph(path.with_suffix('.dot'), model, workdir)
+    text = path.with_suffix('.dot').read_text()
+    assert text.count('->') == edges + 1
+
+
+def test_another_kind_of_graph_is_refused(cli, tiny, tmp_path):
+  ran = cli('--mode=describe', f'--config={tiny}', f'--graph={tmp_path}/a.png')
+  assert ran.code == 2
+  assert ran.err.endswith('a.png must end in .svg, .dot, .graphml\n')
 
 
 def test_layers(text):

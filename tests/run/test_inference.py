@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -45,6 +46,33 @@ def test_what_it_says_of_itself(model, finished):
   assert [list(s) for s in model.topology.sources] == [
     block['sources'] for block in stored['blocks']
   ]
+
+
+def test_it_shows_itself_in_a_notebook(model, finished):
+  shown = model._repr_html_()
+  assert '<b>resnet8, 10 classes</b>, images of 8 × 8 × 1' in shown
+  edges = re.findall(r'data-from="(\w+)" data-to="(\w+)"', shown)
+  stored = json.loads((finished.workdir / 'topology.json').read_text())
+  assert sorted(edges) == sorted(
+    [('3', 'head')]
+    + [
+      (str(i) if i else 'stem', str(block['block']))
+      for block in stored['blocks']
+      for i in block['sources']
+    ]
+  )
+  names = re.findall(r'>(?:stage )?(\d)<', shown.partition('class="edge')[0])
+  assert names == ['1', '2', '3']
+
+
+def test_a_result_shows_itself_in_a_notebook(model, finished):
+  from maskconnect_jax.run import train
+
+  result = train.Result(finished.summary, None, model.model)
+  shown = result._repr_html_()
+  accuracy = f'{finished.summary["test_accuracy_pruned"]:.2%}'
+  assert f'test accuracy {accuracy}' in shown
+  assert shown.count('class="node') == 5
 
 
 def test_the_batch_does_not_matter(model):
