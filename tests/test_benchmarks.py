@@ -419,3 +419,19 @@ def test_cores_are_busy_while_they_work() -> None:
   while time.process_time() < began + 0.5:
     pass
   assert peer['busy_seconds'](cores) - before > 0.4
+
+
+@pytest.mark.slow
+def test_the_service_answers_ten_thousand_requests(
+  finished: Any, tmp_path: Path
+) -> None:
+  """All of them, and more a second together than one after the other."""
+  path = tmp_path / 'rows.json'
+  program = [sys.executable, str(FOLDER / 'serve.py'), '--requests=10000']
+  program += [f'--workdir={finished.workdir}', f'--json={path}']
+  ran = subprocess.run(program, capture_output=True, text=True, check=False)
+  assert ran.returncode == 0, ran.stderr
+  alone, together = json.loads(path.read_text())
+  assert (together['clients'], together['requests']) == (64, 10_000)
+  assert alone['failed'] == together['failed'] == 0
+  assert together['per_second'] > alone['per_second']
