@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-# Whether `by_platform` chooses. The value is a part of the key under which JAX
-# keeps what it has traced.
+# Whether `by_platform` chooses; see `without_platforms`. The value is a part of
+# the key under which JAX keeps what it has traced.
 _choosing = jax.make_user_context(default_value=True)
 
 SOURCES_AT_ONCE = 9  # in a call of a masked sum: see `sum_in_parts`
@@ -45,10 +45,9 @@ def traced_once(*static: int) -> Callable[[Callable[P, T]], Callable[P, T]]:
 
 
 def without_platforms() -> contextlib.AbstractContextManager[None]:
-  """Returns a context in which `by_platform` returns `default` alone.
+  """Returns a context in which programs have only what ONNX has, too.
 
-  A converter to another format can then read the program: ONNX has nothing like
-  a choice by platform.
+  `by_platform` returns `default` alone: ONNX has no choice by platform.
   """
   return cast(contextlib.AbstractContextManager[None], _choosing(False))
 
@@ -293,3 +292,32 @@ def mean_of_windows(x: jax.Array, window: tuple[int, int]) -> jax.Array:
 
   count = sums(jnp.ones((1, *x.shape[1:3], 1)))
   return (sums(x) / count).astype(x.dtype)
+
+
+def max_of_windows(x: jax.Array) -> jax.Array:
+  """Returns the maximum of 3x3 windows at stride 2, with a border of one pixel.
+
+  Without platforms it is the maximum of the three rows of a window, then of the
+  three columns. The converter to ONNX turns `reduce_window` of a batch into a
+  pool over four axes, which onnxruntime does not have.
+
+  Args:
+    x: [N, H, W, C]. Pixels beyond the border are -inf.
+
+  Returns:
+    [N, ceil(H/2), ceil(W/2), C].
+  """
+  around = ((0, 0), (1, 1), (1, 1), (0, 0))
+  if _choosing.value:
+    return jax.lax.reduce_window(
+      x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), around
+    )
+  sides = x.shape[1:3]
+  x = jnp.pad(x, around, constant_values=-jnp.inf)
+  for axis, side in enumerate(sides, start=1):
+    end = 2 * (-(-side // 2) - 1) + 1
+    first, second, third = (
+      jax.lax.slice_in_dim(x, start, start + end, 2, axis) for start in range(3)
+    )
+    x = jnp.maximum(jnp.maximum(first, second), third)
+  return x

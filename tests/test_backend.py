@@ -114,3 +114,21 @@ def test_relu_passes_on_the_gradient_of_what_is_above_zero():
   x = jnp.array([-2.0, -0.0, 0.0, 1e-30, 5.0])
   _, pull = jax.vjp(jax.jit(backend.relu), x)
   np.testing.assert_array_equal(pull(jnp.arange(1.0, 6.0))[0], [0, 0, 0, 4, 5])
+
+
+@pytest.mark.parametrize('shape', [(2, 8, 6, 3), (1, 7, 9, 2), (1, 1, 2, 1)])
+def test_the_maximum_of_windows_with_and_without_platforms(shape):
+  x = np.random.default_rng(0).normal(size=shape).astype(np.float32) - 9
+  n, height, width, channels = shape
+  padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-np.inf)
+  expected = np.stack(
+    [
+      padded[:, i : i + 3, j : j + 3].max((1, 2))
+      for i in range(0, height, 2)
+      for j in range(0, width, 2)
+    ],
+    axis=1,
+  ).reshape(n, -(-height // 2), -(-width // 2), channels)
+  np.testing.assert_array_equal(backend.max_of_windows(x), expected)
+  with backend.without_platforms():
+    np.testing.assert_array_equal(backend.max_of_windows(x), expected)

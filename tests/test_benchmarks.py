@@ -441,3 +441,19 @@ def test_scaling(measured: Callable[..., dict[str, Any]]) -> None:
   assert eight['other'] == '0'
   assert eight['of ideal'] == pytest.approx(1, rel=0.02)
   assert eight['sent MB'] == pytest.approx(eight['ideal MB'], rel=0.02)
+
+
+@pytest.mark.slow
+def test_the_service_answers_ten_thousand_requests(
+  finished: Any, tmp_path: Path
+) -> None:
+  """All of them, and more a second together than one after the other."""
+  path = tmp_path / 'rows.json'
+  program = [sys.executable, str(FOLDER / 'serve.py'), '--requests=10000']
+  program += [f'--workdir={finished.workdir}', f'--json={path}']
+  ran = subprocess.run(program, capture_output=True, text=True, check=False)
+  assert ran.returncode == 0, ran.stderr
+  alone, together = json.loads(path.read_text())
+  assert (together['clients'], together['requests']) == (64, 10_000)
+  assert alone['failed'] == together['failed'] == 0
+  assert together['per_second'] > alone['per_second']

@@ -244,16 +244,7 @@ class Stem(nnx.Module):
     x = self.norm(self.conv(images), use_running_average=not train)
     x = backend.relu(x)
     if self.large:
-      # What `nnx.max_pool` calls. The converter to ONNX replaces that function
-      # by one that has no explicit padding.
-      x = jax.lax.reduce_window(
-        x,
-        -jnp.inf,
-        jax.lax.max,
-        (1, 3, 3, 1),
-        (1, 2, 2, 1),
-        ((0, 0), (1, 1), (1, 1), (0, 0)),
-      )
+      x = backend.max_of_windows(x)
     return x
 
 
