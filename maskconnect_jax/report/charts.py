@@ -213,7 +213,7 @@ def _ticks(
 def _steps(total: int) -> list[float]:
   """Returns the steps to label: round ones, and the last."""
   locator = ticker.MaxNLocator(4, steps=[1, 2, 5, 10], integer=True)
-  found = [v for v in locator.tick_values(0, total) if 0 <= v <= 0.82 * total]
+  found = [v for v in locator.tick_values(0, total) if 0 <= v <= 0.72 * total]
   return [*map(float, found), float(total)]
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from maskconnect_jax.drawing import svg, theme
 
-MOST_BYTES = 3_000_000  # of a page
 _LONG = 36  # letters of a cell that stay on one line
 _FOLDER = Path(__file__).parent
 

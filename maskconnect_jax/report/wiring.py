@@ -15,7 +15,7 @@ from maskconnect_jax.report import html
 
 # More edges or cells would make a page of megabytes that no one can read.
 MOST_EDGES, MOST_CELLS = 6_000, 16_000
-_MOST_RECORDED = 1_000_000  # entries of real masks in a page, of a byte each
+_MOST_RECORDED = 400_000  # entries of real masks in a page, of a byte each
 LEVELS = 100  # an entry is written as a hundredth, as it is shown
 # The narrow drawing: the least distance between blocks, and from stem to head.
 _GAP, _NARROW = 28.0, 280.0

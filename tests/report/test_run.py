@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from maskconnect_jax.errors import InputError
+from maskconnect_jax.report import wiring
 from maskconnect_jax.run import inference, report
 
 
@@ -163,6 +164,23 @@ def test_it_is_one_small_file_that_loads_nothing(page, narrowed):
   assert '@import' not in style
   addresses = set(re.findall(r'https?://[^"\'<> ]+', path.read_text()))
   assert addresses == {'http://www.w3.org/2000/svg'}
+
+
+def test_a_large_network_keeps_the_page_small():
+  """resnext50_32x4d with K = 16 and a thousand records of its real mask."""
+  rng = np.random.default_rng(0)
+  sources = [[list(range(c % 17, c % 17 + 16)) for c in range(32)]] * 15
+  own = wiring.Wiring(
+    sources=sources, stages=[0] * 3 + [1] * 4 + [2] * 6 + [3] * 3,
+    live=[list(range(32))] * 16, frozen=True,
+    valid=np.ones((15, 32, 32), bool), steps=np.arange(1000),
+    masks=np.repeat(rng.random((1, 15, 32, 32), np.float32), 1000, 0),
+    narrows=False, fan_in=16,
+  )  # fmt: skip
+  text = wiring.matrix(own)
+  assert len(text) < 2_500_000
+  assert text.count('class="cell"') == 15 * 32 * 32
+  assert '7,680 edges are too many' in wiring.drawing(own, 'a title')
 
 
 def test_ids_are_unique_and_labels_lead_somewhere(page, branch_page):
