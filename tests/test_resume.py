@@ -230,7 +230,9 @@ def test_a_branch_level_run_is_cut_too(
     assert (history['masks'][0] != history['masks'][-1]).all()
 
 
-def test_a_streamed_run_is_cut_too(tiny_config, tmp_path, assert_same_end):
+def test_a_streamed_run_is_cut_too(
+  tiny_config, tmp_path, assert_same_end, arrays_in
+):
   """Random crops, mixed and erased images, a damaged file, AdamW, drop path."""
   rng = np.random.default_rng(0)
   for split, count in (('train', 80), ('val', 10)):
@@ -274,6 +276,18 @@ def test_a_streamed_run_is_cut_too(tiny_config, tmp_path, assert_same_end):
   assert whole.summary['num_test_examples'] == 9
   assert whole.summary['skipped_files'] == 3
   whole = SimpleNamespace(workdir=tmp_path / 'whole', summary=whole.summary)
+  early, late = (
+    arrays_in(whole.workdir / f'checkpoints/{step}/state') for step in (4, 24)
+  )
+  stayed = {
+    name.removeprefix('weights.')
+    for name, array in early.items()
+    if name.startswith('weights.') and array.tobytes() == late[name].tobytes()
+  }
+  assert stayed == {
+    'stem.conv.kernel', 'stem.norm.scale', 'stem.norm.bias',
+    'stack.blocks.0.conv1.kernel',
+  }  # fmt: skip
   tiny_config.data.threads = 1
   tiny_config.eval_batch_size = 5  # on eight devices eight, as before
   for step in (8, 16):  # in both phases; an epoch is one step

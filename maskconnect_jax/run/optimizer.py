@@ -189,7 +189,10 @@ def check_parts(frozen: str, weights: Any) -> None:
 
 
 def _name(path: Any) -> str:
-  return jax.tree_util.keystr(path, simple=True, separator='.')
+  """Returns the name of a weight, such as 'stem.conv.kernel'."""
+  name = jax.tree_util.keystr(path, simple=True, separator='.')
+  # `partitioned` gives a transform the whole tree, {'weights': ...}.
+  return name.removeprefix('weights.')
 
 
 def _parts(paths: Sequence[Any]) -> Iterator[str]:

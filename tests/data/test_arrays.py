@@ -87,7 +87,7 @@ def test_rare_classes_weigh_more(tiny_config):
   assert experiment.class_weights(tiny_config, found) == ()
   tiny_config.data.class_weights = 'balanced'
   expected = class_weight.compute_class_weight(
-    'balanced', classes=[0, 1], y=uneven
+    'balanced', classes=np.arange(2), y=uneven
   )
   weights = experiment.class_weights(tiny_config, found)
   assert weights == pytest.approx(expected)

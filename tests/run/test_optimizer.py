@@ -400,8 +400,11 @@ WHOLE = {
 
 def moves(frozen='', body_rate=1.0, **options):
   """How far each weight of WHOLE moves in one step of gradient 1, rate 0.5."""
-  weights = jax.tree.map(jnp.float32, WHOLE)
-  transform = optimizer.for_parts(
+  both = {
+    'weights': jax.tree.map(jnp.float32, WHOLE),
+    'masks': {'real_mask': jnp.asarray(0.5 * VALID, jnp.float32)},
+  }
+  weights = optimizer.for_parts(
     optimizer.weights_transform(
       lambda _: 0.5,
       **{'momentum': 0.0, 'nesterov': False, 'weight_decay': 0.0}
@@ -411,12 +414,17 @@ def moves(frozen='', body_rate=1.0, **options):
     frozen=frozen,
     body_rate=body_rate,
   )
-  updates, _ = transform.update(
-    jax.tree.map(jnp.ones_like, weights), transform.init(weights), weights
+  # Joined with the masks' transform, as in a run.
+  transform = optimizer.partitioned(
+    weights, optimizer.masks_transform(lambda _: 0.1, VALID)
   )
+  updates, _ = transform.update(
+    jax.tree.map(jnp.ones_like, both), transform.init(both), both
+  )
+  assert np.abs(updates['masks']['real_mask']).max() > 0
   return {
     jax.tree_util.keystr(path, simple=True, separator='.'): float(u.ravel()[0])
-    for path, u in jax.tree.leaves_with_path(updates)
+    for path, u in jax.tree.leaves_with_path(updates['weights'])
   }
 
 
