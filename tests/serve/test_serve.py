@@ -6,6 +6,7 @@ import hashlib
 import http.client
 import io
 import json
+import os
 import re
 import signal
 import socket
@@ -270,8 +271,43 @@ def test_health_metrics_and_page(port):
   assert 'http' not in re.sub('<!doctype html>', '', text)  # loads nothing
 
 
-def test_sigterm_lets_a_request_end(finished):
-  """As a user runs it: a free port of the loopback, then status 143."""
+def half_sent(port, stop):
+  """Sends a request whose second half follows a signal; returns the answer."""
+  while True:
+    with contextlib.suppress(OSError):
+      if ask(port, 'GET', '/health')[0] == 200:
+        break
+    time.sleep(0.1)
+  with connected(port) as connection:
+    connection.sendall(
+      b'POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%s'
+      % (len(GOOD), GOOD[:20])
+    )
+    time.sleep(0.3)
+    stop()
+    time.sleep(0.5)
+    connection.sendall(GOOD[20:])
+    return connection.recv(10_000)
+
+
+def test_sigterm_lets_a_request_end(finished, cli):
+  with socket.create_server(('127.0.0.1', 0)) as taken:
+    port = taken.getsockname()[1]
+  with ThreadPoolExecutor(1) as thread:
+    stop = lambda: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+    answer = thread.submit(half_sent, port, stop)
+    ran = cli('--mode=serve', f'--workdir={finished.workdir}', f'--port={port}')
+    assert answer.result(30).startswith(b'HTTP/1.1 200 ')
+  assert ran.code == 143
+  assert ran.out == f'serving at http://127.0.0.1:{port}\n'
+  assert ran.err == ''
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('number', 'status'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)]
+)
+def test_a_process_of_its_own_ends_alike(number, status, finished):
   program = subprocess.Popen(
     [
       sys.executable, '-m', 'maskconnect_jax.main', '--mode=serve',
@@ -284,19 +320,9 @@ def test_sigterm_lets_a_request_end(finished):
       line = program.stdout.readline()
       match = re.fullmatch(r'serving at http://127\.0\.0\.1:(\d+)\n', line)
       assert match, (line, program.stderr.read())
-      with connected(int(match[1])) as connection:
-        connection.sendall(
-          b'POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n'
-          % len(GOOD)
-          + GOOD[:20]
-        )
-        time.sleep(0.3)
-        program.send_signal(signal.SIGTERM)
-        time.sleep(0.5)
-        connection.sendall(GOOD[20:])
-        answer = connection.recv(10_000)
+      answer = half_sent(int(match[1]), lambda: program.send_signal(number))
       assert answer.startswith(b'HTTP/1.1 200 '), answer
-      assert program.wait(30) == 143
+      assert program.wait(30) == status
       assert program.stderr.read() == ''
     finally:
       program.kill()
