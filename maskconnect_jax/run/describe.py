@@ -165,8 +165,7 @@ def describe(
       f' {memory.temp_size_in_bytes / 1e6:,.1f} MB temporary'
       f' (XLA, {jax.default_backend()}, per device)',
       f'memory       {memory.argument_size_in_bytes / 1e6:,.1f} MB of weights,'
-      ' momentum, statistics and images on each device,'
-      f' {memory.temp_size_in_bytes / 1e6:,.1f} MB temporary',
+      ' momentum, statistics and images on each device, beside the temporary',
       f'time         {seconds * 1e3:,.1f} ms a step,'
       f' {config.batch_size / seconds:,.0f} images per second, {total} for all'
       f' steps (measured; {job.mesh.size} x {jax.devices()[0].device_kind})',
