@@ -74,6 +74,7 @@ ARROWS: dict[str, set[str]] = {
   },
   'run.snapshot': {
     'files', 'method', 'networks', 'run.checkpoint', 'run.model_record',
+    'run.stored',
   },
   'run.weights': {'limits'},
   'run.card': {'names'},

@@ -220,6 +220,7 @@ def test_slurm_queues_a_preempted_job_again(bench, tmp_path):
   assert '--multihost' in call
 
 
+@pytest.mark.slow
 def test_a_pod_is_created_used_and_deleted(bench, short, tmp_path):
   bench.states.write_text('ABSENT READY')
   code, _, err = bench.run('tpu_pod.sh', 'mine', *short, SPOT='yes', **TPU)
@@ -258,6 +259,7 @@ def test_an_error_of_the_run_is_not_a_lost_pod(bench):
   assert [c[3] for c in bench.called('gcloud')][-1] == 'delete'
 
 
+@pytest.mark.slow
 def test_xpk_starts_the_run_in_its_pods(bench, short, tmp_path):
   code, _, err = bench.run('xpk.sh', 'mine', *short, CLUSTER='c', TPU='v5')
   assert code == 0, err

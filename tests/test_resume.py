@@ -230,6 +230,7 @@ def test_a_branch_level_run_is_cut_too(
     assert (history['masks'][0] != history['masks'][-1]).all()
 
 
+@pytest.mark.slow
 def test_a_streamed_run_is_cut_too(
   tiny_config, tmp_path, assert_same_end, arrays_in
 ):

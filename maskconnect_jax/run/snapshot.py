@@ -22,7 +22,7 @@ from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import topology, wiring
 from maskconnect_jax.method.wiring import RealMask
 from maskconnect_jax.networks import models
-from maskconnect_jax.run import checkpoint, model_record
+from maskconnect_jax.run import checkpoint, model_record, stored
 
 
 def description(
@@ -90,8 +90,9 @@ def read(
   """
   record = _record_of(workdir)
   folder = workdir / 'checkpoints'
+  known = stored.accuracies(folder / checkpoint.ACCURACIES)
   accuracies = {
-    int(path.name): _accuracy(path)
+    int(path.name): known.get(int(path.name), _accuracy(path))
     for path in folder.glob('[0-9]*')
     if path.name.isdigit()
   }
@@ -141,6 +142,7 @@ def _record_of(workdir: Path) -> dict[str, Any]:
 
 
 def _accuracy(folder: Path) -> float | None:
+  """Returns the accuracy that earlier versions kept in a checkpoint."""
   try:
     content = json.loads((folder / 'metrics' / 'metrics').read_bytes())
     return float(content['accuracy'])

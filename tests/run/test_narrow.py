@@ -269,6 +269,7 @@ def test_a_run_cut_at_a_moment_ends_with_the_same_bits(
   assert_same(end_of(tmp_path / 'cut', arrays_in), expected)
 
 
+@pytest.mark.slow
 def test_branches_narrow_too(small, tmp_path, monkeypatch):
   architecture = models.Architecture(
     (1, 1), width=8, bottleneck=True, cardinality=4, branch_width=2

@@ -86,9 +86,9 @@ def reached(sources):
 def test_everything_is_there(finished):
   names = {path.name for path in finished.workdir.iterdir()}
   assert names == {
-    'checkpoints', 'config.json', 'figures', 'inputs.json', 'metrics.jsonl',
-    'model', 'plan.json', 'real_masks.npz', 'summary.json', 'tensorboard',
-    'topology.json',
+    'checkpoints', 'config.json', 'examples.npz', 'figures', 'inputs.json',
+    'metrics.jsonl', 'model', 'plan.json', 'real_masks.npz', 'report.html',
+    'summary.json', 'tensorboard', 'topology.json',
   }  # fmt: skip
   assert not [p for p in finished.workdir.rglob('*') if '.tmp' in p.name]
 
