@@ -123,7 +123,9 @@ def step_on(count, model, **options):
   ('level', 'architecture', 'rule', 'native', 'parts', 'shard'),
   [
     ('block', RESNET, 'learned', False, 1, False),
-    ('block', RESNET, 'fixed_random', False, 2, True),
+    pytest.param(
+      'block', RESNET, 'fixed_random', False, 2, True, marks=pytest.mark.slow
+    ),
     pytest.param(
       'block', RESNEXT, 'learned', True, 1, False, marks=pytest.mark.slow
     ),
