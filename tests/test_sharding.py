@@ -132,6 +132,8 @@ def test_an_eighth_of_the_flops_and_sums_of_gradients_and_statistics(
   )
   assert kinds == {'all-reduce'}
   assert ratio == pytest.approx(1 / 8, rel=0.02)
-  assert size <= 1.02 * needed
+  # A CPU's form of grouped convolutions sums gradients of wider kernels.
+  wider = network.startswith('resnext') and level == 'block' and not native
+  assert size <= (1.15 if wider else 1.02) * needed
   # A branch's last BatchNorm has no sums of its own; see networks/branches.py.
   assert level == 'branch' or size >= needed
