@@ -28,7 +28,7 @@ from PIL import Image
 
 from maskconnect_jax import config as config_lib
 from maskconnect_jax import files
-from maskconnect_jax.networks import models
+from maskconnect_jax.networks import architectures
 from maskconnect_jax.run import cores, distributed, experiment, steps
 from maskconnect_jax.study import sweep
 
@@ -143,7 +143,7 @@ def config_of(
   form: Form, given: argparse.Namespace
 ) -> ml_collections.ConfigDict:
   """Returns the config of a form, on images of 32x32, or 224x224 if large."""
-  large = models.architecture_of(form.network).large_images
+  large = architectures.architecture_of(form.network).large_images
   config = config_lib.default()
   config.seed = given.seed
   config.duration = '1000 epochs'
@@ -181,7 +181,7 @@ def build(
   if folder:
     config.data.dir, config.data.crop = folder, 'resized'
     return experiment.build(config)
-  large = models.architecture_of(form.network).large_images
+  large = architectures.architecture_of(form.network).large_images
   with noise(
     num_batches * form.batch, 1000 if large else 10, config.data.image_size
   ) as config.data.dir:

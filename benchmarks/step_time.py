@@ -36,7 +36,7 @@ import jax
 from flax import nnx
 
 from maskconnect_jax.method import wiring
-from maskconnect_jax.networks import models
+from maskconnect_jax.networks import architectures, models
 from maskconnect_jax.run import augment, experiment, steps
 
 
@@ -140,7 +140,7 @@ def reads(topology: Any) -> int:
 
 def as_many_blocks(job: experiment.Experiment, pruned: Any) -> Any:
   """Returns Fixed-Prev with the live blocks of each stage."""
-  architecture = models.architecture_of(job.architecture['name'])
+  architecture = architectures.architecture_of(job.architecture['name'])
   live = [0] * len(architecture.blocks_per_stage)
   for stage, alive in zip(pruned.stages, pruned.topology.live, strict=True):
     live[stage] += alive

@@ -38,7 +38,7 @@ from flax import nnx
 
 from maskconnect_jax import config as config_lib
 from maskconnect_jax.method import connectivity
-from maskconnect_jax.networks import models, streams
+from maskconnect_jax.networks import architectures, models, streams
 from maskconnect_jax.run import experiment, steps
 
 try:
@@ -95,7 +95,7 @@ def ported(model: models.Network, name: str) -> torch.nn.Module:
     model: learned, frozen or pruned; blocks that nothing reads are left out.
     name: of its architecture.
   """
-  architecture = models.architecture_of(name)
+  architecture = architectures.architecture_of(name)
   widths = [
     architecture.width * 2**i for i in range(len(architecture.blocks_per_stage))
   ]
@@ -124,7 +124,7 @@ def ported(model: models.Network, name: str) -> torch.nn.Module:
 def peer(job: experiment.Experiment) -> tuple[str, torch.nn.Module]:
   """Returns where the network to compare with is from, and the network."""
   name = job.config.model.name
-  if not models.architecture_of(name).large_images:
+  if not architectures.architecture_of(name).large_images:
     return 'torch', ported(job.model, name)
   if job.config.connectivity.rule != 'fixed_prev':
     raise config_lib.InputError(

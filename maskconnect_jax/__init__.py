@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
   from maskconnect_jax.method.stack import MaskedStack
   from maskconnect_jax.method.wiring import freeze, prune
-  from maskconnect_jax.networks.models import create_model, list_models
+  from maskconnect_jax.networks.architectures import list_models
+  from maskconnect_jax.networks.models import create_model
   from maskconnect_jax.run.inference import load
   from maskconnect_jax.run.train import train
 
@@ -28,7 +29,7 @@ _MODULES = {
   'MaskedStack': 'method.stack',
   'create_model': 'networks.models',
   'freeze': 'method.wiring',
-  'list_models': 'networks.models',
+  'list_models': 'networks.architectures',
   'load': 'run.inference',
   'prune': 'method.wiring',
   'train': 'run.train',

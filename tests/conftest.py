@@ -309,11 +309,11 @@ def write_tfds() -> Callable[..., None]:
 @pytest.fixture
 def reduced(monkeypatch: pytest.MonkeyPatch) -> None:
   """The registry with one block per stage, of the same kinds."""
-  from maskconnect_jax.networks import models
+  from maskconnect_jax.networks import architectures
 
-  for name, own in list(models.REGISTRY.items()):
+  for name, own in list(architectures.REGISTRY.items()):
     monkeypatch.setitem(
-      models.REGISTRY,
+      architectures.REGISTRY,
       name,
       dataclasses.replace(
         own,

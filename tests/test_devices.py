@@ -9,7 +9,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from maskconnect_jax import convolution
 from maskconnect_jax.method.spec import WiringSpec
-from maskconnect_jax.networks import layers, models
+from maskconnect_jax.networks import architectures, layers, models
 from maskconnect_jax.run import optimizer, steps
 
 RNG = np.random.default_rng(0)
@@ -18,8 +18,8 @@ IMAGES = RNG.integers(0, 256, (BATCH, 8, 8, 1), np.uint8)
 LABELS = RNG.integers(0, CLASSES, BATCH, np.int32)
 
 
-RESNET = models.Architecture((2, 1), width=4)
-RESNEXT = models.Architecture(
+RESNET = architectures.Architecture((2, 1), width=4)
+RESNEXT = architectures.Architecture(
   (1, 1), width=8, bottleneck=True, cardinality=4, branch_width=2
 )
 

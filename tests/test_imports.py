@@ -29,8 +29,8 @@ FOLDERS: dict[str, set[str]] = {
   'serve': {'files', 'names', 'signals', 'run.cores', 'run.inference'},
   'study': {
     'config', 'command', 'fields', 'files', 'signals', 'run', 'figures',
-    'method.connectivity', 'method.spec', 'method.topology', 'networks.models',
-    'report',
+    'method.connectivity', 'method.spec', 'method.topology',
+    'networks.architectures', 'networks.models', 'report',
   },
   'run': {
     'config', 'files', 'limits', 'names', 'signals', 'fields', 'data',
@@ -46,8 +46,8 @@ FOLDERS: dict[str, set[str]] = {
 # Single files that may do less than their folder, or more.
 ARROWS: dict[str, set[str]] = {
   '__init__': {
-    'method.stack', 'method.wiring', 'networks.models', 'run.inference',
-    'run.train',
+    'method.stack', 'method.wiring', 'networks.architectures',
+    'networks.models', 'run.inference', 'run.train',
   },
   '__main__': {'command', 'main'},
   'backend': set(),

@@ -11,7 +11,7 @@ from flax import nnx
 
 import maskconnect_jax
 from maskconnect_jax.method import wiring
-from maskconnect_jax.networks import cost, models
+from maskconnect_jax.networks import architectures, cost, models
 from maskconnect_jax.run import describe, optimizer
 
 # At fixed_prev: method tables for CIFAR (100 classes), torchvision's model
@@ -83,7 +83,7 @@ def test_parameter_count(name):
   count = cost.count_parameters(abstract(name, num_classes=classes))
   if published:
     assert count == pytest.approx(published, rel=tolerance, abs=0.5)
-  assert count == counted_by_hand(models.architecture_of(name), classes)
+  assert count == counted_by_hand(architectures.architecture_of(name), classes)
 
 
 RULES = ('learned', 'fixed_prev', 'fixed_random', 'fixed_all')
@@ -155,7 +155,7 @@ def test_trains_freezes_and_prunes(reduced, name, level, rule):
     width=16,
     seed=3,
   )
-  large = models.architecture_of(name).large_images
+  large = architectures.architecture_of(name).large_images
   rng = np.random.default_rng(0)
   side = 32 if large else 8
   x = jnp.asarray(rng.normal(size=(4, side, side, 3)), jnp.float32)
@@ -179,7 +179,7 @@ def test_is_described(reduced, tiny_config, name, level, rule):
   tiny_config.connectivity.fan_in = fan_in
   text = describe.describe(tiny_config)
 
-  own = models.architecture_of(name)
+  own = architectures.architecture_of(name)
   depth = len(own.blocks_per_stage)
   if level == 'block':  # block j has j sources
     rows = range(1, depth + 1)
@@ -251,7 +251,7 @@ def test_resnet50_is_the_ordinary_one():
 
 
 def test_a_bottleneck_depth_beside_the_registry():
-  own = models.architecture_of('resnet164_bottleneck')
+  own = architectures.architecture_of('resnet164_bottleneck')
   assert own.blocks_per_stage == (18, 18, 18)
   with pytest.raises(models.InputError, match='9n.2'):
-    models.architecture_of('resnet165_bottleneck')
+    architectures.architecture_of('resnet165_bottleneck')

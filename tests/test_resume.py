@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from maskconnect_jax import config, signals
-from maskconnect_jax.networks import models
+from maskconnect_jax.networks import architectures
 from maskconnect_jax.run import locks, metrics, train
 from maskconnect_jax.run.preemption import Preemption
 
@@ -214,10 +214,10 @@ def test_a_branch_level_run_is_cut_too(
   tiny_config, tmp_path, assert_same_end, monkeypatch
 ):
   """While masks of branches are learned."""
-  architecture = models.Architecture(
+  architecture = architectures.Architecture(
     (1, 1), width=8, bottleneck=True, cardinality=4, branch_width=2
   )
-  monkeypatch.setitem(models.REGISTRY, 'tiny_resnext', architecture)
+  monkeypatch.setitem(architectures.REGISTRY, 'tiny_resnext', architecture)
   tiny_config.model.name = 'tiny_resnext'
   tiny_config.connectivity.level = 'branch'
   whole = train.train(tiny_config, tmp_path / 'whole')

@@ -12,7 +12,34 @@ from maskconnect_jax.method import adapters
 from maskconnect_jax.networks import layers
 
 
-class BasicBlock(nnx.Module):
+class _Residual(nnx.Module):
+  """A block whose shortcut may have parameters.
+
+  They belong to the block itself, under the names that stored weights have.
+  """
+
+  def add_shortcut(
+    self,
+    in_features: int,
+    features: int,
+    stride: int,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
+  ) -> None:
+    """Gives the shortcut a 1x1 convolution with BatchNorm."""
+    self.shortcut_conv = layers.Conv(
+      in_features, features, 1, stride=stride, dtype=dtype, rngs=rngs
+    )
+    self.shortcut_norm = layers.BatchNorm(features, dtype=dtype)
+
+  def shortcut(self, x: jax.Array, train: bool) -> jax.Array:
+    """Maps [N, H, W, in_features] to [N, ceil(H/s), ceil(W/s), features]."""
+    return self.shortcut_norm(
+      self.shortcut_conv(x), use_running_average=not train
+    )
+
+
+class BasicBlock(_Residual):
   """Two 3x3 convolutions and a shortcut.
 
   y = relu(F(x) + S(x)). S is the identity. In a block that opens a stage, S
@@ -54,10 +81,7 @@ class BasicBlock(nnx.Module):
     self.norm2 = layers.BatchNorm(features, zero_init=zero_init, dtype=dtype)
     self.projected = projected and (stride != 1 or in_features != features)
     if self.projected:
-      self.shortcut_conv = layers.Conv(
-        in_features, features, 1, stride=stride, dtype=dtype, rngs=rngs
-      )
-      self.shortcut_norm = layers.BatchNorm(features, dtype=dtype)
+      self.add_shortcut(in_features, features, stride, dtype, rngs)
 
   def __call__(
     self, x: jax.Array, *, train: bool = False, keep: jax.Array | None = None
@@ -75,9 +99,7 @@ class BasicBlock(nnx.Module):
     residual = self.norm2(residual, use_running_average=not train)
     residual = _kept(residual, keep)
     if self.projected:
-      shortcut = self.shortcut_norm(
-        self.shortcut_conv(x), use_running_average=not train
-      )
+      shortcut = self.shortcut(x, train)
     else:
       shortcut = adapters.zero_pad_channels(
         x[:, :: self.stride, :: self.stride], self.features
@@ -85,7 +107,7 @@ class BasicBlock(nnx.Module):
     return backend.relu(residual + shortcut)
 
 
-class Bottleneck(nnx.Module):
+class Bottleneck(_Residual):
   """Convolutions 1x1, 3x3 in groups and 1x1, and a shortcut.
 
   y = relu(F(x) + S(x)). S is the identity. In a block whose output has another
@@ -131,10 +153,7 @@ class Bottleneck(nnx.Module):
     self.norm3 = layers.BatchNorm(features, zero_init=zero_init, dtype=dtype)
     self.projected = stride != 1 or in_features != features
     if self.projected:
-      self.shortcut_conv = layers.Conv(
-        in_features, features, 1, stride=stride, dtype=dtype, rngs=rngs
-      )
-      self.shortcut_norm = layers.BatchNorm(features, dtype=dtype)
+      self.add_shortcut(in_features, features, stride, dtype, rngs)
 
   def __call__(
     self, x: jax.Array, *, train: bool = False, keep: jax.Array | None = None
@@ -151,7 +170,7 @@ class Bottleneck(nnx.Module):
     residual = self.norm3(residual, use_running_average=running)
     residual = _kept(residual, keep)
     if self.projected:
-      x = self.shortcut_norm(self.shortcut_conv(x), use_running_average=running)
+      x = self.shortcut(x, train)
     return backend.relu(residual + x)
 
 

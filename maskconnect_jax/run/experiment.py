@@ -16,7 +16,7 @@ from maskconnect_jax import names
 from maskconnect_jax.data import arrays, datasets
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import topology
-from maskconnect_jax.networks import models
+from maskconnect_jax.networks import architectures, models
 from maskconnect_jax.run import batches, distributed, optimizer, steps
 from maskconnect_jax.run import plan as plan_lib
 
@@ -106,7 +106,7 @@ def build(
     InputError: the config or its data cannot be used.
   """
   config_lib.check(config)
-  models.architecture_of(config.model.name)  # before any image is read
+  architectures.architecture_of(config.model.name)  # before any image is read
   distributed.check_batch_size(config.batch_size)
   parts = config.optimizer.accumulate_steps
   if config.batch_size % (parts * jax.device_count()):
@@ -307,7 +307,7 @@ def given_topology(
     remedy='config.connectivity.topology takes the topology.json of a finished'
     ' run',
   )
-  valid = models.architecture_of(config.model.name).valid_sources(
+  valid = architectures.architecture_of(config.model.name).valid_sources(
     own.level, stem_source=own.stem_source, adapter=own.adapter
   )
   try:

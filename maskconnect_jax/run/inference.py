@@ -25,7 +25,7 @@ from maskconnect_jax.data import image_headers, image_inputs, images
 from maskconnect_jax.drawing import svg
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import topology, wiring
-from maskconnect_jax.networks import models
+from maskconnect_jax.networks import architectures, models
 from maskconnect_jax.run import (
   augment,
   bucket,
@@ -244,7 +244,7 @@ class Classifier:
     name = f'{own["name"]}, {len(self.classes)} classes'
     drawing = svg.topology_svg(
       self.topology.sources,
-      stages=models.architecture_of(own['name']).stages,
+      stages=architectures.architecture_of(own['name']).stages,
       live=getattr(self.topology, 'live_branches', self.topology.live),
       title=f'Topology of {name}',
     )

@@ -18,7 +18,7 @@ from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import spec
 from maskconnect_jax.method import topology as topology_lib
 from maskconnect_jax.method.topology import BranchTopology, Topology
-from maskconnect_jax.networks import models
+from maskconnect_jax.networks import architectures
 
 SCHEMA = 'maskconnect_jax.model/1'
 REMEDY = 'write the model again with --mode=train'
@@ -66,7 +66,7 @@ def read(path: Path) -> tuple[dict[str, Any], Topology | BranchTopology]:
   try:
     own = checked(record).architecture
     frozen = topology_lib.from_dict(record['topology'])
-    architecture = models.architecture_of(own.get('name'))
+    architecture = architectures.architecture_of(own.get('name'))
     shape = architecture.mask_shape(own.get('level', 'block'))
     if frozen.shape != shape:
       raise InputError(

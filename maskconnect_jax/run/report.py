@@ -22,7 +22,7 @@ from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import connectivity, narrowing
 from maskconnect_jax.method import topology as topology_lib
 from maskconnect_jax.method.spec import NARROWING
-from maskconnect_jax.networks import models
+from maskconnect_jax.networks import architectures
 from maskconnect_jax.report import html
 from maskconnect_jax.report import run as page
 from maskconnect_jax.report.wiring import Wiring
@@ -163,7 +163,7 @@ def read(workdir: Path, summary: dict[str, Any] | None = None) -> page.Record:
 def _wiring(workdir: Path, config: ml_collections.ConfigDict) -> Wiring | None:
   """Returns the wiring of a run; None before anything of it is written."""
   own = config.connectivity
-  architecture = models.architecture_of(config.model.name)
+  architecture = architectures.architecture_of(config.model.name)
   valid = np.asarray(
     architecture.valid_sources(
       own.level, stem_source=own.stem_source, adapter=own.adapter

@@ -11,7 +11,7 @@ import numpy as np
 from maskconnect_jax import files
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import topology as topology_lib
-from maskconnect_jax.networks import models
+from maskconnect_jax.networks import architectures
 from maskconnect_jax.report import study as page
 from maskconnect_jax.run import report as run_report
 from maskconnect_jax.study import dynamics, summarize
@@ -81,7 +81,7 @@ def _row(row: summarize.Row, held_out: bool, beside: Path) -> page.Row:
     wired.append(
       page.Wired(
         sources=found.sources,
-        stages=models.architecture_of(fields['model.name']).stages,
+        stages=architectures.architecture_of(fields['model.name']).stages,
         live=getattr(found, 'live_branches', found.live),
         seed=run.seed,
         link=os.path.relpath(linked, beside) if linked.is_file() else '',
@@ -111,7 +111,7 @@ def _agreement(
     return None
   fan_in = fields['connectivity.fan_in']
   valid = np.asarray(
-    models.architecture_of(fields['model.name']).valid_sources(
+    architectures.architecture_of(fields['model.name']).valid_sources(
       fields['connectivity.level'],
       stem_source=fields['connectivity.stem_source'],
       adapter=fields['connectivity.adapter'],

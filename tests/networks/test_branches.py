@@ -20,11 +20,11 @@ from flax import nnx
 import maskconnect_jax
 from maskconnect_jax.method import connectivity, wiring
 from maskconnect_jax.method import topology as topology_lib
-from maskconnect_jax.networks import cost, models
+from maskconnect_jax.networks import architectures, cost, models
 from maskconnect_jax.run import inference
 
 # Four blocks of eight branches, the stages as in resnext20_8x4d.
-NETWORK = models.Architecture(
+NETWORK = architectures.Architecture(
   (1, 2, 1), width=64, bottleneck=True, cardinality=8, branch_width=4
 )
 CLASSES, WIDTH, SIZE = 5, 16, 8

@@ -18,7 +18,7 @@ from maskconnect_jax.method import adapters, connectivity, wiring
 from maskconnect_jax.method.spec import WiringSpec
 from maskconnect_jax.method.stack import MaskedStack
 from maskconnect_jax.method.topology import Topology, from_mask
-from maskconnect_jax.networks import cost, layers, models
+from maskconnect_jax.networks import architectures, cost, layers
 from maskconnect_jax.networks.branches import BranchBlock, BranchStack
 from maskconnect_jax.networks.models import create_model
 
@@ -29,7 +29,7 @@ def small(depths=(2, 2, 2), **options):
   """Blocks of 4, 8 and 16 channels."""
   options = {'num_classes': 5, 'width': 4, 'fan_in': 2, 'seed': 3} | options
   options = {'learner': 'draws'} | options
-  return create_model(models.Architecture(depths, width=4), **options)
+  return create_model(architectures.Architecture(depths, width=4), **options)
 
 
 def images(count=4, height=8, width=8, channels=3):
@@ -792,10 +792,10 @@ def test_list_models_matches_patterns():
   names = ['resnet20', 'resnet32', 'resnet38', 'resnet44', 'resnet56']
   names += ['resnet74', 'resnet110']
   names += ['resnet18', 'resnet34', 'resnet50', 'resnet101']
-  assert models.list_models('resnet*') == names
-  assert len(models.list_models()) == len(names) + 6
-  assert models.list_models('*4') == ['resnet44', 'resnet74', 'resnet34']
-  assert models.list_models('vgg*') == []
+  assert architectures.list_models('resnet*') == names
+  assert len(architectures.list_models()) == len(names) + 6
+  assert architectures.list_models('*4') == ['resnet44', 'resnet74', 'resnet34']
+  assert architectures.list_models('vgg*') == []
 
 
 @pytest.mark.parametrize(

@@ -13,20 +13,20 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from maskconnect_jax.errors import InputError
-from maskconnect_jax.networks import models, published
+from maskconnect_jax.networks import architectures, models, published
 from maskconnect_jax.run import init_from, steps
 
 DEPTHS, WIDTH, CLASSES = (2, 1, 2, 1), 8, 5
-NETWORK = models.Architecture(
+NETWORK = architectures.Architecture(
   DEPTHS, width=64, bottleneck=True, large_images=True
 )
-RESNEXT = models.Architecture(
+RESNEXT = architectures.Architecture(
   DEPTHS, width=64, bottleneck=True, large_images=True, cardinality=4,
   branch_width=32,
 )  # fmt: skip
 
 
-BASIC = models.Architecture(DEPTHS, width=64, large_images=True)
+BASIC = architectures.Architecture(DEPTHS, width=64, large_images=True)
 
 
 def shapes(depths, width, classes, groups=1, inner_of=lambda w: w):

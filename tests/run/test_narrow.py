@@ -15,11 +15,11 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from maskconnect_jax.method import narrowing, topology, wiring
-from maskconnect_jax.networks import models
+from maskconnect_jax.networks import architectures, models
 from maskconnect_jax.run import describe, narrow, optimizer, plan, steps, train
 
 LEARNERS = ['measured', 'fisher', 'random', 'as_published']
-NETWORK = models.Architecture((1, 2, 1), width=4)
+NETWORK = architectures.Architecture((1, 2, 1), width=4)
 CLASSES, BATCH = 3, 8
 
 
@@ -271,10 +271,10 @@ def test_a_run_cut_at_a_moment_ends_with_the_same_bits(
 
 @pytest.mark.slow
 def test_branches_narrow_too(small, tmp_path, monkeypatch):
-  architecture = models.Architecture(
+  architecture = architectures.Architecture(
     (1, 1), width=8, bottleneck=True, cardinality=4, branch_width=2
   )
-  monkeypatch.setitem(models.REGISTRY, 'tiny_resnext', architecture)
+  monkeypatch.setitem(architectures.REGISTRY, 'tiny_resnext', architecture)
   small.model.name = 'tiny_resnext'
   small.connectivity.level = 'branch'
   small.connectivity.learner = 'measured'

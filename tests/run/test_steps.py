@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import wiring
 from maskconnect_jax.method.topology import Topology
-from maskconnect_jax.networks import layers, models
+from maskconnect_jax.networks import architectures, layers, models
 from maskconnect_jax.run import augment, experiment, optimizer, steps
 
 RNG = np.random.default_rng(0)
@@ -74,7 +74,7 @@ def made(model, **fields):
 
 def tiny(**options):
   return models.create_model(
-    models.Architecture((1, 1, 1), width=4),
+    architectures.Architecture((1, 1, 1), width=4),
     **{'num_classes': CLASSES, 'fan_in': 1, 'width': 4, 'in_channels': 1}
     | {'learner': 'draws'}
     | options,
