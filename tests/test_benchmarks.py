@@ -399,7 +399,7 @@ def test_a_side_times_a_layer_in_a_process_of_its_own() -> None:
   side = peer['Side']('ours', given, [min(os.sched_getaffinity(0))])
   try:
     value = side.ask(**layer)['value']
-    x, _, y = peer['layer_arrays'](layer)
+    x, _, y = functions_of('cpu_side')['layer_arrays'](layer)
     gradient = np.einsum('nhwi,nhwo->io', x, y)
     assert value == pytest.approx(np.abs(gradient).mean(), rel=1e-4)
     turn = side.turn(2)
