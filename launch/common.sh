@@ -33,6 +33,17 @@ need_arguments() {
   fi
 }
 
+# Prints the extras that a workdir in a bucket needs, each after a comma.
+extras_of() {
+  local argument
+  for argument in "$@"; do
+    case $argument in
+      --workdir=gs://*) printf ',gcs' ;;
+      --workdir=s3://*) printf ',s3' ;;
+    esac
+  done
+}
+
 # Runs a command; with --dry-run it is printed, as a shell would read it. With
 # RUN=exec the command takes the place of the shell.
 RUN=''

@@ -6,8 +6,8 @@
 #   ZONE=us-east5-b TYPE=v5litepod-16 launch/tpu_pod.sh [--dry-run] NAME \
 #       --config=configs/imagenet.py --workdir=DIR ...
 #
-# DIR is a folder that all workers see and that outlives the slice, such as a
-# mounted bucket. Variables:
+# DIR is an address such as gs://BUCKET/FOLDER, or a folder that all workers see
+# and that outlives the slice. Variables:
 #
 #   ZONE      the zone, required
 #   TYPE      the accelerator type, required
@@ -45,7 +45,7 @@ state() {
 }
 
 # Quoted for the shell of the workers.
-printf -v TRAIN '%q ' python3 -m maskconnect_jax.main --multihost "$@"
+printf -v TRAIN '%q ' python -m maskconnect_jax.main --multihost "$@"
 ARCHIVE=$(mktemp -d)/maskconnect_jax.tar.gz
 trap 'rm -rf "$(dirname "$ARCHIVE")"' EXIT
 
@@ -59,15 +59,16 @@ install() {
   run git -C "$ROOT" archive --format=tar.gz --output="$ARCHIVE" HEAD
   run gcloud compute tpus tpu-vm scp "$ARCHIVE" "$NAME:maskconnect_jax.tar.gz" \
     --zone="$ZONE" --worker=all
-  # shellcheck disable=SC2016 # the workers expand it
-  tpu ssh --worker=all --command='rm -rf maskconnect_jax && mkdir maskconnect_jax && tar -xzf maskconnect_jax.tar.gz -C maskconnect_jax && python3 -m pip install --quiet "./maskconnect_jax[tpu]"'
+  # The workers' own Python is 3.10; uv brings one that is new enough.
+  tpu ssh --worker=all --command="rm -rf maskconnect_jax && mkdir maskconnect_jax && tar -xzf maskconnect_jax.tar.gz -C maskconnect_jax && python3 -m pip install --quiet uv && python3 -m uv venv --quiet --allow-existing --python 3.12 maskconnect_env && python3 -m uv pip install --quiet --python maskconnect_env/bin/python './maskconnect_jax[tpu$(extras_of "$@")]'"
 }
 
-train() { tpu ssh --worker=all --command="cd maskconnect_jax && ${TRAIN% }"; }
+# shellcheck disable=SC2016 # the workers expand it
+train() { tpu ssh --worker=all --command='cd maskconnect_jax && PATH=$HOME/maskconnect_env/bin:$PATH '"${TRAIN% }"; }
 
 if [[ -n $DRY_RUN ]]; then
   create
-  install
+  install "$@"
   train
 else
   for ((attempt = 0; ; attempt++)); do
@@ -80,7 +81,7 @@ else
         ;;
     esac
     status=0
-    { install && train; } || status=$?
+    { install "$@" && train; } || status=$?
     if ((status == 0)) || [[ $(state) == READY ]]; then break; fi
     if ((attempt >= RESTARTS)); then
       echo "error: the slice was lost $((attempt + 1)) times" >&2

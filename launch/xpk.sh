@@ -5,7 +5,8 @@
 #       --config=configs/imagenet.py --workdir=DIR ...
 #   CLUSTER=mine GPU=h100-80gb-8 NODES=2 launch/xpk.sh NAME ...
 #
-# DIR is a folder that all pods see, such as a mounted bucket. Variables:
+# DIR is an address such as gs://BUCKET/FOLDER, or a folder that all pods see.
+# Variables:
 #
 #   CLUSTER   the cluster, required
 #   TPU, GPU  the type of the slice or of a node; one of them is required
@@ -41,4 +42,4 @@ printf -v TRAIN '%q ' python -m maskconnect_jax.main --multihost "$@"
 run xpk workload create --cluster="$CLUSTER" --workload="$NAME" "${WHERE[@]}" \
   --max-restarts="${RESTARTS:-100}" --base-docker-image="${IMAGE:-python:3.12}" \
   --script-dir="$ROOT" \
-  --command="pip install --quiet '.[$EXTRA,k8s]' && ${TRAIN% }"
+  --command="pip install --quiet '.[$EXTRA,k8s$(extras_of "$@")]' && ${TRAIN% }"

@@ -58,9 +58,8 @@ elif verb == 'ssh':
 command = arguments[-1].removeprefix('--command=').partition(' && ')[2]
 sys.exit(subprocess.call(['bash', '-c', command], cwd={root!r}))
 """,
-  # The programs that the workers' shells find.
+  # The program that the workers' shells find.
   'python': 'os.execv({python!r}, [{python!r}, *{started}])',
-  'python3': 'os.execv({python!r}, [{python!r}, *{started}])',
 }
 
 
@@ -151,6 +150,21 @@ def test_a_dry_run_prints_and_starts_nothing(
 
 
 @pytest.mark.parametrize(
+  ('script', 'environment', 'installs'),
+  [
+    ('tpu_pod.sh', TPU, "'./maskconnect_jax[tpu,gcs]'"),
+    ('xpk.sh', {'CLUSTER': 'c', 'TPU': 'v5'}, "'.[tpu,k8s,gcs]'"),
+  ],
+)
+def test_what_a_bucket_needs_is_installed(bench, script, environment, installs):
+  code, out, err = bench.run(
+    script, '--dry-run', 'mine', '--workdir=gs://b/run', **environment
+  )
+  assert (code, err) == (0, '')
+  assert any(installs in word for word in shlex.split(out))
+
+
+@pytest.mark.parametrize(
   ('script', 'arguments', 'environment', 'message'),
   [
     ('gpu.sh', [], {}, 'give the arguments of the run'),
@@ -236,7 +250,7 @@ def test_a_pod_is_created_used_and_deleted(bench, short, tmp_path):
 def test_a_lost_pod_is_made_anew(bench, tmp_path):
   """The second start is of a slice that was preempted in the first."""
   marker = tmp_path / 'tried'
-  (bench.bin / 'python3').write_text(
+  (bench.bin / 'python').write_text(
     f'#!/bin/sh\n[ -e {marker} ] || {{ touch {marker}; exit 1; }}\n'
   )
   bench.states.write_text('READY PREEMPTED PREEMPTED READY')
@@ -253,7 +267,7 @@ def test_a_lost_pod_is_made_anew(bench, tmp_path):
 
 
 def test_an_error_of_the_run_is_not_a_lost_pod(bench):
-  (bench.bin / 'python3').write_text('#!/bin/sh\nexit 2\n')
+  (bench.bin / 'python').write_text('#!/bin/sh\nexit 2\n')
   code, _, _ = bench.run('tpu_pod.sh', 'mine', '--config=c', **TPU)
   assert code == 2
   assert [c[3] for c in bench.called('gcloud')][-1] == 'delete'

@@ -3,7 +3,8 @@
 A run works in a local folder. It is fetched from the bucket at the start, and
 whatever has changed in it goes to the bucket every few seconds and at the end.
 Then the local folder is removed, so the bucket alone says where a run goes on,
-on any machine.
+on any machine. Of several processes each fetches a folder of its own; the first
+one writes, and sends what it wrote.
 
 Objects of a bucket are whole or not there, but a checkpoint is many objects.
 So the object without which a checkpoint does not count goes up last and is
@@ -24,12 +25,13 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import logging
 
 from maskconnect_jax import files
 from maskconnect_jax.config import given_path
 from maskconnect_jax.errors import InputError
-from maskconnect_jax.run import compilation_cache, locks, storage
+from maskconnect_jax.run import compilation_cache, distributed, locks, storage
 
 SECONDS = 15.0  # between looks at what has changed in the local folder
 
@@ -63,6 +65,8 @@ def mirrored(workdir: str | Path) -> Iterator[Path]:
     return
   mirror = _Mirror(str(workdir))
   name = hashlib.sha256(mirror.address.encode()).hexdigest()[:16]
+  if number := jax.process_index():  # it may share the machine with the first
+    name += f'-{number}'
   home = _folder_of_copies() / name
   folder = home / mirror.address.rpartition('/')[2]
   places = {folder: mirror.address, home: mirror.address}
@@ -70,9 +74,11 @@ def mirrored(workdir: str | Path) -> Iterator[Path]:
     files.remove(folder)  # a killed run left it
     folder.mkdir()
     try:
-      mirror.check_writable()
+      if not number:
+        mirror.check_writable()
       mirror.fetch(folder)
-      with mirror.following(folder):
+      distributed.meet('fetched')  # before the first one sends anything
+      with contextlib.nullcontext() if number else mirror.following(folder):
         yield folder
     finally:
       files.remove(folder)

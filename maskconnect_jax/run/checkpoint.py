@@ -2,6 +2,9 @@
 
 `Checkpoints` keeps the newest N states of a run and the best one. It saves in
 the background. When the newest checkpoint is damaged, it loads the one before.
+
+Of several processes the first one writes, and each reads for itself. So they
+need not see one folder: in the end a folder of the first one holds all.
 """
 
 from __future__ import annotations
@@ -82,6 +85,8 @@ class Checkpoints:
         written.
     """
     self.folder = folder
+    self._writes = jax.process_index() == 0
+    self._written_by_the_first: list[int] = []
     self._saving: tuple[int, int, Any] | None = None
     try:
       folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +118,7 @@ class Checkpoints:
               self._best,
             ]
           ),
-          cleanup_tmp_directories=True,
+          cleanup_tmp_directories=self._writes,
         )
       except Exception as error:  # a broken file makes Orbax raise anything
         failure = storage.first_line(error)
@@ -128,7 +133,8 @@ class Checkpoints:
 
   def steps(self) -> list[int]:
     """Returns the steps that have a finished checkpoint, in rising order."""
-    return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+    found = {each.step for each in self._checkpointer.checkpoints}
+    return sorted(found.union(self._written_by_the_first))
 
   def save(
     self,
@@ -140,7 +146,7 @@ class Checkpoints:
     """Saves in the background; an unfinished save never counts as a checkpoint.
 
     Waits for the previous save first. The next call raises an error of this
-    save in the background.
+    save in the background. All processes call it together.
 
     Args:
       step: number of steps done.
@@ -153,7 +159,10 @@ class Checkpoints:
         full disk; finished checkpoints stay.
     """
     self.wait()
-    arrays = _as_dict(state)
+    arrays = jax.tree.map(_local, _as_dict(state))
+    if not self._writes:
+      self._written_by_the_first.append(step)
+      return
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
     response = self._write(
       step,
@@ -187,7 +196,7 @@ class Checkpoints:
     known[step] = accuracy
     for old in known.keys() - {*self.steps(), step}:
       del known[old]
-    if jax.process_index() == 0:
+    if self._writes:
       files.write_json(
         self.folder / ACCURACIES, {str(n): known[n] for n in sorted(known)}
       )
@@ -220,7 +229,11 @@ class Checkpoints:
     """
     self.wait()
     abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      lambda x: jax.ShapeDtypeStruct(
+        x.shape,
+        x.dtype,
+        sharding=x.sharding if x.is_fully_addressable else _first_device(),
+      ),
       _as_dict(like),
     )
     steps, refusal = self.steps(), ''
@@ -242,7 +255,8 @@ class Checkpoints:
       if no_damage and no_damage.errno in _NO_DAMAGE:
         raise stored.unreadable(folder, no_damage.strerror)
       if not damage:
-        return type(like)(**loaded), progress
+        placed = jax.tree.map(_placed, loaded, _as_dict(like))
+        return type(like)(**placed), progress
       with storage.quiet() as settle:
         try:
           about = self._session.call(self._checkpointer.metadata, step)
@@ -320,9 +334,8 @@ class Checkpoints:
     unwritten = files.unwritten(self.folder / str(step), failure, size)
     with storage.quiet() as settle:
       settle()
-    if jax.process_index() == 0:
-      for half in self.folder.glob(f'{step}.*tmp*'):
-        shutil.rmtree(half, ignore_errors=True)
+    for half in self.folder.glob(f'{step}.*tmp*'):
+      shutil.rmtree(half, ignore_errors=True)
     raise unwritten
 
 
@@ -330,12 +343,34 @@ def digest(arrays: Any) -> int:
   """Returns a CRC-32 over the bytes of all arrays of a pytree."""
   crc = 0
   for leaf in jax.tree.leaves(arrays):
-    if isinstance(leaf, jax.Array) and not (
-      leaf.is_fully_addressable or leaf.is_fully_replicated
-    ):  # other processes hold parts of it, and call this too
-      leaf = multihost_utils.process_allgather(leaf, tiled=True)
     crc = zlib.crc32(np.asarray(leaf).tobytes(), crc)
   return crc
+
+
+def _local(array: jax.Array) -> jax.Array | np.ndarray:
+  """Returns a whole array, as Orbax takes it from one of several processes.
+
+  All processes call it together, because each may hold a part of the array.
+  """
+  if jax.process_count() == 1:
+    return array
+  if array.is_fully_replicated:
+    return np.array(array.addressable_data(0))  # a copy: it may be donated
+  return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def _placed(array: jax.Array, like: jax.Array) -> jax.Array:
+  """Returns an array that this process has whole on the devices of another."""
+  if like.is_fully_addressable:
+    return array
+  whole = np.asarray(array)
+  return jax.make_array_from_callback(
+    like.shape, like.sharding, lambda index: whole[index]
+  )
+
+
+def _first_device() -> jax.sharding.Sharding:
+  return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -351,7 +386,7 @@ def read_state(folder: Path) -> dict[str, Any]:
   Raises:
     InputError: the checkpoint is missing or damaged, or cannot be read.
   """
-  sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  sharding = _first_device()
   stored.check_permissions(folder)
   with storage.Session(folder) as session, storage.quiet() as settle:
     try:
@@ -385,8 +420,7 @@ def _numbered(tree: Any) -> Any:
 def save_arrays(folder: Path, arrays: dict[str, jax.Array]) -> None:
   """Writes named arrays into a new folder, and waits until they are written.
 
-  All processes call it together; the first one writes. Ctrl-C is raised after
-  the arrays are written.
+  Ctrl-C is raised after the arrays are written.
 
   Args:
     folder: the new folder.
@@ -397,6 +431,7 @@ def save_arrays(folder: Path, arrays: dict[str, jax.Array]) -> None:
     InputError: Orbax cannot take the path.
   """
   failure = None
+  arrays = jax.tree.map(_local, arrays)
   with storage.Session(folder) as session:
     try:
       session.call(ocp.save, session.path, arrays)
@@ -445,7 +480,7 @@ def load_arrays(
   Raises:
     InputError: the folder is missing or damaged, or holds other arrays.
   """
-  sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  sharding = _first_device()
   own = {
     name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     for name, leaf in abstract.items()

@@ -31,6 +31,9 @@ _FAILURE = 'maskconnect_jax/failure'
 _HOST = 'maskconnect_jax/host'  # the names of all hosts, by process
 _POLL_SECONDS = 1.0
 _WAIT_SECONDS = 15.0  # until all other processes have read the message
+_MEET_SECONDS = (
+  1800  # until the slowest host has compiled, or fetched its files
+)
 _JOIN_SECONDS = 40  # until a process that failed early has joined the others
 
 # By these the user names the other processes.
@@ -98,6 +101,19 @@ def _is_alone_on_its_host() -> bool:
   tasks = os.environ.get('SLURM_NTASKS')
   slurm = tasks is not None and tasks == os.environ.get('SLURM_STEP_NUM_NODES')
   return slurm or os.environ.get('OMPI_COMM_WORLD_LOCAL_SIZE') == '1'
+
+
+def meet(place: str) -> None:
+  """Waits until all processes have come to a place; one alone goes on.
+
+  The CPU's collectives wait for half a minute only, so slow hosts meet before.
+
+  Args:
+    place: a name that is used once in a run.
+  """
+  if jax.process_count() > 1:
+    client, *_ = _service()
+    client.wait_at_barrier(f'maskconnect_jax/{place}', 1000 * _MEET_SECONDS)
 
 
 @contextlib.contextmanager

@@ -197,7 +197,7 @@ def write(
 ) -> None:
   """Writes model, masks, topology, pictures, page and, last, the summary.
 
-  All processes call it together; the first one writes.
+  Of several processes the first one writes.
 
   Args:
     workdir: the run's folder.
@@ -210,22 +210,22 @@ def write(
   Raises:
     InputError: a file cannot be written, as on a full disk.
   """
-  extra = {}
-  if not jax.process_index():
-    draw_figures(workdir, job.config, frozen, history)
-    about = card.text(
-      job.config,
-      summary,
-      classes=job.dataset.classes,
-      image_shape=job.dataset.image_shape,
-    )
-    picture = workdir / 'figures' / card.PICTURE
-    extra = {card.NAME: about.encode(), card.PICTURE: picture.read_bytes()}
-  inference.save(
-    workdir / 'model', pruned, **experiment.served_as(job), extra=extra
-  )
   if jax.process_index():
     return
+  draw_figures(workdir, job.config, frozen, history)
+  about = card.text(
+    job.config,
+    summary,
+    classes=job.dataset.classes,
+    image_shape=job.dataset.image_shape,
+  )
+  picture = workdir / 'figures' / card.PICTURE
+  inference.save(
+    workdir / 'model',
+    pruned,
+    **experiment.served_as(job),
+    extra={card.NAME: about.encode(), card.PICTURE: picture.read_bytes()},
+  )
   history.save()
   files.write_json(workdir / 'topology.json', frozen.topology.to_dict())
   report.write(workdir, summary=summary)

@@ -60,7 +60,7 @@ def save(
 ) -> None:
   """Writes a frozen, pruned model; a folder already there is replaced.
 
-  All processes call it together; the first one writes.
+  Of several processes the first one calls it.
 
   Args:
     folder: the folder to write, such as workdir/model.
@@ -80,9 +80,6 @@ def save(
       there stays.
   """
   arrays = _named_arrays(model)
-  if jax.process_index():
-    checkpoint.save_arrays(files.temporary_of(folder) / 'arrays', arrays)
-    return
   record = snapshot.description(
     model,
     architecture=architecture,

@@ -1,9 +1,10 @@
 """Calls Orbax so that odd paths, Ctrl-C and a full disk do no harm.
 
-Orbax has three habits that this module works around. It searches a folder with
+Orbax has four habits that this module works around. It searches a folder with
 a pattern that contains the folder's path. It writes from event loops that print
 tracebacks when Ctrl-C stops them. It logs an error of a background thread once
-per thread and per level of its own calls.
+per thread and per level of its own calls. In a run of several processes it
+waits for all of them in each call, and all must see one folder.
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
+from unittest import mock
 
 import jax
 from absl import logging
+from orbax.checkpoint import checkpoint_manager
+from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint.experimental.v1._src.saving import execution
 
 from maskconnect_jax.errors import InputError
 
@@ -79,11 +84,38 @@ class Session:
     Returns:
       The function's result. Exceptions of the function are raised here.
     """
-    return self._thread.submit(function, *args, **kwargs).result()
+
+    def alone() -> T:
+      with _without_other_processes():
+        return function(*args, **kwargs)
+
+    return self._thread.submit(alone).result()
 
   def close(self) -> None:
     """Waits for a running call; then removes the link."""
     self._open.close()
+
+
+@contextlib.contextmanager
+def _without_other_processes() -> Iterator[None]:
+  """Makes Orbax act as in a run of one process."""
+  if jax.process_count() == 1:
+    yield
+    return
+  own = jax.process_index()
+  options = ocp.options.MultiprocessingOptions(
+    primary_host=own,
+    active_processes={own},
+    barrier_sync_key_prefix=f'process{own}',
+  )
+  with (
+    ocp.Context(multiprocessing_options=options),
+    # Two steps of Orbax 0.12 ask all processes all the same: to make a folder,
+    # which is there already, and to compare the names of their folders.
+    mock.patch.object(checkpoint_manager, '_create_root_directory'),
+    mock.patch.object(execution, '_check_directory_consistency'),
+  ):
+    yield
 
 
 @contextlib.contextmanager
@@ -162,11 +194,6 @@ def _plain_path(folder: Path) -> Iterator[Path]:
     yield path
     return
   wrong = f'Orbax, which writes the checkpoints, cannot take the path {folder}'
-  if jax.process_count() > 1:  # Orbax compares the paths of all processes
-    raise InputError(
-      f'{wrong} in several processes; give one of letters, digits, "-", "_"'
-      ' and "."'
-    )
   # The link is to the folder itself if it exists, because the folder's own name
   # may be odd too. Otherwise the link is to its parent.
   name = '' if path.is_dir() else path.name

@@ -105,11 +105,6 @@ def train(
   config = config.copy_and_resolve_references()
   cores.use(cores.for_batches(config.batch_size, config.data))
   distributed.check_platform()
-  if bucket.is_address(workdir) and jax.process_count() > 1:
-    raise InputError(
-      f'{workdir} is for one process; several write to one folder: mount the'
-      ' bucket (gcsfuse, mountpoint-s3) and give a folder of the mount'
-    )
   with bucket.mirrored(workdir) as folder:
     return _train(config, folder, data, profile_steps, str(workdir))
 
@@ -344,6 +339,7 @@ def take_step(run: Run, upcoming: Iterator[Any], train_step: Any) -> Any:
   if train_step is None:
     clock.stop(0)
     train_step = compile_step(run.recipe, run.state, batch, run.bar)
+    distributed.meet(f'compiled at step {int(run.state.step)}')
     clock.start()
   run.state, values = train_step(run.state, *batch)
   run.progress.pending.append(values)

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -309,3 +310,67 @@ def test_a_killed_run_goes_on_from_the_bucket_alone(
   sweep = start('--mode=sweep', f'--config={tiny}', address)
   assert sweep.returncode == 2
   assert '--mode=sweep writes to a folder' in sweep.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_bucket(s3, tiny, arrays_in, tmp_path):
+  """Their machines have no folder in common, and both are lost once."""
+
+  def both(workdir, caches, **environment):
+    with socket.socket() as free:
+      free.bind(('localhost', 0))
+      port = free.getsockname()[1]
+    started = [
+      subprocess.Popen(
+        [
+          sys.executable, '-W', 'error::UserWarning', '-c', COMMAND,
+          f'--config={tiny}', f'--workdir={workdir}', '--multihost',
+          '--config.optimizer.shard=True',
+        ],
+        env=os.environ
+        | {
+          'XDG_CACHE_HOME': str(tmp_path / caches / str(number)),
+          'XLA_FLAGS': '--xla_force_host_platform_device_count=1',
+          'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
+          'JAX_COORDINATOR_ADDRESS': f'localhost:{port}',
+          'JAX_NUM_PROCESSES': '2',
+          'JAX_PROCESS_ID': str(number),
+        }
+        | environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+      )
+      for number in range(2)
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=280)[0] for process in started]
+    return [process.returncode for process in started], outputs
+
+  folder = tmp_path / 'a run [1]'  # a name that Orbax misreads
+  codes, outputs = both(folder, 'first')
+  assert codes == [0, 0], outputs
+  codes, outputs = both('s3://store/run', 'second', kill='')
+  assert codes[0] == -signal.SIGKILL, outputs
+  assert codes[1] not in (0, None), outputs
+  assert f'run/checkpoints/12/{WHOLE}' in keys(s3)
+  codes, outputs = both('s3://store/run', 'third')
+  assert codes == [0, 0], outputs
+  assert 'going on from step 12 of 24 in s3://store/run' in outputs[0]
+
+  there = tmp_path / 'copy'
+  for key in keys(s3, 'run/'):
+    path = there / key.removeprefix('run/')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content(s3, key))
+  assert records(there / 'metrics.jsonl') == records(folder / 'metrics.jsonl')
+  ours = arrays_in(there / 'checkpoints/24/state')
+  theirs = arrays_in(folder / 'checkpoints/24/state')
+  assert ours.keys() == theirs.keys()
+  for name, array in theirs.items():
+    assert ours[name].tobytes() == array.tobytes(), name
+  images = np.random.default_rng(0).integers(0, 256, (3, 8, 8), np.uint8)
+  np.testing.assert_array_equal(
+    maskconnect_jax.load('s3://store/run').predict(images),
+    maskconnect_jax.load(folder).predict(images),
+  )
