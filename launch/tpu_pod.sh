@@ -60,7 +60,7 @@ install() {
   run gcloud compute tpus tpu-vm scp "$ARCHIVE" "$NAME:maskconnect_jax.tar.gz" \
     --zone="$ZONE" --worker=all
   # shellcheck disable=SC2016 # the workers expand it
-  tpu ssh --worker=all --command='rm -rf maskconnect_jax && mkdir maskconnect_jax && tar -xzf maskconnect_jax.tar.gz -C maskconnect_jax && python3 -m pip install --quiet "./maskconnect_jax[tpu]"'
+  tpu ssh --worker=all --command='rm -rf maskconnect_jax && mkdir maskconnect_jax && tar -xzf maskconnect_jax.tar.gz -C maskconnect_jax && python3 -m pip install --quiet "./maskconnect_jax[opencv,tpu]"'
 }
 
 train() { tpu ssh --worker=all --command="cd maskconnect_jax && ${TRAIN% }"; }

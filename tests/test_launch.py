@@ -267,7 +267,7 @@ def test_xpk_starts_the_run_in_its_pods(bench, short, tmp_path):
   (call,) = bench.called('xpk')
   assert call[:2] == ['workload', 'create']
   assert {'--cluster=c', '--workload=mine', '--max-restarts=100'} <= set(call)
-  assert '.[tpu,k8s]' in call[-1]
+  assert '.[tpu,k8s,opencv]' in call[-1]
   assert '--multihost' in call[-1]
 
 

@@ -3,16 +3,31 @@
 Pillow itself, decoding everything and resizing the same box, is the oracle.
 """
 
+import dataclasses
+import hashlib
 import io
 import re
+import subprocess
+import sys
+import types
 
-import cv2
 import numpy as np
 import pytest
+import sklearn.datasets
 from PIL import Image, ImageDraw
 
 from maskconnect_jax import config
-from maskconnect_jax.data import images, photographs
+from maskconnect_jax.data import images, jpeg, photographs
+
+
+@pytest.fixture(autouse=True, params=['pillow', 'opencv'])
+def library(request, monkeypatch):
+  """Every test of this file runs with Pillow alone and with OpenCV."""
+  found = {'pillow': jpeg.PILLOW, 'opencv': jpeg.OPENCV}[request.param]
+  if found is None:
+    pytest.skip('OpenCV is not installed')
+  monkeypatch.setattr(jpeg, 'chosen', found)
+  return found
 
 
 def photograph(width=500, height=375):
@@ -104,15 +119,16 @@ def test_a_crop_is_what_full_decoding_gives(
   assert np.mean(differences) < bound
 
 
-def test_only_what_is_needed_is_decoded(monkeypatch):
+def test_only_what_is_needed_is_decoded(monkeypatch, library):
   decoded = []
 
-  def imdecode(*arguments):
-    decoded.append(decode(*arguments))
+  def decode(content, n):
+    decoded.append(library.decode(content, n))
     return decoded[-1]
 
-  decode = cv2.imdecode
-  monkeypatch.setattr(cv2, 'imdecode', imdecode)
+  monkeypatch.setattr(
+    jpeg, 'chosen', dataclasses.replace(library, decode=decode)
+  )
   whole = {'scale': (1.0, 1.0), 'ratio': (4 / 3, 4 / 3)}
   for size in (224, 187, 93, 46):
     photographs.training_image(
@@ -271,22 +287,31 @@ def test_exif_that_makes_no_sense_turns_nothing(suffix):
   )
 
 
-def test_what_opencv_refuses_pillow_may_read(monkeypatch):
+def test_what_the_library_refuses_is_decoded_otherwise(monkeypatch, library):
   expected = [
     photographs.training_image(JPEG, np.random.default_rng(0), size=size)
     for size in (150, 40)
   ]
+  refusing = dataclasses.replace(library, decode=lambda *_: None)
+  monkeypatch.setattr(jpeg, 'chosen', refusing)
+  for image in expected:
+    fallback = photographs.training_image(
+      JPEG, np.random.default_rng(0), size=len(image)
+    )
+    assert difference(image, fallback) < 1
+
+
+def test_what_makes_opencv_raise_is_refused(monkeypatch, library):
+  if library is jpeg.PILLOW:
+    assert library.decode(b'no image', 1) is None
+    return
+  import cv2
 
   def refuse(*_):
     raise cv2.error
 
-  for fault in (refuse, lambda *_: None):
-    monkeypatch.setattr(cv2, 'imdecode', fault)
-    for image in expected:
-      fallback = photographs.training_image(
-        JPEG, np.random.default_rng(0), size=len(image)
-      )
-      assert difference(image, fallback) < 1
+  monkeypatch.setattr(cv2, 'imdecode', refuse)
+  assert library.decode(JPEG, 1) is None
 
 
 def test_boxes_have_uniform_area_and_log_uniform_ratio():
@@ -376,3 +401,83 @@ def test_randaugment_changes_the_resized_crop():
     difference(a, b) for a, b in zip(crops[:6], crops[6:], strict=True)
   ]
   assert np.median(changed) > 5
+
+
+# One library instead of the other.
+
+CHINA, FLOWER = (
+  encoded(Image.fromarray(sklearn.datasets.load_sample_image(name)), quality=90)
+  for name in ('china.jpg', 'flower.jpg')
+)
+
+
+@pytest.mark.parametrize('n', jpeg.REDUCTIONS)
+@pytest.mark.parametrize(
+  'content',
+  [
+    CHINA,
+    FLOWER,
+    encoded(PHOTOGRAPH, progressive=True, subsampling=1),
+    encoded(PHOTOGRAPH, keep_rgb=True),
+    encoded(PHOTOGRAPH.convert('L')),
+    encoded(photograph(499, 371), subsampling=0),
+  ],
+)
+def test_both_libraries_decode_to_the_same_bits(content, n, library):
+  pixels = library.decode(content, n)
+  width, height = Image.open(io.BytesIO(content)).size
+  assert pixels.shape == (-(-height // n), -(-width // n), 3)
+  if n == 1:
+    np.testing.assert_array_equal(
+      pixels, Image.open(io.BytesIO(content)).convert('RGB')
+    )
+  np.testing.assert_array_equal(pixels, jpeg.PILLOW.decode(content, n))
+
+
+def crops(size, **more):
+  return np.stack(
+    [
+      photographs.training_image(
+        content, np.random.default_rng(seed), size=size, **more
+      )
+      for content in (CHINA, FLOWER)
+      for seed in range(10)
+    ]
+  )
+
+
+# docs/data.md states these differences, of 255.
+@pytest.mark.parametrize(('size', 'bound'), [(224, 0.6), (96, 0.4), (32, 1.2)])
+def test_crops_of_photographs_differ_little(monkeypatch, library, size, bound):
+  ours = crops(size)
+  monkeypatch.setattr(jpeg, 'chosen', jpeg.PILLOW)
+  theirs = crops(size)
+  assert difference(ours, theirs) < bound
+  if library is jpeg.OPENCV:
+    assert difference(ours, theirs) > bound / 4  # the bound says something
+
+
+def test_without_opencv_pillow_reads(monkeypatch, library):
+  if library is not jpeg.PILLOW:
+    pytest.skip('a test of the other library')
+  code = f"""
+import hashlib, sys
+sys.modules['cv2'] = None
+import numpy as np
+from maskconnect_jax.data import datasets, jpeg, photographs
+image = photographs.training_image(
+  bytes.fromhex({CHINA.hex()!r}), np.random.default_rng(1), size=64)
+print(jpeg.chosen.name, hashlib.sha256(image.tobytes()).hexdigest())
+"""
+  done = subprocess.run(
+    [sys.executable, '-'],
+    input=code, capture_output=True, text=True, check=True,
+  )  # fmt: skip
+  expected = photographs.training_image(
+    CHINA, np.random.default_rng(1), size=64
+  )
+  digest = hashlib.sha256(expected.tobytes()).hexdigest()
+  assert done.stdout == f'pillow {digest}\n'
+  # An OpenCV that is too old is as good as none.
+  monkeypatch.setitem(sys.modules, 'cv2', types.ModuleType('cv2'))
+  assert jpeg._find_opencv() is None
