@@ -163,8 +163,15 @@ def read(
     else _kind_of_label(feature)
     for column, feature in features.items()
   }
-  image = _image_column(kinds, image_column, name)
-  label = _label_column(kinds, label_column, name)
+  image = _column(kinds, image_column, name, 'image', ('image',), 'an Image')
+  label = _column(
+    kinds,
+    label_column,
+    name,
+    'label',
+    ('classes', 'plain'),
+    'a ClassLabel, whole numbers or text',
+  )
   for part_name, part in held_out:
     for column in (image, label):
       if part.features.get(column) != features[column]:
@@ -233,34 +240,31 @@ def _kind_of_label(feature: Any) -> str:
   return dtype or kind
 
 
-def _image_column(kinds: dict[str, str], given: str, name: str) -> str:
-  fits = [column for column, kind in kinds.items() if kind == 'image']
-  if given in fits:
-    return given
-  if not given and len(fits) == 1:
-    return fits[0]
-  raise _no_column(kinds, given, name, 'image', fits, 'an Image')
-
-
-def _label_column(kinds: dict[str, str], given: str, name: str) -> str:
-  fits = [column for column, kind in kinds.items() if kind == 'classes']
-  if given and kinds.get(given) in ('classes', 'plain'):
-    return given
-  fits = fits or [each for each in _LABELS if kinds.get(each) == 'plain']
-  if not given and len(fits) == 1:
-    return fits[0]
-  wanted = 'a ClassLabel, whole numbers or text'
-  raise _no_column(kinds, given, name, 'label', fits, wanted)
-
-
-def _no_column(
+def _column(
   kinds: dict[str, str],
   given: str,
   name: str,
   what: str,
-  fits: list[str],
+  allowed: tuple[str, ...],
   wanted: str,
-) -> InputError:
+) -> str:
+  """Returns the column that is given, or the only one that could be meant.
+
+  Args:
+    kinds: the kind of each column.
+    given: the column that the field names, or ''.
+    name: the set's name in a message.
+    what: 'image' or 'label'.
+    allowed: the kinds that the column may have. Columns of the first are found
+      by it, others by their names, `_LABELS`.
+    wanted: the kinds in words.
+  """
+  fits = [column for column, kind in kinds.items() if kind == allowed[0]]
+  fits = fits or [each for each in _LABELS if kinds.get(each) in allowed[1:]]
+  if given and kinds.get(given) in allowed:
+    return given
+  if not given and len(fits) == 1:
+    return fits[0]
   field = f'config.data.{what}_column'
   columns = names.some(
     (f'{names.one_line(each)} ({kind})' for each, kind in kinds.items()), 8
@@ -271,7 +275,7 @@ def _no_column(
     fault = f'more than one could be the {what}; {field} names one'
   else:
     fault = f'none is found to be the {what}; {field} names one, {wanted}'
-  return InputError(f'{name} has the columns {columns}: {fault}')
+  raise InputError(f'{name} has the columns {columns}: {fault}')
 
 
 def _labels(table: Any, column: str, name: str, below: float) -> list[Any]:
