@@ -95,7 +95,7 @@ def test_a_saved_set_is_the_folder_of_its_images(saved, tmp_path):
   moved = load(source='hf', dir=str(tmp_path / 'moved'), **fields)
   assert moved.identity.record() == actual.identity.record()
   swapped = of_folder(root)
-  swapped['train'] = swapped['train'].select(range(9, -1, -1))
+  swapped['train'] = swapped['train'].select([1, 0, *range(2, 10)])
   swapped.save_to_disk(tmp_path / 'swapped')
   other = load(source='hf', dir=str(tmp_path / 'swapped'), **fields)
   assert other.identity.record() != actual.identity.record()
