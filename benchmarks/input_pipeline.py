@@ -1,6 +1,6 @@
 """Photographs per second and core, beside Pillow and torchvision.
 
-python benchmarks/input_pipeline.py [--quick] [--folder IMAGES]
+python benchmarks/input_pipeline.py [--quick] [--folder IMAGES] [--width 400]
 
 It makes JPEGs of ImageNet's usual size in pixels and bytes, or takes those of a
 folder. Each reader turns them into batches of 224 x 224 in one thread, and the
@@ -11,7 +11,8 @@ processor time, so other programs and the disk matter little.
 random resized crop, flip, tensor, normalise, batch. It needs torchvision.
 Without torchvision the same steps run in Pillow and NumPy. "uint8" stops before
 the flip, and so does the same work as our host: our flip and normalisation run
-on the accelerator.
+on the accelerator. "ours" reads by OpenCV, "ours, without OpenCV" by Pillow as
+where OpenCV is not installed; the last lines are their ratios, round by round.
 """
 
 import argparse
@@ -22,13 +23,23 @@ import statistics
 import tempfile
 import time
 
-import cv2
 import numpy as np
 import PIL.features
 from PIL import Image, ImageDraw
 
-from maskconnect_jax.data import datasets, image_files, photographs, sources
+from maskconnect_jax.data import (
+  datasets,
+  image_files,
+  jpeg,
+  photographs,
+  sources,
+)
 from maskconnect_jax.run import batches as batches_lib
+
+try:
+  import cv2
+except ImportError:
+  cv2 = None
 
 try:
   import torch
@@ -108,6 +119,19 @@ def batches(read):
   return run
 
 
+def without_opencv(run):
+  """Returns `run` with Pillow alone."""
+
+  def by_pillow(paths, rng):
+    before, jpeg.chosen = jpeg.chosen, jpeg.PILLOW
+    try:
+      run(paths, rng)
+    finally:
+      jpeg.chosen = before
+
+  return by_pillow
+
+
 def torchvision_loader(*steps):
   """The usual training script: its transforms in a DataLoader of one thread."""
   transform = transforms.Compose(
@@ -177,12 +201,17 @@ def contestants():
     )
     evaluate = batches(lambda path, rng: normalised(centre_crop(path, rng)))
     peer = 'Pillow + NumPy'
+  ours = batches(
+    lambda path, rng: photographs.training_image(path, rng, size=SIZE)
+  )
+  ours_evaluating = batches(
+    lambda path, _: photographs.evaluation_image(path, size=SIZE, resize=RESIZE)
+  )
   return {
     ('training', f'{peer}, float'): train,
     ('training', 'Pillow, uint8'): batches(random_crop),
-    ('training', 'ours'): batches(
-      lambda path, rng: photographs.training_image(path, rng, size=SIZE)
-    ),
+    ('training', 'ours'): ours,
+    ('training', 'ours, without OpenCV'): without_opencv(ours),
     ('training', 'ours, RandAugment 2 of 9'): batches(
       lambda path, rng: photographs.training_image(
         path, rng, size=SIZE, randaugment_ops=2
@@ -191,16 +220,13 @@ def contestants():
     ('training', 'ours, as the training loop gets it'): training_batches,
     ('evaluation', f'{peer}, float'): evaluate,
     ('evaluation', 'Pillow, uint8'): batches(centre_crop),
-    ('evaluation', 'ours'): batches(
-      lambda path, _: photographs.evaluation_image(
-        path, size=SIZE, resize=RESIZE
-      )
-    ),
+    ('evaluation', 'ours'): ours_evaluating,
+    ('evaluation', 'ours, without OpenCV'): without_opencv(ours_evaluating),
   }
 
 
 def measure(paths, rounds):
-  """Returns images per second of processor time, by contestant."""
+  """Returns images per second of processor time of each round."""
   runs = contestants()
   rates = {key: [] for key in runs}
   for run in runs.values():
@@ -210,15 +236,17 @@ def measure(paths, rounds):
       began = time.process_time()
       run(paths, np.random.default_rng(i))  # the same crops, where ours to say
       rates[key].append(len(paths) / (time.process_time() - began))
-  return {key: statistics.median(values) for key, values in rates.items()}
+  return rates
 
 
-def report(rates, paths):
+def report(rounds, paths):
+  rates = {key: statistics.median(values) for key, values in rounds.items()}
   weight = statistics.mean(path.stat().st_size for path in paths) / 1e3
   turbo = PIL.features.version('libjpeg_turbo')
   versions = (
     f'Python {platform.python_version()}, NumPy {np.__version__}, Pillow'
-    f' {PIL.__version__} (libjpeg-turbo {turbo}), OpenCV {cv2.__version__}'
+    f' {PIL.__version__} (libjpeg-turbo {turbo}), OpenCV'
+    f' {cv2.__version__ if cv2 else "none"}'
   )
   if torch is not None:
     versions += f', torch {torch.__version__}'
@@ -231,6 +259,14 @@ def report(rates, paths):
     peers = [value for (other, _), value in rates.items() if other == path][:2]
     ratios = ' | '.join(f'{rate / peer:.2f}' for peer in peers)
     print(f'| {path}: {name} | {rate:.0f} | {ratios} |')
+  for path in ('training', 'evaluation'):
+    ratios = np.divide(
+      rounds[path, 'ours'], rounds[path, 'ours, without OpenCV']
+    )
+    print(
+      f'{path}, OpenCV to Pillow: {np.median(ratios):.2f}'
+      f' ({ratios.min():.2f} to {ratios.max():.2f})'
+    )
 
 
 def main() -> None:
@@ -240,17 +276,20 @@ def main() -> None:
   parser.add_argument('--quick', action='store_true', help='under a minute')
   parser.add_argument('--folder', help='of images, instead of made ones')
   parser.add_argument('--images', type=int, help='default 512, quick 128')
+  parser.add_argument('--width', type=int, default=500, help='of made ones')
   parser.add_argument('--rounds', type=int, help='default 7, quick 3')
   given = parser.parse_args()
   count = given.images or (128 if given.quick else 512)
-  cv2.setNumThreads(1)
+  if cv2 is not None:
+    cv2.setNumThreads(1)
   if torch is not None:
     torch.set_num_threads(1)
   with tempfile.TemporaryDirectory() as folder:
     if not given.folder:
       rng = np.random.default_rng(0)
       for i in range(count):
-        photograph(rng).save(f'{folder}/{i:04d}.jpg', quality=90)
+        image = photograph(rng, given.width, given.width * 3 // 4)
+        image.save(f'{folder}/{i:04d}.jpg', quality=90)
     paths = image_files.find(given.folder or folder).files[:count]
     report(measure(paths, given.rounds or (3 if given.quick else 7)), paths)
 

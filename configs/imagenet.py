@@ -13,7 +13,8 @@ networks: --config.model.name=resnext101_32x4d, and
 DIR holds train/n01440764/*.JPEG and val/n01440764/*.JPEG, 144 GB as published.
 Or DIR is a TFDS data_dir with imagenet2012 prepared as ArrayRecord, with
 --config.data.source=tfds --config.data.name=imagenet2012. Photographs are
-decoded while the devices work.
+decoded while the devices work, 1.7 times as many with OpenCV: pip install
+'maskconnect_jax[opencv]'.
 
 The recipe takes 90 epochs of 1,281,167 images, and is not yet run to its
 end. On 4,000 made-up JPEGs (benchmarks/imagenet_folder.py), one epoch at 64x64

@@ -60,7 +60,7 @@ install() {
   run gcloud compute tpus tpu-vm scp "$ARCHIVE" "$NAME:maskconnect_jax.tar.gz" \
     --zone="$ZONE" --worker=all
   # The workers' own Python is 3.10; uv brings one that is new enough.
-  tpu ssh --worker=all --command="rm -rf maskconnect_jax && mkdir maskconnect_jax && tar -xzf maskconnect_jax.tar.gz -C maskconnect_jax && python3 -m pip install --quiet uv && python3 -m uv venv --quiet --allow-existing --python 3.12 maskconnect_env && python3 -m uv pip install --quiet --python maskconnect_env/bin/python './maskconnect_jax[tpu$(extras_of "$@")]'"
+  tpu ssh --worker=all --command="rm -rf maskconnect_jax && mkdir maskconnect_jax && tar -xzf maskconnect_jax.tar.gz -C maskconnect_jax && python3 -m pip install --quiet uv && python3 -m uv venv --quiet --allow-existing --python 3.12 maskconnect_env && python3 -m uv pip install --quiet --python maskconnect_env/bin/python './maskconnect_jax[tpu,opencv$(extras_of "$@")]'"
 }
 
 # shellcheck disable=SC2016 # the workers expand it

@@ -42,4 +42,4 @@ printf -v TRAIN '%q ' python -m maskconnect_jax.main --multihost "$@"
 run xpk workload create --cluster="$CLUSTER" --workload="$NAME" "${WHERE[@]}" \
   --max-restarts="${RESTARTS:-100}" --base-docker-image="${IMAGE:-python:3.12}" \
   --script-dir="$ROOT" \
-  --command="pip install --quiet '.[$EXTRA,k8s$(extras_of "$@")]' && ${TRAIN% }"
+  --command="pip install --quiet '.[$EXTRA,k8s,opencv$(extras_of "$@")]' && ${TRAIN% }"

@@ -102,12 +102,16 @@ FIELDS: dict[str, Field] = {
   'optimizer.shard': Switch(),
   'optimizer.label_smoothing': Number(0, 1),
   'optimizer.average': Number(0, 1, open=')'),  # 1 would keep the first weights
-  'data.source': Choice(('digits', 'idx', 'folder', 'table', 'tfds', 'arrays')),
+  'data.source': Choice(
+    ('digits', 'idx', 'folder', 'table', 'tfds', 'hf', 'arrays')
+  ),
   'data.name': Text(),
   'data.dir': File(),
   'data.image_size': whole(0, limits.MAX_SIDE),
   'data.eval_resize': whole(0, limits.MAX_SIDE),
   'data.val_labels': File(),
+  'data.image_column': Text(),
+  'data.label_column': Text(),
   'data.test_fraction': Number(0, 1, open='()'),
   'data.validation': whole(0),
   'data.train_images': whole(0),
@@ -138,6 +142,8 @@ ONLY_WITH = {
   'model.remat': ('connectivity.level', 'block'),
   'model.drop_path': ('connectivity.level', 'block'),
   'data.val_labels': ('data.source', 'folder'),
+  'data.image_column': ('data.source', 'hf'),
+  'data.label_column': ('data.source', 'hf'),
   'connectivity.stem_source': ('connectivity.level', 'block'),
   'connectivity.scale': ('connectivity.level', 'block'),
   'connectivity.adapter': ('connectivity.level', 'block'),
@@ -280,6 +286,8 @@ def _default_data() -> ml_collections.ConfigDict:
   data.image_size = 0  # pixels of height and width; 0: as stored
   data.eval_resize = 0  # shorter side before the crop; 0: squashed, no crop
   data.val_labels = ''  # 'folder': list of the classes of a flat test/ or val/
+  data.image_column = ''  # 'hf': the column of images; '': the only one
+  data.label_column = ''  # 'hf': the column of classes; '': the only one
   data.test_fraction = 0.2  # for testing, of a set without test images
   data.validation = 0  # training images held out for choosing settings
   data.train_images = 0  # how many of the others to train on; 0: all

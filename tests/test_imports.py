@@ -80,8 +80,15 @@ ARROWS: dict[str, set[str]] = {
   'run.card': {'names'},
   'run.export': {'backend', 'files', 'run.augment', 'run.inference'},
 }  # fmt: skip
-NEEDS_ORBAX = {'run.checkpoint', 'run.storage'}
-ON_JAX = {'clu', 'flax', 'jax', 'jaxlib', 'optax'}  # orbax: see NEEDS_ORBAX
+# Package -> the files that may import it: one of the checkpoints', the others
+# of extras, which are decided on in one place each.
+ONLY_IN = {
+  'orbax': {'run.checkpoint', 'run.storage'},
+  'cv2': {'data.jpeg'},
+  'datasets': {'data.hugging_face'},
+  'pyarrow': {'data.hugging_face'},
+}
+ON_JAX = {'clu', 'flax', 'jax', 'jaxlib', 'optax'}  # orbax: see ONLY_IN
 WITHOUT_JAX = {'data', 'command', 'config', 'fields', 'files', 'flags',
                'limits', 'names', 'signals', 'figures', 'report',
                'drawing'}  # fmt: skip
@@ -138,7 +145,7 @@ def problems(module: str, source: str) -> list[str]:
     else:
       wrong = (
         not top  # from .. import: out of the package
-        or (top == 'orbax' and module not in NEEDS_ORBAX)
+        or module not in ONLY_IN.get(top, {module})
         or (top in ON_JAX and _is_in(module, WITHOUT_JAX))
         or (
           module in ONLY
@@ -231,6 +238,8 @@ def test_the_data_is_read_without_jax() -> None:
     ('run.train', 'from orbax.checkpoint import v1 as ocp'),
     ('data.datasets', 'import jax.numpy as jnp'),
     ('data.images', 'from jax import numpy'),
+    ('data.photographs', 'import cv2'),
+    ('data.sources', 'from datasets import load_from_disk'),
     ('data.images', 'from maskconnect_jax.run import steps'),
     ('figures.page', 'import jax'),
     ('method.connectivity', 'import optax'),

@@ -152,8 +152,8 @@ def test_a_dry_run_prints_and_starts_nothing(
 @pytest.mark.parametrize(
   ('script', 'environment', 'installs'),
   [
-    ('tpu_pod.sh', TPU, "'./maskconnect_jax[tpu,gcs]'"),
-    ('xpk.sh', {'CLUSTER': 'c', 'TPU': 'v5'}, "'.[tpu,k8s,gcs]'"),
+    ('tpu_pod.sh', TPU, "'./maskconnect_jax[tpu,opencv,gcs]'"),
+    ('xpk.sh', {'CLUSTER': 'c', 'TPU': 'v5'}, "'.[tpu,k8s,opencv,gcs]'"),
   ],
 )
 def test_what_a_bucket_needs_is_installed(bench, script, environment, installs):
@@ -281,7 +281,7 @@ def test_xpk_starts_the_run_in_its_pods(bench, short, tmp_path):
   (call,) = bench.called('xpk')
   assert call[:2] == ['workload', 'create']
   assert {'--cluster=c', '--workload=mine', '--max-restarts=100'} <= set(call)
-  assert '.[tpu,k8s]' in call[-1]
+  assert '.[tpu,k8s,opencv]' in call[-1]
   assert '--multihost' in call[-1]
 
 

@@ -44,6 +44,22 @@ _MODES = {1: 'L', 3: 'RGB'}
 _WHOLE = 2**24  # pixels up to which an image is resized before its crop
 
 
+class Content(bytes):
+  """The content of an image file.
+
+  Attributes:
+    name: the image's name in a message.
+  """
+
+  name: str = 'the image'
+
+
+class _File(io.BytesIO):
+  def __init__(self, content: bytes) -> None:
+    super().__init__(content)
+    self.name = getattr(content, 'name', Content.name)
+
+
 def decode(
   path_or_file: str | os.PathLike[str] | BinaryIO,
   *,
@@ -126,8 +142,8 @@ def read(
   """Reads an image from a file, from a file's content or from memory.
 
   Args:
-    record: a file's content or path, as for `decode`; or an image in memory, as
-      for `to_array`.
+    record: a file's content, which may be a `Content` with a name, or its path,
+      as for `decode`; or an image in memory, as for `to_array`.
     channels: 1 (grey) or 3 (RGB).
     size: (height, width) in pixels of the result; None keeps the image's size.
     resize: with `size`: pixels to resize the shorter side to before the centre
@@ -144,7 +160,7 @@ def read(
   if not isinstance(record, (bytes, str, os.PathLike)):
     return to_array(record, channels=channels, size=size, resize=resize)
   return decode(
-    io.BytesIO(record) if isinstance(record, bytes) else record,
+    _File(record) if isinstance(record, bytes) else record,
     channels=channels,
     size=size,
     resize=resize,

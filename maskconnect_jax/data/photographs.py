@@ -6,10 +6,9 @@ decoded at 1/2, 1/4 or 1/8 of its size: libjpeg then computes only the DCT
 coefficients that this size needs. The crop's edges are rounded to the pixels of
 the decoded image.
 
-OpenCV decodes JPEGs: it gives Pillow's pixels sooner, and resizes in a third of
-the time (docs/notebook.md). `images.decode` reads every other format, and every
-JPEG that OpenCV refuses, so that its error messages serve all files. Flips and
-normalisation are left to the device.
+`jpeg` decodes JPEGs and resizes crops, by OpenCV or by Pillow. `images.decode`
+reads every other format, and every JPEG that these refuse, so that its error
+messages serve all files. Flips and normalisation are left to the device.
 """
 
 from __future__ import annotations
@@ -20,11 +19,10 @@ import os
 import pathlib
 from collections.abc import Callable
 
-import cv2
 import numpy as np
 from PIL import Image
 
-from maskconnect_jax.data import image_headers, images
+from maskconnect_jax.data import image_headers, images, jpeg
 from maskconnect_jax.data.randaugment import randaugment, trivialaugment
 
 # An encoded file's content, its path, or decoded uint8 [H, W, C].
@@ -36,14 +34,6 @@ _ON_ITS_SIDE = (
   Image.Transpose.TRANSVERSE,
   Image.Transpose.ROTATE_90,
 )
-# n -> OpenCV's flag for decoding at 1 / n. REDUCED_GRAYSCALE sets no colour bit
-# and is joined with IMREAD_COLOR_RGB; REDUCED_COLOR would mean BGR.
-_REDUCED = {
-  1: 0,
-  2: cv2.IMREAD_REDUCED_GRAYSCALE_2,
-  4: cv2.IMREAD_REDUCED_GRAYSCALE_4,
-  8: cv2.IMREAD_REDUCED_GRAYSCALE_8,
-}
 
 
 def training_image(
@@ -84,12 +74,14 @@ def training_image(
   top, left, tall, wide = random_box(
     height, width, rng, scale=scale, ratio=ratio
   )
-  reduction = max(n for n in _REDUCED if n == 1 or n * size <= min(tall, wide))
+  reduction = max(
+    n for n in jpeg.REDUCTIONS if n == 1 or n * size <= min(tall, wide)
+  )
   pixels = decode(reduction)[
     round(top / reduction) : round((top + tall) / reduction),
     round(left / reduction) : round((left + wide) / reduction),
   ]
-  pixels = _resize(pixels, size)
+  pixels = jpeg.chosen.resize(pixels, size)
   if trivial:
     return trivially_augmented(pixels, rng, channels=channels)
   if randaugment_ops:
@@ -193,14 +185,14 @@ def _open(
 ) -> tuple[tuple[int, int], Callable[[int], np.ndarray]]:
   """Returns an image's (height, width), and a function that decodes it.
 
-  The function takes n, a key of `_REDUCED`. It decodes the image at 1 / n and
-  returns uint8 [ceil(height / n), ceil(width / n), 3].
+  The function takes n, one of `jpeg.REDUCTIONS`. It decodes the image at 1 / n
+  and returns uint8 [ceil(height / n), ceil(width / n), 3].
   """
-  if jpeg := _read_jpeg(record, max_pixels):
-    content, (width, height), turn = jpeg
+  if ordinary := _read_jpeg(record, max_pixels):
+    content, (width, height), turn = ordinary
 
     def decode(n: int) -> np.ndarray:
-      pixels = _decode_jpeg(content, n)
+      pixels = jpeg.chosen.decode(content, n)
       if pixels is None:  # cut short, for example
         return _reduce(_decode_any(record, max_pixels), n)
       if turn is None:
@@ -241,14 +233,6 @@ def _read_jpeg(
     return None
 
 
-def _decode_jpeg(content: bytes, n: int) -> np.ndarray | None:
-  flags = _REDUCED[n] | cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-  try:
-    return cv2.imdecode(np.frombuffer(content, np.uint8), flags)
-  except cv2.error:  # more pixels than OpenCV allows, for example
-    return None
-
-
 def _decode_any(record: Record, max_pixels: int) -> np.ndarray:
   return images.read(record, channels=3, max_pixels=max_pixels)
 
@@ -256,28 +240,3 @@ def _decode_any(record: Record, max_pixels: int) -> np.ndarray:
 def _reduce(pixels: np.ndarray, n: int) -> np.ndarray:
   """Averages n x n pixels, nearly as decoding a JPEG at 1 / n does."""
   return pixels if n == 1 else np.array(Image.fromarray(pixels).reduce(n))
-
-
-def _resize(pixels: np.ndarray, size: int) -> np.ndarray:
-  """Resizes uint8 [H, W, 3] to [size, size, 3], bilinearly and antialiased.
-
-  Up to a shrinking by s = 2, this comes close to Pillow's filter in a third of
-  the time; beyond, Pillow resizes. Pillow's antialiased bilinear filter is a
-  triangle of variance s^2 / 6. Ordinary bilinear interpolation has the variance
-  1 / 6 on average. So a filter of three taps (q, 1 - 2q, q) adds the missing
-  variance, 2q = (s^2 - 1) / 6, before an ordinary resize.
-  """
-  shrinking = np.divide(pixels.shape[:2], size)
-  if shrinking.max() > 2:
-    image = Image.fromarray(pixels)
-    return np.array(image.resize((size, size), Image.Resampling.BILINEAR))
-  if shrinking.max() > 1:
-    # A Gaussian of 3 taps with exp(-1 / (2 sigma^2)) = q / (1 - 2q). A side
-    # that does not shrink gets a q just above 0, because OpenCV takes sigma 0
-    # for a request to choose its own.
-    q = (np.maximum(shrinking, 1.001) ** 2 - 1) / 12
-    sigma_y, sigma_x = np.sqrt(-0.5 / np.log(q / (1 - 2 * q)))
-    pixels = cv2.GaussianBlur(
-      pixels, (3, 3), sigma_x, sigmaY=sigma_y, borderType=cv2.BORDER_REPLICATE
-    )
-  return cv2.resize(pixels, (size, size), interpolation=cv2.INTER_LINEAR)

@@ -1,4 +1,4 @@
-"""Data sources: digits, IDX files, image folders, tables of files and TFDS.
+"""Data sources: digits, IDX files, image folders, tables, TFDS, Hugging Face.
 
 A data source gives random access to its records as they are stored. Nothing is
 decoded here.
@@ -14,7 +14,7 @@ import pathlib
 import unicodedata
 import zlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import ml_collections
 import numpy as np
@@ -25,11 +25,14 @@ from maskconnect_jax.config import given_path
 from maskconnect_jax.data import (
   class_folders,
   fingerprint,
+  hugging_face,
   image_headers,
   tables,
 )
 from maskconnect_jax.data.photographs import Record
 from maskconnect_jax.errors import InputError
+
+_T = TypeVar('_T')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +241,7 @@ def _image_folder(data: ml_collections.ConfigDict) -> Source:
   if test_root is None:
     train_root = test_root = root
     train, test = _split(
-      class_folders.class_files(root), data.test_fraction, data.dir
+      class_folders.class_files(root), data, lambda path: path.name
     )
   else:
     train = class_folders.class_files(train_root)
@@ -270,7 +273,7 @@ def _table(data: ml_collections.ConfigDict) -> Source:
     )
   train, test = tables.read(path)
   if not test:
-    train, test = _split(train, data.test_fraction, data.dir)
+    train, test = _split(train, data, lambda path: path.name)
   return _of_files(data, train, test, (path.parent, path.parent))
 
 
@@ -313,42 +316,49 @@ def _of_files(
 
 
 def _split(
-  files: dict[str, list[pathlib.Path]], fraction: float, folder: str
-) -> tuple[dict[str, list[pathlib.Path]], dict[str, list[pathlib.Path]]]:
+  images: dict[str, list[_T]],
+  data: ml_collections.ConfigDict,
+  name_of: Callable[[_T], str],
+) -> tuple[dict[str, list[_T]], dict[str, list[_T]]]:
   """Returns the training and the test images of each class.
 
-  An image is for testing if the SHA-256 of 'class/file name' is, as a fraction
-  of its largest value, below `fraction`. So an image keeps its side when others
-  are added.
+  An image is for testing if the SHA-256 of 'class/image name' is, as a fraction
+  of its largest value, below `data.test_fraction`. So an image keeps its side
+  when others are added.
+
+  Args:
+    images: all images of each class.
+    data: `config.data`.
+    name_of: returns the name of an image.
 
   Raises:
     InputError: a class has no image on one side.
   """
-  train: dict[str, list[pathlib.Path]] = {}
-  test: dict[str, list[pathlib.Path]] = {}
-  for name, paths in files.items():
-    sides: tuple[list[pathlib.Path], list[pathlib.Path]] = ([], [])
-    for path in paths:
-      text = unicodedata.normalize('NFC', f'{name}/{path.name}')
+  train: dict[str, list[_T]] = {}
+  test: dict[str, list[_T]] = {}
+  for name, own in images.items():
+    sides: tuple[list[_T], list[_T]] = ([], [])
+    for image in own:
+      text = unicodedata.normalize('NFC', f'{name}/{name_of(image)}')
       digest = hashlib.sha256(text.encode('utf-8', 'surrogateescape')).digest()
       value = int.from_bytes(digest[:8], 'big') / 2**64
-      sides[value < fraction].append(path)
+      sides[value < data.test_fraction].append(image)
     if not all(sides):
       raise InputError(
-        f'config.data.dir={folder!r} has no test images, and'
-        f' config.data.test_fraction={fraction:g} leaves the class'
-        f' {names.distinct(name)}, with {len(paths)} images, without'
+        f'config.data.dir={data.dir!r} has no test images, and'
+        f' config.data.test_fraction={data.test_fraction:g} leaves the class'
+        f' {names.distinct(name)}, with {len(own)} images, without'
         f' {"training" if sides[1] else "test"} images; add images to it, or'
-        ' make train/<class>/ and test/<class>/'
+        ' split the set into train and test'
       )
     train[name], test[name] = sides
   logging.warning(
     '%s has no test images: %d of its %d images are for testing, chosen by'
     ' their names (config.data.test_fraction=%g)',
-    folder,
+    data.dir,
     sum(map(len, test.values())),
-    sum(map(len, files.values())),
-    fraction,
+    sum(map(len, images.values())),
+    data.test_fraction,
   )
   return train, test
 
@@ -443,6 +453,52 @@ def _tfds(data: ml_collections.ConfigDict) -> Source:
   )
 
 
+def _hugging_face(data: ml_collections.ConfigDict) -> Source:
+  """Returns a set that the package `datasets` saved, as RGB or stored as grey.
+
+  Of a set with one split, `data.test_fraction` of the images are for testing.
+  """
+  saved = hugging_face.read(
+    _folder_of(data, 'a data set that datasets.save_to_disk wrote'),
+    name=_name_of(data),
+    image_column=data.image_column,
+    label_column=data.label_column,
+  )
+  train, test = saved.train, saved.test
+  if test is None:
+    keys, labels = train.keys(), train.labels
+    by_class = {
+      name: np.flatnonzero(labels == label).tolist()
+      for label, name in enumerate(saved.classes)
+      if label in labels
+    }
+    train, test = (
+      saved.train.part([i for own in side.values() for i in own])
+      for side in _split(by_class, data, lambda i: keys[i])
+    )
+  parts = {'train': train, 'test': test}
+
+  def read(i: int) -> tuple[Record, int]:
+    part, i = (train, i) if i < len(train) else (test, i - len(train))
+    return part.read(i), int(part.labels[i])
+
+  return Source(
+    read,
+    num_train=len(train),
+    num_test=len(test),
+    classes=saved.classes,
+    channels=saved.channels,
+    name=_name_of(data),
+    digest=lambda: fingerprint.of_parts(
+      f'{side}/{name}\0{size}\0{label}'.encode('utf-8', 'surrogateescape')
+      for side, part in parts.items()
+      for (name, size), label in zip(
+        part.described(), part.labels.tolist(), strict=True
+      )
+    ),
+  )
+
+
 def _arrays(data: ml_collections.ConfigDict) -> Source:
   raise InputError(
     f'config.data.source={data.source!r} is for Python: train(config, workdir,'
@@ -457,6 +513,7 @@ _SOURCES: dict[str, Callable[[ml_collections.ConfigDict], Source]] = {
   'folder': _image_folder,
   'table': _table,
   'tfds': _tfds,
+  'hf': _hugging_face,
 }
 
 

@@ -20,6 +20,7 @@ import ml_collections
 import numpy as np
 
 from maskconnect_jax import config as config_lib
+from maskconnect_jax.data import jpeg
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.run import (
   bucket,
@@ -158,7 +159,10 @@ def start(job: experiment.Experiment, workdir: Path, name: str) -> Run:
   primary = jax.process_index() == 0
   given = config.connectivity.rule == 'fixed_given'
   inputs = workdirs.checked_inputs(
-    workdir, job.dataset.identity, job.model.topology if given else None
+    workdir,
+    job.dataset.identity,
+    job.model.topology if given else None,
+    resizer=jpeg.chosen.name if config.data.crop == 'resized' else None,
   )
   inputs['model'] = snapshot.description(job.model, **experiment.served_as(job))
   if primary:

@@ -12,7 +12,8 @@ holds files that no run writes:
 
 config.json only names the images and a given topology. inputs.json identifies
 them: the images by their number, classes and a digest, the topology by a
-digest. When a run is resumed they may have moved, but must be the same.
+digest. When a run is resumed they may have moved, but must be the same. It also
+names the library that resizes random crops, as libraries differ a little.
 plan.json keeps the run's durations in steps for those who read the workdir; no
 run reads it to resume.
 """
@@ -253,7 +254,7 @@ def read_inputs(workdir: Path) -> dict[str, Any] | None:
 
 
 def checked_inputs(
-  workdir: Path, identity: Identity, given: Any
+  workdir: Path, identity: Identity, given: Any, resizer: str | None = None
 ) -> dict[str, Any]:
   """Returns the content of inputs.json for a run, checked against a stored one.
 
@@ -261,6 +262,8 @@ def checked_inputs(
     workdir: the folder of the run.
     identity: number, classes and digest of its images.
     given: the topology of connectivity.rule=fixed_given, else None.
+    resizer: the library that resizes random crops of the images; None: they
+      are not resized. If another one did before, a warning says so.
 
   Raises:
     InputError: this workdir holds saved steps of a run on other images, or with
@@ -274,6 +277,7 @@ def checked_inputs(
     'schema': INPUTS_SCHEMA,
     'data': identity.record(),
     'topology': topology,
+    'resizer': resizer,
   }
   theirs = read_inputs(workdir)
   if theirs is None or not has_steps(workdir):
@@ -288,6 +292,16 @@ def checked_inputs(
     raise InputError(
       f'config.connectivity.topology is not what {workdir} was trained with;'
       ' give that file, or another --workdir'
+    )
+  before = theirs.get('resizer', 'opencv')  # of runs before it was recorded
+  if resizer and before and resizer != before:
+    logging.warning(
+      '%s was trained with crops resized by %s; it goes on with %s, to other'
+      ' bits. OpenCV comes with maskconnect_jax[opencv]; without it Pillow'
+      ' resizes.',
+      workdir,
+      before,
+      resizer,
     )
   return ours
 

@@ -3,16 +3,37 @@
 Pillow itself, decoding everything and resizing the same box, is the oracle.
 """
 
+import dataclasses
+import hashlib
 import io
 import re
+import subprocess
+import sys
+import types
 
-import cv2
 import numpy as np
 import pytest
+import sklearn.datasets
 from PIL import Image, ImageDraw
 
 from maskconnect_jax import config
-from maskconnect_jax.data import images, photographs
+from maskconnect_jax.data import images, jpeg, photographs
+
+
+@pytest.fixture(params=['pillow', 'opencv'])
+def library(request, monkeypatch):
+  """What reads photographs: Pillow alone, and OpenCV."""
+  found = {'pillow': jpeg.PILLOW, 'opencv': jpeg.OPENCV}[request.param]
+  if found is None:
+    pytest.skip('OpenCV is not installed')
+  monkeypatch.setattr(jpeg, 'chosen', found)
+  return found
+
+
+@pytest.fixture
+def opencv():
+  """OpenCV, or the test is skipped."""
+  return jpeg.OPENCV or pytest.skip('OpenCV is not installed')
 
 
 def photograph(width=500, height=375):
@@ -75,6 +96,7 @@ def aligned(box, n):
 # Mean absolute differences, in units of 1 of 255. Resizing without antialiasing
 # is beyond the bounds where the image shrinks (0.4, 1.0, 2.3, 5.1), and so is a
 # box that is one pixel off (1.5 and more).
+@pytest.mark.usefixtures('library')
 @pytest.mark.parametrize(
   ('size', 'scale', 'reduction', 'bound'),
   [
@@ -104,15 +126,16 @@ def test_a_crop_is_what_full_decoding_gives(
   assert np.mean(differences) < bound
 
 
-def test_only_what_is_needed_is_decoded(monkeypatch):
+def test_only_what_is_needed_is_decoded(monkeypatch, library):
   decoded = []
 
-  def imdecode(*arguments):
-    decoded.append(decode(*arguments))
+  def decode(content, n):
+    decoded.append(library.decode(content, n))
     return decoded[-1]
 
-  decode = cv2.imdecode
-  monkeypatch.setattr(cv2, 'imdecode', imdecode)
+  monkeypatch.setattr(
+    jpeg, 'chosen', dataclasses.replace(library, decode=decode)
+  )
   whole = {'scale': (1.0, 1.0), 'ratio': (4 / 3, 4 / 3)}
   for size in (224, 187, 93, 46):
     photographs.training_image(
@@ -197,6 +220,7 @@ def test_every_kind_of_file(tmp_path, image, suffix, options, bound):
       )
 
 
+@pytest.mark.usefixtures('library')
 @pytest.mark.parametrize('orientation', range(10))  # 0 and 9 mean nothing
 def test_orientation_is_pillows(orientation):
   exif = Image.Exif()
@@ -216,6 +240,7 @@ def test_orientation_is_pillows(orientation):
   assert difference(trained, expected) < 1
 
 
+@pytest.mark.usefixtures('library')
 @pytest.mark.parametrize('share', [0.001, 0.01, 0.3, 0.8, 0.99])
 def test_a_file_cut_short_is_named(tmp_path, share):
   path = tmp_path / 'cut.jpg'
@@ -246,6 +271,7 @@ def test_a_missing_file_is_named(tmp_path):
     photographs.evaluation_image(tmp_path / 'none.jpg', size=5, resize=0)
 
 
+@pytest.mark.usefixtures('library')
 def test_the_bound_on_pixels():
   def read(content, **more):
     one = photographs.training_image(
@@ -271,22 +297,31 @@ def test_exif_that_makes_no_sense_turns_nothing(suffix):
   )
 
 
-def test_what_opencv_refuses_pillow_may_read(monkeypatch):
+def test_what_the_library_refuses_is_decoded_otherwise(monkeypatch, library):
   expected = [
     photographs.training_image(JPEG, np.random.default_rng(0), size=size)
     for size in (150, 40)
   ]
+  refusing = dataclasses.replace(library, decode=lambda *_: None)
+  monkeypatch.setattr(jpeg, 'chosen', refusing)
+  for image in expected:
+    fallback = photographs.training_image(
+      JPEG, np.random.default_rng(0), size=len(image)
+    )
+    assert difference(image, fallback) < 1
+
+
+def test_what_makes_opencv_raise_is_refused(monkeypatch, library):
+  if library is jpeg.PILLOW:
+    assert library.decode(b'no image', 1) is None
+    return
+  import cv2
 
   def refuse(*_):
     raise cv2.error
 
-  for fault in (refuse, lambda *_: None):
-    monkeypatch.setattr(cv2, 'imdecode', fault)
-    for image in expected:
-      fallback = photographs.training_image(
-        JPEG, np.random.default_rng(0), size=len(image)
-      )
-      assert difference(image, fallback) < 1
+  monkeypatch.setattr(cv2, 'imdecode', refuse)
+  assert library.decode(JPEG, 1) is None
 
 
 def test_boxes_have_uniform_area_and_log_uniform_ratio():
@@ -339,6 +374,7 @@ def test_where_no_box_fits_the_centre_is_taken(height, width, box):
   assert drawn[2:] == box[2:]
 
 
+@pytest.mark.usefixtures('library')
 @pytest.mark.parametrize('shape', [(1, 1), (1, 300), (300, 2), (3, 5)])
 def test_tiny_images(shape):
   pixels = np.full((*shape, 3), 77, np.uint8)
@@ -376,3 +412,82 @@ def test_randaugment_changes_the_resized_crop():
     difference(a, b) for a, b in zip(crops[:6], crops[6:], strict=True)
   ]
   assert np.median(changed) > 5
+
+
+# One library instead of the other.
+
+CHINA, FLOWER = (
+  encoded(Image.fromarray(sklearn.datasets.load_sample_image(name)), quality=90)
+  for name in ('china.jpg', 'flower.jpg')
+)
+
+
+@pytest.mark.parametrize('n', jpeg.REDUCTIONS)
+@pytest.mark.parametrize(
+  'content',
+  [
+    CHINA,
+    FLOWER,
+    encoded(PHOTOGRAPH, progressive=True, subsampling=1),
+    encoded(PHOTOGRAPH, keep_rgb=True),
+    encoded(PHOTOGRAPH.convert('L')),
+    encoded(PHOTOGRAPH, 'MPO', save_all=True, append_images=[GREY]),
+    encoded(photograph(499, 371), subsampling=0),
+  ],
+)
+def test_both_libraries_decode_to_the_same_bits(content, n, opencv):
+  pixels = opencv.decode(content, n)
+  width, height = Image.open(io.BytesIO(content)).size
+  assert pixels.shape == (-(-height // n), -(-width // n), 3)
+  if n == 1:
+    np.testing.assert_array_equal(
+      pixels, Image.open(io.BytesIO(content)).convert('RGB')
+    )
+  np.testing.assert_array_equal(pixels, jpeg.PILLOW.decode(content, n))
+
+
+def crops(size, **more):
+  return np.stack(
+    [
+      photographs.training_image(
+        content, np.random.default_rng(seed), size=size, **more
+      )
+      for content in (CHINA, FLOWER)
+      for seed in range(6)
+    ]
+  )
+
+
+# docs/data.md states these differences, of 255.
+@pytest.mark.parametrize(('size', 'bound'), [(224, 0.6), (96, 0.4), (32, 1.2)])
+def test_crops_of_photographs_differ_little(monkeypatch, opencv, size, bound):
+  made = []
+  for each in (opencv, jpeg.PILLOW):
+    monkeypatch.setattr(jpeg, 'chosen', each)
+    made.append(crops(size))
+  assert bound / 4 < difference(*made) < bound
+
+
+def test_without_opencv_pillow_reads(monkeypatch):
+  monkeypatch.setattr(jpeg, 'chosen', jpeg.PILLOW)
+  code = f"""
+import hashlib, sys
+sys.modules['cv2'] = None
+import numpy as np
+from maskconnect_jax.data import jpeg, photographs
+image = photographs.training_image(
+  bytes.fromhex({CHINA.hex()!r}), np.random.default_rng(1), size=64)
+print(jpeg.chosen.name, hashlib.sha256(image.tobytes()).hexdigest())
+"""
+  done = subprocess.run(
+    [sys.executable, '-'],
+    input=code, capture_output=True, text=True, check=True,
+  )  # fmt: skip
+  expected = photographs.training_image(
+    CHINA, np.random.default_rng(1), size=64
+  )
+  digest = hashlib.sha256(expected.tobytes()).hexdigest()
+  assert done.stdout == f'pillow {digest}\n'
+  # An OpenCV that is too old is as good as none.
+  monkeypatch.setitem(sys.modules, 'cv2', types.ModuleType('cv2'))
+  assert jpeg._find_opencv() is None

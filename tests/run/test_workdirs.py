@@ -219,6 +219,35 @@ def test_the_same_images_elsewhere(data, config, tmp_path, monkeypatch):
     workdirs.check(config, workdir)
 
 
+@pytest.mark.parametrize(
+  ('before', 'now', 'warns'),
+  [
+    ('opencv', 'opencv', False),
+    ('opencv', 'pillow', True),
+    ('pillow', 'opencv', True),
+    (None, None, False),
+    ('unrecorded', 'pillow', True),  # OpenCV, as every run had then
+    ('unrecorded', 'opencv', False),
+    ('unrecorded', None, False),
+  ],
+)
+def test_another_library_that_resizes_crops_is_named(
+  before, now, warns, data, config, tmp_path, caplog
+):
+  workdir = run_of(config, data, tmp_path)
+  inputs = workdirs.checked_inputs(workdir, identity(data), None, before)
+  if before == 'unrecorded':
+    del inputs['resizer']
+  workdirs.write_inputs(inputs, workdir)
+  caplog.clear()
+  ours = workdirs.checked_inputs(workdir, identity(data), None, now)
+  assert ours['resizer'] == now
+  assert [record.getMessage().count('\n') for record in caplog.records] == (
+    [0] if warns else []
+  )
+  assert ('maskconnect_jax[opencv]' in caplog.text) == warns
+
+
 def more(root):
   put(root, 'train/ant/7.jpg')
 
