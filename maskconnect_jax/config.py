@@ -65,6 +65,7 @@ FIELDS: dict[str, Field] = {
   'connectivity.rule': Choice(spec.RULES),
   'connectivity.live': whole(0),
   'connectivity.learner': Choice(spec.LEARNERS),
+  'connectivity.start': Choice(spec.STARTS),
   'connectivity.topology': File(),
   'connectivity.shuffled': Switch(),
   'connectivity.level': Choice(spec.LEVELS),
@@ -146,6 +147,7 @@ ONLY_WITH = {
   'data.label_column': ('data.source', 'hf'),
   'connectivity.stem_source': ('connectivity.level', 'block'),
   'connectivity.scale': ('connectivity.level', 'block'),
+  'connectivity.start': ('connectivity.level', 'block'),
   'connectivity.adapter': ('connectivity.level', 'block'),
   'connectivity.branch_identity': ('connectivity.level', 'branch'),
   'connectivity.shuffled': ('connectivity.rule', 'fixed_given'),
@@ -224,6 +226,8 @@ def default() -> ml_collections.ConfigDict:
   config.connectivity.rule = wiring.rule
   config.connectivity.live = wiring.live  # 'fixed_random': so many live blocks
   config.connectivity.learner = wiring.learner  # how 'learned' learns
+  # What a narrowing wiring begins with; 'previous': as an ordinary network.
+  config.connectivity.start = wiring.start
   config.connectivity.topology = ''  # 'fixed_given': path of a topology.json
   config.connectivity.shuffled = False  # 'fixed_given': rows in random order
   config.connectivity.level = wiring.level  # or 'branch', for the ResNeXts
@@ -326,6 +330,7 @@ def wiring_spec(config: ml_collections.ConfigDict) -> spec.WiringSpec:
     rule=own.rule,
     live=own.live,
     learner=own.learner,
+    start=own.start,
     gradient=own.gradient,
     temperature=own.temperature,
     initial=own.initial,

@@ -9,6 +9,11 @@ sources. At N moments of the connectivity phase it loses some, until K are left:
 n_j is the number of sources that row j may take. The weights follow: between
 two moments they are trained under the wiring that is left.
 
+A trained network, such as a published one, knows the mean of all sources as
+little as any other. With start='previous' a block therefore begins with the one
+before, as in the ordinary network, and until the first moment the other sources
+fade in.
+
 Which source goes? Let b be the mask of the moment and b - e the mask without
 the edge e. The learner 'measured' keeps the sources with the largest
 
@@ -64,6 +69,20 @@ def kept(real_mask: jax.Array | np.ndarray, valid: Any) -> jax.Array:
   """
   still = jnp.asarray(valid) & (real_mask >= 1)
   return still.astype(jnp.asarray(real_mask).dtype)
+
+
+def fading_in(mask: jax.Array, chain: Any, weight: Any) -> jax.Array:
+  """Returns b while the sources besides the previous one fade in.
+
+  With weight w, a row of k sources reads (y_prev + w Σ y_i) / (1 + w (k - 1)):
+  the ordinary network for w = 0, and the mean of all for w = 1.
+
+  Args:
+    mask: b, [rows, sources], with the chain's ones.
+    chain: the previous source of each row, of b's shape.
+    weight: w, float32 [], in [0, 1].
+  """
+  return jnp.where(jnp.asarray(chain) > 0, mask, weight * mask)
 
 
 def left_after(valid: Any, fan_in: int, share: float) -> np.ndarray:

@@ -27,6 +27,7 @@ LEVELS = ('block', 'branch')
 # a time, those that a score finds the least useful.
 NARROWING = ('measured', 'fisher', 'random')
 LEARNERS = ('draws', 'as_published', *NARROWING)
+STARTS = ('all', 'previous')  # the sources that a narrowing wiring begins with
 GRADIENTS = ('all', 'drawn', 'centered', 'normalized')
 SCALES = ('mean', 'sum')  # of the K terms
 IDENTITIES = ('1/K', '1/C', '1')  # s, at the branch level
@@ -42,6 +43,7 @@ _CHOICES = {
   'level': LEVELS,
   'rule': RULES,
   'learner': LEARNERS,
+  'start': STARTS,
   'gradient': GRADIENTS,
   'scale': SCALES,
   'identity': IDENTITIES,
@@ -52,7 +54,7 @@ _BOUNDS = {
   'initial_spread': (0, math.inf),
 }
 # Fields that only one level has.
-_LEVEL_OF = {'scale': 'block', 'identity': 'branch'}
+_LEVEL_OF = {'start': 'block', 'scale': 'block', 'identity': 'branch'}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,9 @@ class WiringSpec:
       as the authors wrote it down, see `connectivity`; 'measured': blocks
       narrow to the sources without which the loss is larger, see `narrowing`;
       'random': they narrow at random, for comparison.
+    start: what a narrowing wiring begins with, at level 'block'. 'all': the
+      mean of all sources. 'previous': the block before alone, as an ordinary
+      network does; the other sources then fade in, see `narrowing.fading_in`.
     gradient: how dloss/db reaches the real mask; see `connectivity.proxy`. Like
       the next three it is for learner 'draws'.
     temperature: T of the last draws, in [1e-6, 1]; see `temperature_at`.
@@ -94,6 +99,7 @@ class WiringSpec:
   rule: str = 'learned'
   live: int = 0
   learner: str = 'measured'
+  start: str = 'all'
   gradient: str = 'normalized'
   temperature: float = 0.1
   initial: float = 0.5
@@ -111,6 +117,11 @@ class WiringSpec:
     for name, bounds in _BOUNDS.items():
       value = limits.number(name, getattr(self, name), *bounds)
       object.__setattr__(self, name, value)
+    if self.start != 'all' and self.learner not in NARROWING:
+      raise InputError(
+        f'start={self.start!r} is for the learners that narrow:'
+        f' {", ".join(NARROWING)}'
+      )
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       if field.name not in fields_of(self.level) and value != field.default:

@@ -108,7 +108,10 @@ class Wiring(nnx.Module):
     return connectivity.top_k(real_mask, self.valid, self.fan_in)
 
   def draw(
-    self, key: jax.Array, temperature: jax.Array | float | None = None
+    self,
+    key: jax.Array,
+    temperature: jax.Array | float | None = None,
+    newcomers: jax.Array | float = 1.0,
   ) -> jax.Array | None:
     """Returns the mask b of one step, or None if the wiring is frozen.
 
@@ -118,16 +121,20 @@ class Wiring(nnx.Module):
       key: a PRNG key, another one for each step.
       temperature: T of the draw, float32 []. None takes the spec's temperature,
         which is T of the last draws. `spec.temperature_at` gives T of any draw.
+      newcomers: the weight w of `narrowing.fading_in`, for start='previous'.
 
     Returns:
       b, of r's shape and dtype, with k_j ones in row j. While a wiring narrows,
-      nothing is drawn: b is `mask()`.
+      nothing is drawn: b is `mask()`, or fades in.
     """
     if self.topology is not None:
       return None
     spec, real_mask = self.spec, self.real_mask[...]
     if spec.learner in NARROWING:
-      return self.mask()
+      if spec.start == 'all':
+        return self.mask()
+      chain = connectivity.fixed_prev(self.valid)
+      return narrowing.fading_in(self.mask(), chain, newcomers)
     gradient = spec.gradient
     if temperature is None:
       temperature = spec.temperature

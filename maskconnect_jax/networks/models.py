@@ -175,10 +175,13 @@ class Network(nnx.Module):
     return self.stack.topology
 
   def draw(
-    self, key: jax.Array, temperature: jax.Array | float | None = None
+    self,
+    key: jax.Array,
+    temperature: jax.Array | float | None = None,
+    newcomers: jax.Array | float = 1.0,
   ) -> jax.Array | None:
     """Returns the mask of one training step; see `Wiring.draw`."""
-    return self.stack.draw(key, temperature)
+    return self.stack.draw(key, temperature, newcomers)
 
   def __call__(
     self,

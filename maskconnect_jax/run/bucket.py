@@ -213,7 +213,8 @@ class _Mirror:
     wanted = []
     for name in sorted(there):
       parts = name.split('/')
-      if {'', '..'} & {*parts}:  # objects may have any name
+      # Objects may have any name; one with a dot is another process's probe.
+      if '' in parts or any(part[0] == '.' for part in parts):
         continue
       if names:
         wanted += [name] if {*parts} & {*names} else []

@@ -157,6 +157,7 @@ def build(
     ),
     seed=config.seed,
     temperature=lambda step: spec.temperature_at(plan.share(step)),
+    newcomers=plan.newcomers,
     pad=config.data.pad if config.data.crop == 'pad' else 0,
     flip=config.data.flip,
     mean=mean,

@@ -14,6 +14,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import ml_collections
 from absl import logging
 
@@ -69,6 +70,16 @@ class Plan:
       A float, or floats of the shape of `step`; above 1 in fine-tuning.
     """
     return step / max(1, self.freeze)
+
+  def newcomers(self, step: Any) -> Any:
+    """Returns the weight w of `narrowing.fading_in` at `step`.
+
+    It rises from 0 to 1 at the first moment.
+
+    Args:
+      step: as of `share`.
+    """
+    return jnp.minimum(1.0, self.share(step) * self.moments)
 
   def freezes(self, step: int) -> bool:
     """Whether the topology is frozen just before `step`."""

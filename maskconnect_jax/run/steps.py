@@ -78,6 +78,7 @@ class Recipe:
     shard: whether each device keeps a part of the weights, see `shardings`.
     own_statistics: whether BatchNorm takes the statistics of the images on each
       device, not of the whole batch, in training steps.
+    newcomers: the weight w of `narrowing.fading_in`, by step.
   """
 
   network: Any
@@ -99,6 +100,7 @@ class Recipe:
   class_weights: tuple[float, ...] = ()
   shard: bool = False
   own_statistics: bool = False
+  newcomers: optax.Schedule = lambda step: 1.0
 
   def key(self, stream: int, step: jax.Array | int) -> jax.Array:
     """Returns the random key of one of `streams` at one step."""
@@ -267,7 +269,9 @@ def train_step(
       recipe.network, params['weights'], params['masks'], statistics
     )
     mask = model.draw(
-      recipe.key(streams.MASK, state.step), recipe.temperature(state.step)
+      recipe.key(streams.MASK, state.step),
+      recipe.temperature(state.step),
+      recipe.newcomers(state.step),
     )
     logits = model(inputs['images'], mask, train=True, keep=inputs['keep'])
     loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
@@ -567,7 +571,9 @@ def eval_step(
   model = nnx.merge(recipe.network, *recipe.whole(variables))
   mask = None
   if mask_key is not None:
-    mask = model.draw(mask_key, recipe.temperature(mask_step))
+    mask = model.draw(
+      mask_key, recipe.temperature(mask_step), recipe.newcomers(mask_step)
+    )
   with recipe.on_mesh():
     logits = model(augment.normalize(images, recipe.mean, recipe.std), mask)
   return scores(logits, labels, counted) | {

@@ -59,6 +59,33 @@ def test_a_mask_keeps_what_is_still_1():
   assert kept.dtype == real.dtype
 
 
+@pytest.mark.parametrize('weight', [0.0, 0.25, 1.0])
+def test_sources_fade_in_beside_the_previous_one(weight):
+  """Blocks that double their input, so that a row's sum is told from y_4."""
+
+  class Double(nnx.Module):
+    def __call__(self, x):
+      return 2 * x
+
+  stack = MaskedStack(
+    [Double() for _ in range(4)], fan_in=2, start='previous', rngs=nnx.Rngs(0)
+  )
+  mask = stack.draw(None, None, weight)
+  outputs = [1.0]
+  for block in range(4):
+    *others, previous = outputs
+    total = previous + weight * sum(others)
+    outputs.append(2 * total / (1 + weight * block))
+  x = np.ones((1, 1), np.float32)
+  assert float(stack(x, mask)[0, 0]) == pytest.approx(outputs[-1], rel=1e-6)
+  rule = {0.0: 'fixed_prev', 1.0: 'fixed_all'}.get(weight)
+  if rule:
+    fixed = MaskedStack(
+      [Double() for _ in range(4)], rule=rule, rngs=nnx.Rngs(0)
+    )
+    np.testing.assert_allclose(fixed(x), stack(x, mask), rtol=1e-6)
+
+
 def test_without_takes_one_edge_out_of_each_mask():
   mask = BRANCHES.astype(np.float32)
   left = np.full((2, 5), 5)

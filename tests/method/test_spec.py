@@ -34,6 +34,15 @@ from maskconnect_jax.networks import models
     ({'scale': 'max'}, "scale='max' is not one of mean, sum"),
     ({'identity': '1/L'}, "identity='1/L' is not one of 1/K, 1/C"),
     ({'identity': '1/C'}, "identity='1/C' is for level='branch' alone"),
+    ({'start': 'none'}, "start='none' is not one of all, previous"),
+    (
+      {'start': 'previous', 'learner': 'draws'},
+      "start='previous' is for the learners that narrow: measured, fisher",
+    ),
+    (
+      {'start': 'previous', 'level': 'branch'},
+      "start='previous' is for level='block' alone",
+    ),
     ({'level': 'branch', 'scale': 'sum'}, "scale='sum' is for level='block'"),
   ],
 )
@@ -74,6 +83,7 @@ def test_a_config_becomes_a_spec_field_by_field():
     'initial': 0.25,
     'initial_spread': 0.125,
     'scale': 'sum',
+    'start': 'previous',
   }
   for name, value in changed.items():
     config.connectivity[name] = value

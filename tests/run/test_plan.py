@@ -49,6 +49,13 @@ def test_the_temperature_is_that_of_the_runs_before(last):
   )
 
 
+def test_sources_fade_in_until_the_first_moment():
+  own = dataclasses.replace(PLAN, moments=3)
+  assert own.moment(4) == 1
+  found = [float(own.newcomers(step)) for step in range(7)]
+  np.testing.assert_allclose(found, [0, 0.25, 0.5, 0.75, 1, 1, 1], rtol=1e-6)
+
+
 def test_in_words():
   assert PLAN.in_words(64) == (
     '4 epochs, 24 steps of 64 images, 6 per epoch; masks move for the first 12,'
