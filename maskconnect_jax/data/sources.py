@@ -13,8 +13,8 @@ import os
 import pathlib
 import unicodedata
 import zlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import ml_collections
 import numpy as np
@@ -31,32 +31,43 @@ from maskconnect_jax.data import (
 from maskconnect_jax.data.photographs import Record
 from maskconnect_jax.errors import InputError
 
+# A class index; of a multi-label set bool [classes], whether an image has each.
+Label: TypeAlias = int | np.ndarray
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
   """A data source: training records, followed by test records.
 
   Attributes:
-    read: returns record i and its class index; may be called from several
-      threads.
+    read: returns record i and its label; may be called from several threads.
     num_train: how many records are for training.
     num_test: how many records are for testing.
     classes: name of each class.
     channels: 1 (grey) or 3 (RGB).
     name: the data set's name in a message: the field that chose it.
     digest: see `fingerprint.Identity`.
+    multi_label: whether a record has any number of the classes, not one.
   """
 
-  read: Callable[[int], tuple[Record, int]]
+  read: Callable[[int], tuple[Record, Label]]
   num_train: int
   num_test: int
   classes: tuple[str, ...]
   channels: int
   name: str
   digest: Callable[[], str] = str
+  multi_label: bool = False
 
   def __len__(self) -> int:
     return self.num_train + self.num_test
+
+  @property
+  def blank_label(self) -> np.ndarray:
+    """A label of zeros, int32 [] or bool [classes]: the form of all labels."""
+    if self.multi_label:
+      return np.zeros(len(self.classes), bool)
+    return np.zeros((), np.int32)
 
   @property
   def identity(self) -> fingerprint.Identity:
@@ -91,10 +102,11 @@ def stratified(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Splits indices in two parts with equal shares of each class.
 
-  The split is the same every time.
+  The split is the same every time. Images of several labels are drawn without
+  regard to them.
 
   Args:
-    labels: int [N], class indices.
+    labels: int [N], class indices; or bool [N, classes].
     held_out: how many indices the second part has.
 
   Returns:
@@ -106,7 +118,10 @@ def stratified(
   import sklearn.model_selection
 
   rest, held = sklearn.model_selection.train_test_split(
-    np.arange(len(labels)), test_size=held_out, random_state=0, stratify=labels
+    np.arange(len(labels)),
+    test_size=held_out,
+    random_state=0,
+    stratify=labels if labels.ndim == 1 else None,
   )
   return np.sort(rest), np.sort(held)
 
@@ -268,10 +283,68 @@ def _table(data: ml_collections.ConfigDict) -> Source:
       f'config.data.dir={data.dir!r} is no file; config.data.source='
       "'table' needs FILE.csv or FILE.jsonl of path, label and split"
     )
+  if data.multi_label:
+    return _of_several_labels(data, path)
   train, test = tables.read(path)
   if not test:
     train, test = _split(train, data.test_fraction, data.dir)
   return _of_files(data, train, test, (path.parent, path.parent))
+
+
+def _of_several_labels(
+  data: ml_collections.ConfigDict, path: pathlib.Path
+) -> Source:
+  """Returns the images of a table with several labels each, read as RGB."""
+  train, test, classes = tables.read_several(path)
+  if not test:
+    sides: tuple[list[tables.Labelled], list[tables.Labelled]] = ([], [])
+    for names_of_it, image in train:
+      text = str(image).removeprefix(str(path.parent)).replace(os.sep, '/')
+      is_test = _place(text) < data.test_fraction
+      sides[is_test].append((names_of_it, image))
+    train, test = sides
+    if not (train and test):
+      raise InputError(
+        f'config.data.dir={data.dir!r} has no split, and'
+        f' config.data.test_fraction={data.test_fraction:g} leaves no'
+        f' {"training" if test else "test"} images; give it a column split'
+      )
+    _tell_of_split(
+      data.dir, data.test_fraction, len(test), len(train) + len(test)
+    )
+  rows = [*train, *test]
+  place = {name: number for number, name in enumerate(classes)}
+  labels = np.zeros((len(rows), len(classes)), bool)
+  for row, (names_of_it, _) in zip(labels, rows, strict=True):
+    row[[place[name] for name in names_of_it]] = True
+  check_several(_name_of(data), classes, *np.split(labels, [len(train)]))
+  return _of_paths(
+    data, [str(image) for _, image in rows], labels, len(train), classes,
+    (path.parent, path.parent),
+  )  # fmt: skip
+
+
+def check_several(
+  name: str, classes: Sequence[str], train: np.ndarray, test: np.ndarray
+) -> None:
+  """Raises InputError for labels that nothing can be learned or measured of.
+
+  Args:
+    name: the data set's name in the message.
+    classes: name of each label.
+    train: bool [N, classes], the labels of the training images.
+    test: bool [M, classes], those of the test images.
+  """
+  for what, labels in (('training', train), ('test', test)):
+    if not labels.any():
+      raise InputError(f'{name}: no {what} image has a label')
+  odd = np.flatnonzero(test.any(0) & ~train.any(0)).tolist()
+  if odd:
+    raise InputError(
+      f'{name}: there are test images of'
+      f' {names.some(names.distinct(classes[i]) for i in odd)}, but no'
+      ' training images'
+    )
 
 
 def _of_files(
@@ -289,26 +362,60 @@ def _of_files(
     folders: of the training and of the test images, which may be moved.
   """
   found = [*train.values(), *test.values()]
-  paths = [str(path) for files in found for path in files]
   labels = np.repeat(
     np.tile(np.arange(len(train)), 2), [len(files) for files in found]
   )
-  num_train = sum(map(len, train.values()))
+  return _of_paths(
+    data,
+    [str(path) for files in found for path in files],
+    labels,
+    sum(map(len, train.values())),
+    tuple(train),
+    folders,
+  )
+
+
+def _of_paths(
+  data: ml_collections.ConfigDict,
+  paths: Sequence[str],
+  labels: np.ndarray,
+  num_train: int,
+  classes: tuple[str, ...],
+  folders: tuple[pathlib.Path, pathlib.Path],
+) -> Source:
+  """Returns a data source of image files, read as RGB.
+
+  Args:
+    data: `config.data`.
+    paths: of N images, those for training first.
+    labels: int [N], or bool [N, classes].
+    num_train: how many of them are for training.
+    classes: name of each class.
+    folders: see `_of_files`.
+  """
   bases = [str(folder) for folder in folders]
+  several = labels.ndim == 2
 
   def named(i: int) -> tuple[str, str]:
     part = int(i >= num_train)
     below = paths[i].removeprefix(bases[part]).replace(os.sep, '/')
     return ('train', 'test')[part] + below, paths[i]
 
+  def digest() -> str:
+    files = fingerprint.of_files(map(named, range(len(paths))))
+    if not several:  # the order of the files tells their classes
+      return files
+    return fingerprint.of_parts([files.encode(), labels.tobytes()])
+
   return Source(
-    lambda i: (paths[i], int(labels[i])),
+    lambda i: (paths[i], labels[i] if several else int(labels[i])),
     num_train=num_train,
     num_test=len(paths) - num_train,
-    classes=tuple(train),
+    classes=classes,
     channels=3,
     name=_name_of(data),
-    digest=lambda: fingerprint.of_files(map(named, range(len(paths)))),
+    digest=digest,
+    multi_label=several,
   )
 
 
@@ -329,10 +436,7 @@ def _split(
   for name, paths in files.items():
     sides: tuple[list[pathlib.Path], list[pathlib.Path]] = ([], [])
     for path in paths:
-      text = unicodedata.normalize('NFC', f'{name}/{path.name}')
-      digest = hashlib.sha256(text.encode('utf-8', 'surrogateescape')).digest()
-      value = int.from_bytes(digest[:8], 'big') / 2**64
-      sides[value < fraction].append(path)
+      sides[_place(f'{name}/{path.name}') < fraction].append(path)
     if not all(sides):
       raise InputError(
         f'config.data.dir={folder!r} has no test images, and'
@@ -342,15 +446,28 @@ def _split(
         ' make train/<class>/ and test/<class>/'
       )
     train[name], test[name] = sides
+  _tell_of_split(
+    folder, fraction, *(sum(map(len, s.values())) for s in (test, files))
+  )
+  return train, test
+
+
+def _place(text: str) -> float:
+  """Returns a number in [0, 1] that a name has, always the same one."""
+  text = unicodedata.normalize('NFC', text)
+  digest = hashlib.sha256(text.encode('utf-8', 'surrogateescape')).digest()
+  return int.from_bytes(digest[:8], 'big') / 2**64
+
+
+def _tell_of_split(folder: str, fraction: float, tests: int, all_: int) -> None:
   logging.warning(
     '%s has no test images: %d of its %d images are for testing, chosen by'
     ' their names (config.data.test_fraction=%g)',
     folder,
-    sum(map(len, test.values())),
-    sum(map(len, files.values())),
+    tests,
+    all_,
     fraction,
   )
-  return train, test
 
 
 def _tfds_builder(

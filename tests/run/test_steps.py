@@ -14,7 +14,13 @@ from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import wiring
 from maskconnect_jax.method.topology import Topology
 from maskconnect_jax.networks import layers, models
-from maskconnect_jax.run import augment, experiment, optimizer, steps
+from maskconnect_jax.run import (
+  augment,
+  experiment,
+  objective,
+  optimizer,
+  steps,
+)
 
 RNG = np.random.default_rng(0)
 COUNT, BATCH, CLASSES, SEED = 22, 8, 3, 7
@@ -358,7 +364,7 @@ def test_scores_are_numpys():
   best = np.argsort(-logits, -1)
   among = best == labels[:, None]
   losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(40), labels]
-  found = steps.scores(logits, labels, counted)
+  found = objective.scores(logits, labels, counted, multi_label=False)
   assert found['correct'] == among[counted, 0].sum()
   assert found['correct_of_5'] == among[counted, :5].sum()
   assert found['count'] == counted.sum()
