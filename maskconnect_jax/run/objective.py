@@ -80,18 +80,18 @@ def scores(
     5 classes have a larger logit.
   """
   found = losses(logits, labels, multi_label=multi_label)
-  sums = {
+  sums = {}
+  if not multi_label:  # the scores of several labels are no sums
+    own = jnp.take_along_axis(logits, labels[:, None], -1)
+    larger = jnp.sum(~(logits <= own), -1)  # a NaN counts as larger
+    right = predicted(logits, multi_label=False) == labels
+    sums = {
+      'correct': jnp.sum(right & counted, dtype=jnp.int32),
+      'correct_of_5': jnp.sum((larger < 5) & counted, dtype=jnp.int32),
+    }
+  return sums | {
     'loss': jnp.sum(jnp.where(counted, found, 0.0)),
     'count': jnp.sum(counted, dtype=jnp.int32),
-  }
-  if multi_label:  # what else there is to know depends on all examples
-    return sums
-  own = jnp.take_along_axis(logits, labels[:, None], -1)
-  larger = jnp.sum(~(logits <= own), -1)  # a NaN counts as larger
-  right = predicted(logits, multi_label=False) == labels
-  return sums | {
-    'correct': jnp.sum(right & counted, dtype=jnp.int32),
-    'correct_of_5': jnp.sum((larger < 5) & counted, dtype=jnp.int32),
   }
 
 
@@ -117,8 +117,7 @@ def outcomes(
   """
   if multi_label:
     pairs = jnp.stack([labels.astype(logits.dtype), logits], 1)
-  else:
-    taken = predicted(logits, multi_label=False).astype(jnp.int32)
-    pairs = jnp.stack([labels, taken], -1)
-  shape = (-1,) + (1,) * (pairs.ndim - 1)
-  return jnp.where(counted.reshape(shape), pairs, -1)
+    return jnp.where(counted[:, None, None], pairs, -1)
+  taken = predicted(logits, multi_label=False).astype(jnp.int32)
+  pairs = jnp.stack([labels, taken], -1)
+  return jnp.where(counted[:, None], pairs, -1)

@@ -580,9 +580,9 @@ def eval_step(
   with recipe.on_mesh():
     logits = model(augment.normalize(images, recipe.mean, recipe.std), mask)
   several = recipe.multi_label
-  found = objective.outcomes(logits, labels, counted, multi_label=several)
   return objective.scores(logits, labels, counted, multi_label=several) | {
     'outcomes': jax.lax.with_sharding_constraint(
-      found, distributed.replicated(recipe.batch_sharding.mesh)
+      objective.outcomes(logits, labels, counted, multi_label=several),
+      distributed.replicated(recipe.batch_sharding.mesh),
     )
   }
