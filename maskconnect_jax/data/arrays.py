@@ -113,9 +113,9 @@ def _several(
       or not np.isin(own, (0, 1)).all()
     ):
       raise InputError(
-        f'{name} are {own.dtype} {list(own.shape)}, but there are {images}'
-        ' images; with config.data.multi_label=True give bool, or whole numbers'
-        ' 0 and 1, [N, classes], with as many classes in test_labels'
+        f'{name} are {own.dtype} {list(own.shape)}, of {images} images; with'
+        ' config.data.multi_label=True give bool, or whole numbers 0 and 1,'
+        ' [N, classes], with as many classes in test_labels'
       )
   both = [own.astype(bool) for own in (labels, test_labels)]
   classes = [str(number) for number in range(count)]

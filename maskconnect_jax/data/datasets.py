@@ -455,4 +455,9 @@ def _evenly(
       f' {len(np.unique(labels))} classes of {len(labels)} training images'
       f' ({str(error).split(". ")[0]}); use another number'
     ) from error
+  if labels.ndim == 2 and not labels[drawn].any():
+    raise InputError(
+      f'config.data.{field}={count} draws images without any label; use another'
+      ' number'
+    )
   return split.part(rest), split.part(drawn)

@@ -23,9 +23,9 @@ form.addEventListener('submit', async (event) => {
     const found = await answer.json();
     if (found.error) say(found.error);
     for (const one of found.predictions ?? []) {
-      const best = one.labels ?? [one.class];
-      const listed = best.map(
-        (name) => `${name}, ${one.probabilities[name].toFixed(3)}`);
+      const best = one.labels?.map((name) => [name, one.probabilities[name]])
+        ?? [[one.class, one.probability]];
+      const listed = best.map(([name, p]) => `${name}, ${p.toFixed(3)}`);
       say(`${one.image}: ${listed.join('; ') || 'no label'}`);
     }
   } catch (error) { say(String(error)); }

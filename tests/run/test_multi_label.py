@@ -304,7 +304,9 @@ def recipe(table, **fields):
 
 def test_a_model_is_measured_on_data_of_its_own_kind(model, tmp_path):
   table = write_set(tmp_path, 4, 8)
-  found = evaluation.of_model(model, recipe(table))
+  made = recipe(table, eval_batch_size=5)
+  found = evaluation.of_model(model, made)
+  assert found.count == 8
   labels = np.array(
     [
       [name in row['label'].split(';') for name in CLASSES]
@@ -321,7 +323,7 @@ def test_a_model_is_measured_on_data_of_its_own_kind(model, tmp_path):
   # The model's classes are in another order than those of the table.
   other = inference.Classifier.__new__(inference.Classifier)
   other.__dict__ |= vars(model) | {'classes': CLASSES[::-1]}
-  turned = evaluation.of_model(other, recipe(table)).average_precisions
+  turned = evaluation.of_model(other, made).average_precisions
   expected = [average_precision(labels[:, 1 - c], logits[:, c]) for c in (0, 1)]
   np.testing.assert_allclose(turned, expected, rtol=1e-6)
   with pytest.raises(config.InputError, match='gives an image several labels'):
@@ -361,7 +363,7 @@ def files_of(workdir):
 
 @pytest.mark.slow
 def test_a_run_learns_both_labels(tmp_path, cli, monkeypatch):
-  table = write_set(tmp_path, 192, 64)
+  table = write_set(tmp_path, 192, 60)
   monkeypatch.setitem(
     models.REGISTRY,
     'tiny',
@@ -429,7 +431,7 @@ def test_a_run_learns_both_labels(tmp_path, cli, monkeypatch):
   assert '| validation | test mAP | best |' in table_of_runs
   assert f'{summary["test_map_pruned"]:.2%}'.replace('%', ' %') in table_of_runs
   card = (workdir / 'model/README.md').read_text()
-  assert f'| test mAP | {summary["test_map_pruned"]:.2%} on 64 images |' in card
+  assert f'| test mAP | {summary["test_map_pruned"]:.2%} on 60 images |' in card
 
   # Cut after the 20th and the 70th step: in either phase.
   cut = tmp_path / 'cut'

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import wiring
 from maskconnect_jax.method.topology import Topology
-from maskconnect_jax.networks import layers, models
+from maskconnect_jax.networks import layers, models, streams
 from maskconnect_jax.run import (
   augment,
   experiment,
@@ -352,6 +352,33 @@ def test_averages_are_those_of_the_weights_and_statistics(path):
     expected,
   )
   assert_equal_trees(state.average['weights'], weights)
+
+
+@pytest.mark.slow
+def test_several_labels_are_trained_by_the_cross_entropy_of_each():
+  """Smoothed by halves and mixed, in NumPy."""
+  recipe, state = made(tiny(rule='fixed_prev'), multi_label=True, mixup=0.4)
+  indices = batch_of(0)
+  labels = np.stack([LABELS == 0, LABELS != 1, LABELS < 2], -1)[indices]
+  _, found = train_step(recipe, state, IMAGES[indices], labels)
+  u = float(jax.random.beta(recipe.key(streams.MIXUP, 0), 0.4, 0.4))
+  m = max(u, 1 - u)
+
+  def mixed(x):
+    return m * x + (1 - m) * np.roll(x, 1, axis=0)
+
+  @jax.jit
+  def run(inputs):
+    model = nnx.merge(recipe.network, *state.variables(), copy=True)
+    return model(inputs, train=True)
+
+  logits = np.asarray(run(mixed(normalized(indices))), np.float64)
+  targets = mixed(labels * (1 - SMOOTHING) + SMOOTHING / 2)
+  p = 1 / (1 + np.exp(-logits))
+  losses = -(targets * np.log(p) + (1 - targets) * np.log(1 - p))
+  assert float(found['loss']) == pytest.approx(losses.mean(), rel=1e-4)
+  right = (logits > 0) == labels
+  assert float(found['accuracy']) == pytest.approx(right.mean())
 
 
 # Evaluation.
