@@ -15,6 +15,7 @@ from PIL import Image
 
 import maskconnect_jax
 from maskconnect_jax import config
+from maskconnect_jax.data import sources
 from maskconnect_jax.method import wiring
 from maskconnect_jax.networks import models
 from maskconnect_jax.run import (
@@ -328,6 +329,16 @@ def test_a_model_is_measured_on_data_of_its_own_kind(model, tmp_path):
   np.testing.assert_allclose(turned, expected, rtol=1e-6)
   with pytest.raises(config.InputError, match='gives an image several labels'):
     evaluation.of_model(model, recipe(table, **{'data.multi_label': False}))
+
+
+def test_labels_are_matched_by_name():
+  theirs = sources.Source(
+    lambda i: ('a.png', np.eye(3, dtype=bool)[i]), num_train=2, num_test=1,
+    classes=('b', 'c', 'a'), channels=3, name='', multi_label=True,
+  )  # fmt: skip
+  ours = evaluation._in_order(theirs, ('a', 'b', 'c'))
+  found = [ours.classes[ours.read(i)[1].argmax()] for i in range(3)]
+  assert found == ['b', 'c', 'a']
 
 
 @pytest.mark.parametrize(
