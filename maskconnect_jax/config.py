@@ -108,6 +108,7 @@ FIELDS: dict[str, Field] = {
   ),
   'data.name': Text(),
   'data.dir': File(),
+  'data.multi_label': Switch(),
   'data.image_size': whole(0, limits.MAX_SIDE),
   'data.eval_resize': whole(0, limits.MAX_SIDE),
   'data.val_labels': File(),
@@ -160,6 +161,7 @@ ONLY_WITH = {
   'masks.momentum': ('connectivity.learner', 'draws'),
   'optimizer.nesterov': ('optimizer.name', 'sgd'),
   'data.randaugment': ('data.crop', 'resized'),
+  'data.class_weights': ('data.multi_label', False),
 }
 
 # Fields of version 0.1.0 that were removed, and their defaults. A config with
@@ -287,6 +289,8 @@ def _default_data() -> ml_collections.ConfigDict:
   data.source = 'digits'
   data.name = ''  # the TFDS name, with source 'tfds'
   data.dir = ''  # folder of the files ('tfds': its data_dir); 'table': the file
+  # Images may have several labels each, or none; of a table or of arrays.
+  data.multi_label = False
   data.image_size = 0  # pixels of height and width; 0: as stored
   data.eval_resize = 0  # shorter side before the crop; 0: squashed, no crop
   data.val_labels = ''  # 'folder': list of the classes of a flat test/ or val/
@@ -404,6 +408,12 @@ def check_values(given: dict[str, Any]) -> None:
 
 def _check_data(data: ml_collections.ConfigDict) -> None:
   """Raises InputError for fields of `config.data` that contradict others."""
+  if data.multi_label and data.source not in ('table', 'arrays'):
+    raise InputError(
+      'config.data.multi_label=True needs several labels an image, which'
+      " config.data.source='table' and 'arrays' can give and"
+      f' {data.source!r} cannot'
+    )
   smaller, larger = data.crop_scale
   if smaller > larger:
     raise InputError(

@@ -151,7 +151,7 @@ def run_evaluate() -> None:
     'num_test_examples': scores.count,
   }
   if JSON.value:
-    record |= evaluation.by_class(scores, model.classes)
+    record |= scores.by_class(model.classes)
   print(json.dumps(files.finite(record), allow_nan=False))
 
 
@@ -176,6 +176,7 @@ def _config(workdir: Path | str | None) -> ml_collections.ConfigDict:
 def run_predict() -> None:
   """Prints path, class and probability of each image, one line each.
 
+  Of a multi-label model the line has each label above 0.5 and its probability.
   An image that cannot be read is named on stderr, does not stop the others, and
   makes the status 2. The files of a folder that are no images are also named on
   stderr.
@@ -191,7 +192,6 @@ def run_predict() -> None:
     if note := folder.note():
       print(f'note: {note}', file=sys.stderr)
   paths = [path for folder in found for path in folder.files]
-  classes = [names.encodable(name) for name in model.classes]
   unread = []
 
   def prepared() -> Iterator[tuple[Path, np.ndarray]]:
@@ -203,18 +203,13 @@ def run_predict() -> None:
         unread.append(path)
 
   for path, row in model.rows(prepared()):
-    best = int(row.argmax())
     if JSON.value:
-      record = {
-        'image': names.encodable(path),
-        'class': classes[best],
-        'probability': float(row[best]),
-        'probabilities': dict(zip(classes, row.tolist(), strict=True)),
-      }
+      record = {'image': names.encodable(path)} | model.answer(row)
       line = json.dumps(files.finite(record), allow_nan=False)
     else:
-      label = names.one_line(classes[best])
-      line = f'{names.one_line(path)}\t{label}\t{row[best]:.4f}'
+      line = names.one_line(path)
+      for label, probability in model.best(row):
+        line += f'\t{names.one_line(label)}\t{probability:.4f}'
     print(line, flush=True)  # so that no signal loses a line
   if unread:
     sys.exit(2)

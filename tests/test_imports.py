@@ -67,7 +67,7 @@ ARROWS: dict[str, set[str]] = {
   'run.checkpoint': {'files', 'run.storage', 'run.stored'},
   # What serves a model has neither the loop nor the data sets.
   'run.inference': {
-    'config', 'drawing', 'files', 'limits', 'data.image_headers',
+    'config', 'drawing', 'files', 'limits', 'names', 'data.image_headers',
     'data.image_inputs', 'data.images', 'method', 'networks', 'run.augment',
     'run.bucket', 'run.checkpoint', 'run.cores', 'run.distributed',
     'run.model_record', 'run.snapshot', 'run.weights',
@@ -77,7 +77,9 @@ ARROWS: dict[str, set[str]] = {
     'run.stored',
   },
   'run.weights': {'limits'},
-  'run.card': {'names'},
+  'run.card': {'names', 'run.scores'},
+  'run.objective': set(),
+  'run.scores': {'names'},
   'run.export': {'backend', 'files', 'run.augment', 'run.inference'},
 }  # fmt: skip
 # Package -> the files that may import it: one of the checkpoints', the others

@@ -19,7 +19,13 @@ import tqdm
 from absl import logging
 
 from maskconnect_jax import names
-from maskconnect_jax.data import fingerprint, in_memory, photographs, sources
+from maskconnect_jax.data import (
+  fingerprint,
+  in_memory,
+  photographs,
+  sources,
+  splits,
+)
 from maskconnect_jax.data import images as images_lib
 from maskconnect_jax.data.sources import Source
 from maskconnect_jax.errors import InputError
@@ -35,7 +41,7 @@ class Split:
 
   Attributes:
     images: uint8 [N, H, W, C], 0..255.
-    labels: int32 [N], class indices.
+    labels: int32 [N], class indices; of a multi-label set bool [N, classes].
   """
 
   images: np.ndarray
@@ -45,8 +51,13 @@ class Split:
     return len(self.labels)
 
   def read_labels(self) -> np.ndarray:
-    """Returns the class indices, int32 [N]; they are in memory already."""
+    """Returns the labels; they are in memory already."""
     return self.labels
+
+  @property
+  def blank_label(self) -> np.ndarray:
+    """See `Source.blank_label`."""
+    return np.zeros_like(self.labels[0])
 
   def part(self, chosen: np.ndarray) -> Split:
     """Returns copies of the images and labels that `chosen`, int [M], names."""
@@ -81,11 +92,18 @@ class LazySplit:
     return len(self.chosen)
 
   def read_labels(self) -> np.ndarray:
-    """Returns the class indices, int32 [N]; reads every record to get them."""
+    """Returns the labels, as `Split` has them; reads every record for them."""
     numbers = tqdm.tqdm(
       self.chosen, 'reading labels', delay=2, leave=False, disable=None
     )
-    return np.array([self.source.read(int(i))[1] for i in numbers], np.int32)
+    return np.array(
+      [self.source.read(int(i))[1] for i in numbers], self.blank_label.dtype
+    )
+
+  @property
+  def blank_label(self) -> np.ndarray:
+    """See `Source.blank_label`."""
+    return self.source.blank_label
 
   def part(self, chosen: np.ndarray) -> LazySplit:
     """Returns the records whose places in this one `chosen`, int [M], names."""
@@ -130,7 +148,7 @@ class LazySplit:
 
   def training_example(
     self, i: int, rng: np.random.Generator
-  ) -> tuple[np.ndarray, np.int32, np.int64]:
+  ) -> tuple[np.ndarray, np.ndarray, np.int64]:
     """Reads and augments the i-th record.
 
     Args:
@@ -155,12 +173,12 @@ class LazySplit:
         self._complain(error)
         damaged = number
       else:
-        return image, np.int32(label), np.int64(damaged)
+        return image, self._label(label), np.int64(damaged)
     raise InputError(
       f'{self.source.name}: {_TRIES} damaged images in a row; get the set again'
     )
 
-  def evaluation_example(self, i: int) -> tuple[np.ndarray, np.int32, bool]:
+  def evaluation_example(self, i: int) -> tuple[np.ndarray, np.ndarray, bool]:
     """Reads the i-th record, counted in `chosen` from 0.
 
     Returns:
@@ -172,16 +190,20 @@ class LazySplit:
     """
     record, label = self.source.read(int(self.chosen[i]))
     try:
-      return self.decode(record), np.int32(label), True
+      return self.decode(record), self._label(label), True
     except InputError as error:
       self._complain(error)
-      return np.zeros(self.image_shape, np.uint8), np.int32(label), False
+      blank = np.zeros(self.image_shape, np.uint8)
+      return blank, self._label(label), False
 
   @functools.cached_property
   def image_shape(self) -> tuple[int, ...]:
     """(height, width, channels) of every image, height and width in pixels."""
     square = np.zeros((8, 8, self.source.channels), np.uint8)
     return self.decode(square).shape
+
+  def _label(self, label: sources.Label) -> np.ndarray:
+    return np.asarray(label, self.blank_label.dtype)
 
   def _complain(self, error: InputError) -> None:
     if not self.skip_errors:
@@ -200,7 +222,7 @@ class Dataset:
     validation: images held out of the training images to choose settings on;
       None: none are held out.
     test: the images that the result is measured on.
-    classes: name of each label.
+    classes: name of each class.
     skipped: how many files were left out because they do not decode.
     identity: tells the set from another. It covers all records of the data
       source, also the records that are neither trained nor tested on here.
@@ -304,7 +326,7 @@ def _lazy(source: Source, data: ml_collections.ConfigDict) -> Dataset:
       f'{source.name} is decoded as it is needed, and so needs one size for'
       ' all images; set config.data.image_size, such as 224'
     )
-  if len(source.classes) < 2:
+  if len(source.classes) < 2 and not source.multi_label:
     raise InputError(
       f'{source.name} has images of one class only; at least 2 are needed'
     )
@@ -348,8 +370,8 @@ def _lazy(source: Source, data: ml_collections.ConfigDict) -> Dataset:
 
 def _in_memory(source: Source, data: ml_collections.ConfigDict) -> Dataset:
   """Decodes every record once, and returns the data set as `Split`s."""
-  labels = np.full(len(source), -1, np.int32)
-  side = data.image_size
+  blank, side = source.blank_label, data.image_size
+  labels = np.zeros((len(source), *blank.shape), blank.dtype)
 
   def read(i: int) -> np.ndarray:
     record, labels[i] = source.read(i)
@@ -388,7 +410,8 @@ def _in_memory(source: Source, data: ml_collections.ConfigDict) -> Dataset:
     classes=source.classes,
     skipped=len(errors),
   )
-  _check_labels(dataset, source.name)
+  if not source.multi_label:
+    _check_labels(dataset, source.name)
   return dataset
 
 
@@ -431,11 +454,16 @@ def _evenly(
       f' than the {len(labels)} training images'
     )
   try:
-    rest, drawn = sources.stratified(labels, count)
+    rest, drawn = splits.stratified(labels, count)
   except ValueError as error:
     raise InputError(
       f'config.data.{field}={count} cannot be drawn evenly from the'
       f' {len(np.unique(labels))} classes of {len(labels)} training images'
       f' ({str(error).split(". ")[0]}); use another number'
     ) from error
+  if labels.ndim == 2 and not labels[drawn].any():
+    raise InputError(
+      f'config.data.{field}={count} draws images without any label; use another'
+      ' number'
+    )
   return split.part(rest), split.part(drawn)

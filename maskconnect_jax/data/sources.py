@@ -7,18 +7,13 @@ decoded here.
 from __future__ import annotations
 
 import dataclasses
-import gzip
-import hashlib
 import os
 import pathlib
-import unicodedata
-import zlib
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import ml_collections
 import numpy as np
-from absl import logging
 
 from maskconnect_jax import names
 from maskconnect_jax.config import given_path
@@ -26,13 +21,15 @@ from maskconnect_jax.data import (
   class_folders,
   fingerprint,
   hugging_face,
-  image_headers,
+  idx,
+  splits,
   tables,
 )
 from maskconnect_jax.data.photographs import Record
 from maskconnect_jax.errors import InputError
 
-_T = TypeVar('_T')
+# A class index; of a multi-label set bool [classes], whether an image has each.
+Label: TypeAlias = int | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,26 +37,34 @@ class Source:
   """A data source: training records, followed by test records.
 
   Attributes:
-    read: returns record i and its class index; may be called from several
-      threads.
+    read: returns record i and its label; may be called from several threads.
     num_train: how many records are for training.
     num_test: how many records are for testing.
     classes: name of each class.
     channels: 1 (grey) or 3 (RGB).
     name: the data set's name in a message: the field that chose it.
     digest: see `fingerprint.Identity`.
+    multi_label: whether a record has any number of the classes, not one.
   """
 
-  read: Callable[[int], tuple[Record, int]]
+  read: Callable[[int], tuple[Record, Label]]
   num_train: int
   num_test: int
   classes: tuple[str, ...]
   channels: int
   name: str
   digest: Callable[[], str] = str
+  multi_label: bool = False
 
   def __len__(self) -> int:
     return self.num_train + self.num_test
+
+  @property
+  def blank_label(self) -> np.ndarray:
+    """A label of zeros, int32 [] or bool [classes]: the form of all labels."""
+    if self.multi_label:
+      return np.zeros(len(self.classes), bool)
+    return np.zeros((), np.int32)
 
   @property
   def identity(self) -> fingerprint.Identity:
@@ -89,38 +94,13 @@ def open_source(data: ml_collections.ConfigDict) -> Source:
   return _SOURCES[data.source](data)
 
 
-def stratified(
-  labels: np.ndarray, held_out: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """Splits indices in two parts with equal shares of each class.
-
-  The split is the same every time.
-
-  Args:
-    labels: int [N], class indices.
-    held_out: how many indices the second part has.
-
-  Returns:
-    Two sorted int arrays: the rest, and the indices held out.
-
-  Raises:
-    ValueError: the classes are too few or too small for this split.
-  """
-  import sklearn.model_selection
-
-  rest, held = sklearn.model_selection.train_test_split(
-    np.arange(len(labels)), test_size=held_out, random_state=0, stratify=labels
-  )
-  return np.sort(rest), np.sort(held)
-
-
 def _digits(data: ml_collections.ConfigDict) -> Source:
   """Returns scikit-learn's 1,797 digits [8, 8, 1], split 1,437 / 360."""
   import sklearn.datasets
 
   bunch = sklearn.datasets.load_digits()
   pixels = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
-  train, test = stratified(bunch.target, 360)
+  train, test = splits.stratified(bunch.target, 360)
   order = np.concatenate([train, test])
   return Source(
     lambda i: (pixels[order[i]], int(bunch.target[order[i]])),
@@ -138,10 +118,10 @@ def _idx(data: ml_collections.ConfigDict) -> Source:
   folder = _folder_of(data, 'train-images-idx3-ubyte[.gz] and the other three')
   pixels, labels = [], []
   for part in ('train', 't10k'):
-    images_file = _idx_path(folder, f'{part}-images', 3)
-    labels_file = _idx_path(folder, f'{part}-labels', 1)
-    pixels.append(_read_idx(images_file, 3))
-    labels.append(_read_idx(labels_file, 1))
+    images_file = idx.path_of(folder, f'{part}-images', 3)
+    labels_file = idx.path_of(folder, f'{part}-labels', 1)
+    pixels.append(idx.read(images_file, 3))
+    labels.append(idx.read(labels_file, 1))
     if len(pixels[-1]) != len(labels[-1]):
       raise InputError(
         f'{images_file} holds {len(pixels[-1])} images but {labels_file}'
@@ -162,55 +142,6 @@ def _idx(data: ml_collections.ConfigDict) -> Source:
     channels=1,
     name=_name_of(data),
     digest=fingerprint.of_arrays([*pixels, *labels]),
-  )
-
-
-def _idx_path(folder: pathlib.Path, stem: str, rank: int) -> pathlib.Path:
-  for name in (f'{stem}-idx{rank}-ubyte', f'{stem}.idx{rank}-ubyte'):
-    for path in (folder / name, folder / f'{name}.gz'):
-      if path.is_file():
-        return path
-      if kind := image_headers.kind_of(path):
-        raise InputError(f'{path} is {kind}, not a file; put the file there')
-  raise InputError(
-    f'config.data.dir={str(folder)!r} has no'
-    f' {stem}-idx{rank}-ubyte, plain or .gz'
-  )
-
-
-def _read_idx(path: pathlib.Path, rank: int) -> np.ndarray:
-  """Returns the uint8 array of `rank` dimensions in an IDX file."""
-  content, whole = bytearray(), True
-  with gzip.open(path) if path.suffix == '.gz' else path.open('rb') as file:
-    try:
-      # At a damaged place, read() would lose the bytes before it.
-      while block := file.read1(1 << 20):
-        content += block
-    except (EOFError, gzip.BadGzipFile, zlib.error):
-      whole = False
-  header = np.frombuffer(
-    content[: 4 + 4 * rank].ljust(4 + 4 * rank, b'\0'), '>u4'
-  ).tolist()
-  # A header begins with two zero bytes, 8 for unsigned bytes, and the rank.
-  if len(content) >= 4 and header[0] != 0x0800 + rank:
-    raise InputError(
-      f'{path} is not an IDX file of {rank} dimensions: it begins with'
-      f' {header[0]:#010x}, not {0x0800 + rank:#010x};'
-      ' get it again'
-    )
-  expected = 4 + 4 * rank
-  if len(content) >= expected:
-    size = 1
-    for dimension in header[1:]:
-      size *= dimension  # Python's integers: a damaged header cannot overflow
-    expected += size
-  if len(content) != expected or not whole:
-    raise InputError(
-      f'{path} is damaged or cut short: {expected} bytes expected,'
-      f' {len(content)} found; get it again'
-    )
-  return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(
-    header[1:]
   )
 
 
@@ -240,7 +171,7 @@ def _image_folder(data: ml_collections.ConfigDict) -> Source:
     )
   if test_root is None:
     train_root = test_root = root
-    train, test = _split(
+    train, test = splits.of_each_class(
       class_folders.class_files(root), data, lambda path: path.name
     )
   else:
@@ -271,10 +202,58 @@ def _table(data: ml_collections.ConfigDict) -> Source:
       f'config.data.dir={data.dir!r} is no file; config.data.source='
       "'table' needs FILE.csv or FILE.jsonl of path, label and split"
     )
+  if data.multi_label:
+    return _of_several_labels(data, path)
   train, test = tables.read(path)
   if not test:
-    train, test = _split(train, data, lambda path: path.name)
+    train, test = splits.of_each_class(train, data, lambda path: path.name)
   return _of_files(data, train, test, (path.parent, path.parent))
+
+
+def _of_several_labels(
+  data: ml_collections.ConfigDict, path: pathlib.Path
+) -> Source:
+  """Returns the images of a table with several labels each, read as RGB."""
+  train, test, classes = tables.read_several(path)
+  if not test:
+    train, test = splits.of_all(
+      train,
+      data,
+      lambda row: os.path.relpath(row[1], path.parent).replace(os.sep, '/'),
+    )
+  rows = [*train, *test]
+  place = {name: number for number, name in enumerate(classes)}
+  labels = np.zeros((len(rows), len(classes)), bool)
+  for row, (names_of_it, _) in zip(labels, rows, strict=True):
+    row[[place[name] for name in names_of_it]] = True
+  check_several(_name_of(data), classes, *np.split(labels, [len(train)]))
+  return _of_paths(
+    data, [str(image) for _, image in rows], labels, len(train), classes,
+    (path.parent, path.parent),
+  )  # fmt: skip
+
+
+def check_several(
+  name: str, classes: Sequence[str], train: np.ndarray, test: np.ndarray
+) -> None:
+  """Raises InputError for labels that nothing can be learned or measured of.
+
+  Args:
+    name: the data set's name in the message.
+    classes: name of each label.
+    train: bool [N, classes], the labels of the training images.
+    test: bool [M, classes], those of the test images.
+  """
+  for what, labels in (('training', train), ('test', test)):
+    if not labels.any():
+      raise InputError(f'{name}: no {what} image has a label')
+  odd = np.flatnonzero(test.any(0) & ~train.any(0)).tolist()
+  if odd:
+    raise InputError(
+      f'{name}: there are test images of'
+      f' {names.some(names.distinct(classes[i]) for i in odd)}, but no'
+      ' training images'
+    )
 
 
 def _of_files(
@@ -292,75 +271,61 @@ def _of_files(
     folders: of the training and of the test images, which may be moved.
   """
   found = [*train.values(), *test.values()]
-  paths = [str(path) for files in found for path in files]
   labels = np.repeat(
     np.tile(np.arange(len(train)), 2), [len(files) for files in found]
   )
-  num_train = sum(map(len, train.values()))
+  return _of_paths(
+    data,
+    [str(path) for files in found for path in files],
+    labels,
+    sum(map(len, train.values())),
+    tuple(train),
+    folders,
+  )
+
+
+def _of_paths(
+  data: ml_collections.ConfigDict,
+  paths: Sequence[str],
+  labels: np.ndarray,
+  num_train: int,
+  classes: tuple[str, ...],
+  folders: tuple[pathlib.Path, pathlib.Path],
+) -> Source:
+  """Returns a data source of image files, read as RGB.
+
+  Args:
+    data: `config.data`.
+    paths: of N images, those for training first.
+    labels: int [N], or bool [N, classes].
+    num_train: how many of them are for training.
+    classes: name of each class.
+    folders: see `_of_files`.
+  """
   bases = [str(folder) for folder in folders]
+  several = labels.ndim == 2
 
   def named(i: int) -> tuple[str, str]:
     part = int(i >= num_train)
     below = paths[i].removeprefix(bases[part]).replace(os.sep, '/')
     return ('train', 'test')[part] + below, paths[i]
 
+  def digest() -> str:
+    files = fingerprint.of_files(map(named, range(len(paths))))
+    if not several:  # the order of the files tells their classes
+      return files
+    return fingerprint.of_parts([files.encode(), labels.tobytes()])
+
   return Source(
-    lambda i: (paths[i], int(labels[i])),
+    lambda i: (paths[i], labels[i] if several else int(labels[i])),
     num_train=num_train,
     num_test=len(paths) - num_train,
-    classes=tuple(train),
+    classes=classes,
     channels=3,
     name=_name_of(data),
-    digest=lambda: fingerprint.of_files(map(named, range(len(paths)))),
+    digest=digest,
+    multi_label=several,
   )
-
-
-def _split(
-  images: dict[str, list[_T]],
-  data: ml_collections.ConfigDict,
-  name_of: Callable[[_T], str],
-) -> tuple[dict[str, list[_T]], dict[str, list[_T]]]:
-  """Returns the training and the test images of each class.
-
-  An image is for testing if the SHA-256 of 'class/image name' is, as a fraction
-  of its largest value, below `data.test_fraction`. So an image keeps its side
-  when others are added.
-
-  Args:
-    images: all images of each class.
-    data: `config.data`.
-    name_of: returns the name of an image.
-
-  Raises:
-    InputError: a class has no image on one side.
-  """
-  train: dict[str, list[_T]] = {}
-  test: dict[str, list[_T]] = {}
-  for name, own in images.items():
-    sides: tuple[list[_T], list[_T]] = ([], [])
-    for image in own:
-      text = unicodedata.normalize('NFC', f'{name}/{name_of(image)}')
-      digest = hashlib.sha256(text.encode('utf-8', 'surrogateescape')).digest()
-      value = int.from_bytes(digest[:8], 'big') / 2**64
-      sides[value < data.test_fraction].append(image)
-    if not all(sides):
-      raise InputError(
-        f'config.data.dir={data.dir!r} has no test images, and'
-        f' config.data.test_fraction={data.test_fraction:g} leaves the class'
-        f' {names.distinct(name)}, with {len(own)} images, without'
-        f' {"training" if sides[1] else "test"} images; add images to it, or'
-        ' split the set into train and test'
-      )
-    train[name], test[name] = sides
-  logging.warning(
-    '%s has no test images: %d of its %d images are for testing, chosen by'
-    ' their names (config.data.test_fraction=%g)',
-    data.dir,
-    sum(map(len, test.values())),
-    sum(map(len, images.values())),
-    data.test_fraction,
-  )
-  return train, test
 
 
 def _tfds_builder(
@@ -474,7 +439,7 @@ def _hugging_face(data: ml_collections.ConfigDict) -> Source:
     }
     train, test = (
       saved.train.part([i for own in side.values() for i in own])
-      for side in _split(by_class, data, lambda i: keys[i])
+      for side in splits.of_each_class(by_class, data, lambda i: keys[i])
     )
   parts = {'train': train, 'test': test}
 

@@ -9,9 +9,9 @@ import csv
 import json
 import os
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from absl import logging
 
@@ -20,6 +20,7 @@ from maskconnect_jax.data import image_files
 from maskconnect_jax.errors import InputError
 
 SUFFIXES = ('.csv', '.jsonl')
+SEPARATOR = ';'  # of several labels in a cell of a CSV file
 _SPLITS = {
   'train': 'train',
   'training': 'train',
@@ -30,6 +31,9 @@ _SPLITS = {
 }
 
 ByClass = dict[str, list[Path]]
+# The labels of an image, and its path.
+Labelled: TypeAlias = tuple[tuple[str, ...], Path]
+_Label = TypeVar('_Label')
 
 
 def read(path: Path) -> tuple[ByClass, ByClass]:
@@ -49,7 +53,79 @@ def read(path: Path) -> tuple[ByClass, ByClass]:
   Raises:
     InputError: the table cannot be used; the message names file and line.
   """
-  found: dict[str, list[tuple[str, Path]]] = {
+  train_rows, test_rows = _parts(
+    path, lambda row, where: _cell(row, 'label', where)
+  )
+  train, test = _grouped(train_rows), _grouped(test_rows)
+  _check_known(path, train, test)
+  if test:
+    test = {name: test.get(name, []) for name in train}
+  return train, test
+
+
+def read_several(
+  path: Path,
+) -> tuple[list[Labelled], list[Labelled], tuple[str, ...]]:
+  """Reads a table whose images have several labels each, or none.
+
+  It is a table as `read` takes it. In a CSV file SEPARATOR stands between the
+  labels of a cell. In JSON Lines they are a list.
+
+  Returns:
+    The training and the test images in the order of the table, and the labels
+    that there are, sorted as the classes of `read`. Without a split all images
+    are in the first.
+
+  Raises:
+    InputError: the table cannot be used; the message names file and line.
+  """
+  in_cells = path.suffix.lower() == '.csv'
+
+  def labels(row: dict[str, Any], where: str) -> tuple[str, ...]:
+    given = row.get('label')
+    if in_cells and isinstance(given, str):
+      parts = given.split(SEPARATOR) if given.strip() else []
+      given = [part.strip() for part in parts]
+    if not isinstance(given, list):
+      raise InputError(
+        f'{where}: label is {given!r}; with config.data.multi_label=True it'
+        ' must be ' + ('a;b' if in_cells else '["a", "b"]') + ' or empty'
+      )
+    found = [_cell({'label': label}, 'label', where) for label in given]
+    if twice := [name for name in found if found.count(name) > 1]:
+      raise InputError(
+        f'{where}: the label {names.one_line(twice[0])} is there twice'
+      )
+    return tuple(found)
+
+  train, test = _parts(path, labels)
+  known, tested = (
+    dict.fromkeys(name for found, _ in rows for name in found)
+    for rows in (train, test)
+  )
+  _check_known(path, known, tested)
+  return train, test, tuple(_in_order(known))
+
+
+def _check_known(path: Path, train: Iterable[str], test: Iterable[str]) -> None:
+  known = set(train)
+  if odd := [name for name in test if name not in known]:
+    raise InputError(
+      f'{path}: there are test images of'
+      f' {names.some(map(names.distinct, odd))}, but no training images'
+    )
+
+
+def _parts(
+  path: Path, label_of: Callable[[dict[str, Any], str], _Label]
+) -> tuple[list[tuple[_Label, Path]], list[tuple[_Label, Path]]]:
+  """Returns label and path of the training and of the test images.
+
+  Args:
+    path: of the table.
+    label_of: returns the label in a row, named by its second argument.
+  """
+  found: dict[str, list[tuple[_Label, Path]]] = {
     'train': [],
     'test': [],
     'val': [],
@@ -57,10 +133,10 @@ def read(path: Path) -> tuple[ByClass, ByClass]:
   seen: set[str] = set()
   for line, row in _rows(path):
     where = f'{path}, line {line}'
-    name, label = _cell(row, 'path', where), _cell(row, 'label', where)
+    name, label = _cell(row, 'path', where), label_of(row, where)
     if name in seen:
       raise InputError(
-        f'{where}: {names.one_line(name)} is there twice; it has one label'
+        f'{where}: {names.one_line(name)} is there twice; it has one row'
       )
     seen.add(name)
     split = str(row.get('split') or 'train').strip().lower()
@@ -79,16 +155,7 @@ def read(path: Path) -> tuple[ByClass, ByClass]:
       path,
       len(found['val']),
     )
-  train = _grouped(found['train'])
-  test = _grouped(found['test'] or found['val'])
-  if odd := [name for name in test if name not in train]:
-    raise InputError(
-      f'{path}: there are test images of'
-      f' {names.some(map(names.distinct, odd))}, but no training images'
-    )
-  if test:
-    test = {name: test.get(name, []) for name in train}
-  return train, test
+  return found['train'], found['test'] or found['val']
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -125,9 +192,11 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _cell(row: dict[str, Any], name: str, where: str) -> str:
   value = row.get(name)
   if isinstance(value, bool | float | list | dict) or value in (None, ''):
+    several = name == 'label' and isinstance(value, list)
     raise InputError(
       f'{where}: {name} is {value!r}; it must be text'
       + (' or a whole number' if name == 'label' else '')
+      + (', or set config.data.multi_label=True' if several else '')
     )
   return (
     unicodedata.normalize('NFC', str(value)) if name == 'label' else str(value)
@@ -138,11 +207,14 @@ def _grouped(rows: Iterable[tuple[str, Path]]) -> ByClass:
   groups: ByClass = {}
   for label, path in rows:
     groups.setdefault(label, []).append(path)
-  numbers = all(label.isascii() and label.isdigit() for label in groups)
-  return {
-    label: groups[label]
-    for label in sorted(groups, key=int if numbers else None)
-  }
+  return {label: groups[label] for label in _in_order(groups)}
+
+
+def _in_order(labels: Iterable[str]) -> list[str]:
+  """Returns labels sorted, as numbers if all are numbers."""
+  labels = list(labels)
+  numbers = all(label.isascii() and label.isdigit() for label in labels)
+  return sorted(labels, key=int if numbers else None)
 
 
 def listed(folder: Path, path: Path, classes: Iterable[str]) -> ByClass:

@@ -18,6 +18,11 @@ _LONG = 36  # letters of a cell that stay on one line
 _FOLDER = Path(__file__).parent
 
 
+def heading(words: str) -> str:
+  """Returns words with a capital letter; those that have one stay: 'mAP'."""
+  return words.capitalize() if words.islower() else words
+
+
 def text(value: Any) -> str:
   """Returns a value as escaped text, also for an attribute."""
   words = str(value).encode('utf-8', 'backslashreplace').decode()

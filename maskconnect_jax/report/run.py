@@ -28,13 +28,21 @@ class Examples:
 
   Attributes:
     images: uint8 [N, H, W, C], C being 1 or 3.
-    labels: int [N], the classes of the images.
-    predicted: int [N], the classes that the model gives them.
+    labels: int [N], the classes of the images; or bool [N, classes], which
+      labels each of them has.
+    predicted: the labels that the model gives them, of the same form.
   """
 
   images: np.ndarray
   labels: np.ndarray
   predicted: np.ndarray
+
+  @property
+  def right(self) -> np.ndarray:
+    """Whether all of an image's labels are right, bool [N]."""
+    same = self.labels == self.predicted
+    every: np.ndarray = np.asarray(same.reshape(len(same), -1).all(1))
+    return every
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +67,8 @@ class Record:
     changes: int [T], edges that differ from those at the record before.
     classes: the names of the classes.
     examples: None if there are none.
+    metric: the name of the score that chooses the best checkpoint, in the files
+      and in words: ('accuracy', 'accuracy').
     versions: name and version of the software, as far as known.
   """
 
@@ -77,6 +87,7 @@ class Record:
   classes: Sequence[str]
   examples: Examples | None
   versions: dict[str, str]
+  metric: tuple[str, str] = ('accuracy', 'accuracy')
 
   @property
   def name(self) -> str:
@@ -146,8 +157,8 @@ def _facts(record: Record) -> str:
     )
   shown = [
     (
-      'Test accuracy',
-      _percent(summary['test_accuracy_pruned']),
+      f'Test {record.metric[1]}',
+      _percent(summary[f'test_{record.metric[0]}_pruned']),
       f'{summary["num_test_examples"]:,} images, pruned network',
     ),
     _before_after('Blocks', summary, 'blocks'),
@@ -347,15 +358,23 @@ def _training(record: Record) -> str:
   rates = [Line('weights', steps, column('learning_rate'))]
   if record.learner in ('draws', 'as_published'):
     rates.append(Line('real mask', steps, column('mask_learning_rate'), 1))
+  several = record.config['data.multi_label']
+  accuracy = 'label_accuracy' if several else 'accuracy'
+  means = chart(
+    'Mean average precision',
+    [Line(held, steps, column(f'{held}_map'), 1, dots=True)],
+    percent=True,
+  )
   return html.section(
     'training',
     'Training',
     html.grid(
+      means if several else '',
       chart(
-        'Accuracy',
+        'Accuracy of labels' if several else 'Accuracy',
         [
           Line('training batches', steps, column('accuracy')),
-          Line(held, steps, column(f'{held}_accuracy'), 1, dots=True),
+          Line(held, steps, column(f'{held}_{accuracy}'), 1, dots=True),
         ],
         percent=True,
       ),
@@ -380,15 +399,16 @@ def _scores(record: Record) -> str:
   summary = record.summary
   if summary is None:
     return ''
-  held = 'validation' if 'validation_accuracy' in summary else 'test'
+  own, words = record.metric
+  held = 'validation' if f'validation_{own}' in summary else 'test'
   rows = [
-    ('before the freeze', summary.get(f'{held}_accuracy_drawn'), held),
-    ('at the freeze', summary.get(f'{held}_accuracy_at_freeze'), held),
-    ('after fine-tuning', summary.get(f'{held}_accuracy'), held),
-    ('after pruning', summary.get('test_accuracy_pruned'), 'test'),
+    ('before the freeze', summary.get(f'{held}_{own}_drawn'), held),
+    ('at the freeze', summary.get(f'{held}_{own}_at_freeze'), held),
+    ('after fine-tuning', summary.get(f'{held}_{own}'), held),
+    ('after pruning', summary.get(f'test_{own}_pruned'), 'test'),
   ]
   steps = charts.bars(
-    'Accuracy along the run',
+    f'{html.heading(words)} along the run',
     [
       (f'{name}, {images}', value, _percent(value))
       for name, value, images in rows
@@ -413,21 +433,29 @@ def _scores(record: Record) -> str:
   )
 
 
-def _class(record: Record, number: Any) -> str:
-  at = int(number)
-  return record.classes[at] if at < len(record.classes) else str(at)
+def _class(record: Record, label: Any) -> str:
+  """Returns the name of a class, or those of several labels."""
+  numbers = np.flatnonzero(label) if np.ndim(label) else [label]
+  shown = [
+    record.classes[at] if at < len(record.classes) else str(at)
+    for at in map(int, numbers)
+  ]
+  return ', '.join(shown) or 'no label'
 
 
 def _per_class(summary: dict[str, Any]) -> str:
-  """Returns the accuracy of each class, the lowest first."""
+  """Returns the accuracy or the AP of each class, the lowest first."""
+  words = 'accuracy'
   found = summary.get('class_accuracy', summary.get('per_class_accuracy'))
+  if 'class_average_precision' in summary:
+    words, found = 'average precision', summary['class_average_precision']
   if not found:
     return ''
   known = [(name, value) for name, value in found.items() if value is not None]
   known.sort(key=lambda pair: pair[1])
-  title = 'Accuracy of each class'
+  title = f'{html.heading(words)} of each class'
   if len(known) > _LISTED:
-    title = f'The {_LISTED} classes with the lowest accuracy'
+    title = f'The {_LISTED} classes with the lowest {words}'
   return charts.bars(title, [(n, v, _percent(v)) for n, v in known[:_LISTED]])
 
 
@@ -496,7 +524,7 @@ def _examples(record: Record) -> str:
   own = record.examples
   if own is None or not len(own.labels):
     return ''
-  right = own.labels == own.predicted
+  right = own.right
   parts = []
   for title, chosen in (('Wrong', ~right), ('Right', right)):
     shown = [_example(record, own, int(at)) for at in np.flatnonzero(chosen)]
@@ -524,7 +552,7 @@ def _example(record: Record, own: Examples, at: int) -> str:
     _class(record, n) for n in (own.labels[at], own.predicted[at])
   )
   words = label
-  if own.labels[at] != own.predicted[at]:
+  if not own.right[at]:
     words = f'{label}, taken for {found}'
   small = ' class="small"' if image.shape[0] < 64 else ''
   return (

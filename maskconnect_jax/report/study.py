@@ -64,8 +64,8 @@ class Row:
     name: the fields that tell this row from the others.
     kind: the rule; rows of a rule have one colour.
     seeds: in rising order.
-    accuracies: of each seed, on the images that the page compares.
-    test_mean: mean test accuracy after pruning.
+    scores: of each seed, on the images that the page compares.
+    test_mean: mean score on the test images after pruning.
     test_std: its standard deviation over the seeds; None for one seed.
     parameters: after pruning, of each seed.
     rate: images per second, the median.
@@ -77,7 +77,7 @@ class Row:
   name: str
   kind: str
   seeds: Sequence[int]
-  accuracies: Sequence[float]
+  scores: Sequence[float]
   test_mean: float
   test_std: float | None
   parameters: Sequence[int]
@@ -94,15 +94,17 @@ def page(
   validation: bool,
   caption: str,
   unfinished: Sequence[str],
+  metric: str = 'accuracy',
 ) -> str:
   """Returns the page that compares some rows of runs.
 
   Args:
     title: the folders of the runs.
     rows: at least one.
-    validation: whether `accuracies` are on held out images.
+    validation: whether `scores` are on held out images.
     caption: what the table says.
     unfinished: workdirs of runs that are in no row.
+    metric: what the scores are, in words.
   """
   kinds = list(dict.fromkeys(row.kind for row in rows))
   tints = {kind: at % 6 for at, kind in enumerate(kinds)}
@@ -118,21 +120,25 @@ def page(
     note = f'<p class="note">Not finished, and in no row: {names}.</p>'
   return html.page(
     title,
-    [head, _accuracy(rows, tints, validation, caption), note,
+    [head, _scores(rows, tints, validation, caption, metric), note,
      _agreements(rows, tints), _topologies(rows)],
   )  # fmt: skip
 
 
-def _accuracy(
-  rows: Sequence[Row], tints: dict[str, int], validation: bool, caption: str
+def _scores(
+  rows: Sequence[Row],
+  tints: dict[str, int],
+  validation: bool,
+  caption: str,
+  metric: str,
 ) -> str:
-  name = 'Validation accuracy' if validation else 'Test accuracy'
+  name = f'{"Validation" if validation else "Test"} {metric}'
   dots = charts.dots(
     f'{name}: a dot for each seed, a bar for the mean',
     [
       charts.Row(
         row.name,
-        row.accuracies,
+        row.scores,
         [f'seed {seed}' for seed in row.seeds],
         tint=tints[row.kind],
       )
@@ -140,7 +146,7 @@ def _accuracy(
     ],
   )
   table = html.table(
-    ['', 'seeds', 'test accuracy', 'parameters', 'images/s', 'device'],
+    ['', 'seeds', f'test {metric}', 'parameters', 'images/s', 'device'],
     [
       (
         row.name,
@@ -157,7 +163,7 @@ def _accuracy(
     caption='Finished models, after fine-tuning and pruning',
   )
   return html.section(
-    'accuracy', 'Accuracy', dots, table,
+    'accuracy', html.heading(metric), dots, table,
     f'<p class="note">{html.text(caption)}</p>',
   )  # fmt: skip
 

@@ -80,7 +80,8 @@ class Resident:
     """Yields the batches of `step`, `step` + 1, ... without an end.
 
     Yields:
-      uint8 [batch, H, W, C] and int32 [batch], sharded over the devices.
+      Images, uint8 [batch, H, W, C], and labels, as in `Split`, [batch, ...];
+      sharded over the devices.
     """
     epoch, place = divmod(step, self._per_epoch)
     while True:
@@ -129,7 +130,8 @@ class Decoded:
     """Yields the batches of `step`, `step` + 1, ... without an end.
 
     Yields:
-      uint8 [batch, H, W, C] and int32 [batch], sharded over the devices.
+      Images, uint8 [batch, H, W, C], and labels, as in `Split`, [batch, ...];
+      sharded over the devices.
     """
     batches = share_of_batches(
       self._examples, self._batch_size, step, *distributed.process()
@@ -226,8 +228,7 @@ def evaluation_batches(
     threads: number of decoding threads, where `split` is a `LazySplit`.
 
   Yields:
-    uint8 [batch, H, W, C], int32 [batch] and bool [batch], as the global arrays
-    of `evaluation_shares`.
+    The arrays of `evaluation_shares`, as global arrays [batch, ...].
   """
   sharding = distributed.sharded(mesh)
   for share in evaluation_shares(
@@ -256,8 +257,8 @@ def evaluation_shares(
     threads: number of decoding threads, where `split` is a `LazySplit`.
 
   Yields:
-    Images uint8 [share, H, W, C], labels int32 [share] and bool [share],
-    whether an example counts. Filling and damaged records do not count.
+    Images uint8 [share, H, W, C], labels as in `Split`, [share, ...], and bool
+    [share], whether an example counts. Filling and damaged records do not.
   """
   if isinstance(split, LazySplit):
     yield from share_of_batches(
@@ -274,10 +275,15 @@ def evaluation_shares(
     images = split.images[first : first + share]
     missing = share - len(images)
     yield (
-      np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0))),
-      np.pad(split.labels[first : first + share], (0, missing)),
+      _filled(images, missing),
+      _filled(split.labels[first : first + share], missing),
       np.arange(share) < share - missing,
     )
+
+
+def _filled(rows: np.ndarray, missing: int) -> np.ndarray:
+  """Returns an array [N, ...] with rows of zeros behind it."""
+  return np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1))
 
 
 def evaluation_examples(
@@ -287,7 +293,7 @@ def evaluation_examples(
 
   Each item is image, label and whether the example counts.
   """
-  filling = np.zeros(split.image_shape, np.uint8), np.int32(0), False
+  filling = np.zeros(split.image_shape, np.uint8), split.blank_label, False
 
   def example(i: int) -> Any:
     return split.evaluation_example(i) if i < len(split) else filling

@@ -13,6 +13,7 @@ from typing import Any
 import ml_collections
 
 from maskconnect_jax import names
+from maskconnect_jax.run import scores
 
 NAME = 'README.md'
 PICTURE = 'topology.png'
@@ -42,14 +43,18 @@ def text(
   shown = ', '.join(map(_plain, classes[:_CLASSES]))
   if len(classes) > _CLASSES:
     shown += f' and {len(classes) - _CLASSES:,} more'
-  accuracy = summary['test_accuracy_pruned']
+  metric = scores.metric_of(summary)
+  value = summary[f'test_{metric.field}_pruned']
+  several = metric is scores.MAP
+  noun = 'labels' if several else 'classes'
+  what = 'gives images any of' if several else 'classifies images into'
   return '\n'.join(
     [
       *_front_matter(data, summary, title, config.data.source),
       f'# {title}',
       '',
-      f'A {summary["model"]} that classifies images into {len(classes):,}'
-      f' classes. Its wiring is {_wiring(summary)}:'
+      f'A {summary["model"]} that {what} {len(classes):,}'
+      f' {noun}. Its wiring is {_wiring(summary)}:'
       f' [MaskConnect]({_METHOD}) learns which earlier blocks each block reads,'
       ' then freezes the wiring and cuts out the blocks that nothing reads.',
       '',
@@ -59,14 +64,14 @@ def text(
       '| --- | --- |',
       f'| data | {_plain(data)}, {summary["num_train_examples"]:,} training'
       f' images |',
-      f'| test accuracy | {accuracy:.2%} of'
-      f' {summary["num_test_examples"]:,} images |',
+      f'| test {metric.words} | {value:.2%}'
+      f' {"on" if several else "of"} {summary["num_test_examples"]:,} images |',
       f'| parameters | {summary["parameters_pruned"]:,} |',
       f'| multiply-adds of an image | {summary["multiply_adds_pruned"]:,} |',
       f'| blocks | {summary["blocks_pruned"]} of {summary["blocks"]} |',
       f'| input | {kind}, {height} x {width}; images of any size are resized |',
       f'| training | {summary["steps"]:,} steps, seed {summary["seed"]} |',
-      f'| classes | {shown} |',
+      f'| {noun} | {shown} |',
       '',
       '## Use',
       '',
@@ -105,10 +110,13 @@ def _plain(name: str) -> str:
 def _front_matter(
   data: str, summary: dict[str, Any], title: str, source: str
 ) -> list[str]:
+  own = scores.metric_of(summary)
+  # Hubs know mAP as the mean average precision.
+  kind = 'mean_average_precision' if own is scores.MAP else own.field
   metric = {
-    'type': 'accuracy',
-    'name': 'test accuracy',
-    'value': summary['test_accuracy_pruned'],
+    'type': kind,
+    'name': f'test {own.words}',
+    'value': summary[f'test_{own.field}_pruned'],
   }
   result = {
     'task': {'type': 'image-classification'},
@@ -123,7 +131,7 @@ def _front_matter(
       'image-classification', 'jax', 'flax', 'maskconnect', summary['model'],
     ],
     'datasets': [names.encodable(data)],
-    'metrics': ['accuracy'],
+    'metrics': [kind],
     'model-index': [{'name': title, 'results': [result]}],
   }  # fmt: skip
   lines = [f'{name}: {json.dumps(value)}' for name, value in fields.items()]

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import math
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,77 +13,18 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from maskconnect_jax import names
 from maskconnect_jax.data import datasets, photographs, sources
 from maskconnect_jax.data.datasets import LazySplit, Split
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.networks import streams
-from maskconnect_jax.run import batches, distributed, inference, steps
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-  """Means over the examples of a split.
-
-  Attributes:
-    accuracy: in [0, 1].
-    top5_accuracy: share of the examples whose label is among the five best
-      classes, in [0, 1].
-    loss: cross-entropy of the label, in nats, without smoothing.
-    count: number of examples, without the damaged ones that are skipped.
-    confused: int64 [M, 3], (class, class it was taken for, how many examples);
-      all that occurred, the diagonal included, in order.
-  """
-
-  accuracy: float
-  top5_accuracy: float
-  loss: float
-  count: int
-  confused: np.ndarray
-
-  def named(self, prefix: str) -> dict[str, float | None]:
-    """Returns {'test_accuracy': ..., ...} for the prefix 'test'.
-
-    A value that is not finite becomes None, as JSON has no number for it.
-    """
-    named = {
-      f'{prefix}_accuracy': self.accuracy,
-      f'{prefix}_top5_accuracy': self.top5_accuracy,
-      f'{prefix}_loss': self.loss,
-    }
-    return {
-      name: value if math.isfinite(value) else None
-      for name, value in named.items()
-    }
-
-
-def by_class(scores: Scores, classes: Sequence[str]) -> dict[str, Any]:
-  """Returns the scores of each class, as JSON values.
-
-  Args:
-    scores: of a split.
-    classes: the name of each class. A name that two classes have is followed
-      by the class's number.
-
-  Returns:
-    {'class_accuracy': {class: accuracy, or None for a class without examples},
-    'confusion': {class: {class it was taken for: how many examples}}}. Only
-    counts above 0 are there.
-  """
-  shown = [names.encodable(name) for name in classes]
-  twice = {name for name, n in collections.Counter(shown).items() if n > 1}
-  shown = [
-    f'{name} ({number})' if name in twice else name
-    for number, name in enumerate(shown)
-  ]
-  confusion: dict[str, dict[str, int]] = {}
-  for label, taken, count in scores.confused.tolist():
-    confusion.setdefault(shown[label], {})[shown[taken]] = count
-  accuracy = {
-    name: row.get(name, 0) / sum(row.values()) if row else None
-    for name, row in ((name, confusion.get(name, {})) for name in shown)
-  }
-  return {'class_accuracy': accuracy, 'confusion': confusion}
+from maskconnect_jax.run import (
+  batches,
+  distributed,
+  inference,
+  objective,
+  scores,
+  steps,
+)
 
 
 class Stopped(Exception):
@@ -129,7 +68,7 @@ class Evaluator:
     split: Split | LazySplit,
     *,
     draw_at: int | None = None,
-  ) -> Scores:
+  ) -> scores.Scores:
     """Returns the scores of a network.
 
     Args:
@@ -141,8 +80,8 @@ class Evaluator:
         topology, or the top K of r.
 
     Raises:
-      InputError: a record is damaged and `config.data.skip_errors` is False, or
-        every record is damaged.
+      InputError: a record is damaged and `config.data.skip_errors` is False;
+        or see `scores.of_batches`.
       Stopped: the run is to stop.
     """
     recipe = dataclasses.replace(self._recipe, network=network)
@@ -159,12 +98,12 @@ class Evaluator:
       found = self._step(recipe, variables, *batch, key, draw_at or 0)
       # Waits, as batches would pile up on a device slower than its host.
       sums.append(jax.device_get(found))
-    return _means(sums)
+    return scores.of_batches(sums, multi_label=recipe.multi_label)
 
   def examples(
     self, network: Any, variables: Any, split: Split | LazySplit
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns some images of a split, and what a network takes them for.
+    """Returns some images of a split, and the labels a network gives them.
 
     They are a batch, evenly spread over the split, so that the program of a
     measurement serves here too.
@@ -175,9 +114,9 @@ class Evaluator:
       split: see `__call__`.
 
     Returns:
-      Images, uint8 [N, H, W, C], their classes, int32 [N], and the classes that
-      the network gives them, int32 [N]. Damaged records are left out. With
-      several processes, each gets its share.
+      Images, uint8 [N, H, W, C], their labels, as in `Split`, and the labels
+      that the network gives them, of the same form. Damaged records are left
+      out. With several processes, each gets its share.
 
     Raises:
       InputError: see `__call__`.
@@ -199,7 +138,9 @@ class Evaluator:
     own = size // count
     pairs = jax.device_get(found['outcomes'])[process * own :][:own]
     kept = np.flatnonzero(counted)
-    return images[kept], labels[kept], pairs[kept, 1]
+    # A class; or the logits of several, see `objective.predicted`.
+    taken = pairs[kept, 1]
+    return images[kept], labels[kept], taken > 0 if taken.ndim == 2 else taken
 
   def _size(self, split: Split | LazySplit) -> int:
     # A batch larger than the split would only add filling.
@@ -209,7 +150,7 @@ class Evaluator:
 
 def of_model(
   model: inference.Classifier, config: ml_collections.ConfigDict
-) -> Scores:
+) -> scores.Scores:
   """Returns the scores of a model on a config's test images.
 
   The model's preprocessing prepares the images. It overrules sizes, mean and
@@ -223,9 +164,16 @@ def of_model(
     config: `data` and `eval_batch_size` are used.
 
   Raises:
-    InputError: the data cannot be read, or their classes are not the model's.
+    InputError: the data cannot be read, or their classes are not the model's;
+      or one of model and data has several labels an image, the other one class.
   """
-  data = config.data
+  data, several = config.data, model.multi_label
+  if data.multi_label != several:
+    raise InputError(
+      'the model gives an image'
+      f' {"several labels" if several else "one class"}; evaluate it on such'
+      f' data, with config.data.multi_label={several}'
+    )
   source = sources.open_source(data)
   if not source.num_test:
     raise InputError(f'{source.name} has no test images')
@@ -243,11 +191,13 @@ def of_model(
     test, size, threads=data.threads
   ):
     logits = jnp.asarray(model.logits(images))
-    found = steps.scores(logits, labels, counted) | {
-      'outcomes': steps.outcomes(logits, labels, counted)
-    }
+    found: dict[str, Any] = {}
+    found |= objective.scores(logits, labels, counted, multi_label=several)
+    found['outcomes'] = objective.outcomes(
+      logits, labels, counted, multi_label=several
+    )
     sums.append(jax.device_get(found))
-  return _means(sums)
+  return scores.of_batches(sums, multi_label=several)
 
 
 def _tell_of_differences(
@@ -308,8 +258,12 @@ def _in_order(
   same = ours == theirs
   numbers = range(len(ours)) if same else [place[name] for name in theirs]
 
-  def read(i: int) -> tuple[photographs.Record, int]:
+  order = np.argsort(numbers)  # of a label of ours, the number of theirs
+
+  def read(i: int) -> tuple[photographs.Record, sources.Label]:
     record, label = source.read(i)
+    if isinstance(label, np.ndarray):  # several labels
+      return record, label[order]
     if not 0 <= label < len(numbers):
       raise InputError(
         f'{source.name} has a test image with the label {label}; its'
@@ -323,19 +277,3 @@ def _in_order(
 def _listed(odd: list[str]) -> str:
   some = ', '.join(ascii(name)[:60] for name in odd[:5])
   return f'{some} and {len(odd) - 5} more' if len(odd) > 5 else some
-
-
-def _means(sums: list[dict[str, Any]]) -> Scores:
-  pairs = np.concatenate([one.pop('outcomes') for one in sums])
-  pairs, counts = np.unique(pairs[pairs[:, 0] >= 0], axis=0, return_counts=True)
-  total = {name: sum(one[name].item() for one in sums) for name in sums[0]}
-  count = total['count']
-  if not count:
-    raise InputError('of the images to evaluate on none can be read')
-  return Scores(
-    total['correct'] / count,
-    total['correct_of_5'] / count,
-    total['loss'] / count,
-    count,
-    np.column_stack([pairs, counts]).astype(np.int64),
-  )

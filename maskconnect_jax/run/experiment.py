@@ -121,7 +121,10 @@ def build(
       ' test_images, test_labels)) go together'
     )
   dataset = datasets.load(
-    config.data, None if data is None else arrays.of(data)
+    config.data,
+    None
+    if data is None
+    else arrays.of(data, multi_label=config.data.multi_label),
   )
   plan = plan_lib.make(config, len(dataset.train))
   architecture = architecture_of(
@@ -170,6 +173,7 @@ def build(
     erasing=config.data.erasing,
     drop_path=config.model.drop_path,
     class_weights=class_weights(config, dataset),
+    multi_label=config.data.multi_label,
     shard=config.optimizer.shard,
     own_statistics=config.model.batchnorm == 'device',
     batch_sharding=distributed.sharded(mesh),
@@ -270,6 +274,7 @@ def served_as(job: Experiment) -> dict[str, Any]:
     'mean': job.recipe.mean,
     'std': job.recipe.std,
     'max_pixels': job.config.data.max_pixels,
+    'multi_label': job.config.data.multi_label,
   }
 
 

@@ -3,8 +3,8 @@
 The file holds the weights and the preprocessing after the resize. It takes
 images uint8 [N, H, W, C] of the model's own height, width and channels, in a
 batch of any size N, and gives logits float32 [N, classes]. Their softmax are
-the probabilities. The resize is left out: Pillow's antialiasing, with which the
-model was trained, is in neither format.
+the probabilities; of a multi-label model their sigmoid. The resize is left out:
+Pillow's antialiasing, with which the model was trained, is in neither format.
 """
 
 from __future__ import annotations

@@ -20,11 +20,11 @@ from maskconnect_jax.method.topology import BranchTopology, Topology
 from maskconnect_jax.networks import cost
 from maskconnect_jax.run import (
   card,
-  evaluation,
   experiment,
   inference,
   metrics,
   report,
+  scores,
   steps,
 )
 from maskconnect_jax.run.progress import Run
@@ -33,12 +33,14 @@ from maskconnect_jax.run.progress import Run
 def at_freeze(run: Run) -> str:
   """Returns the line that a run prints right after the freeze."""
   watched, _ = experiment.held_out(run.job)
+  metric = scores.metric(run.recipe.multi_label)
   drawn, frozen = (
-    run.progress.accuracies[f'{watched}_accuracy_{name}']
+    run.progress.accuracies[f'{watched}_{metric.field}_{name}']
     for name in ('drawn', 'at_freeze')
   )
   return (
-    f'froze the topology after step {int(run.state.step)}: {watched} accuracy'
+    f'froze the topology after step {int(run.state.step)}:'
+    f' {watched} {metric.words}'
     f' {drawn:.2%} {_before_the_freeze(run.job.config.connectivity.learner)},'
     f' {frozen:.2%} with the frozen one'
   )
@@ -67,17 +69,18 @@ def finish(run: Run) -> tuple[dict[str, Any], Any]:
   network, *kept = steps.split(pruned)
   tested = run.evaluate(run.recipe.network, variables, test)
   watched, _ = experiment.held_out(job)
+  metric = scores.metric(run.recipe.multi_label).field
   accuracies = {
     name: run.progress.accuracies.get(name)
-    for name in (f'{watched}_accuracy_drawn', f'{watched}_accuracy_at_freeze')
+    for name in (f'{watched}_{metric}_drawn', f'{watched}_{metric}_at_freeze')
   } | {
     **tested.named('test'),
-    'test_accuracy_pruned': run.evaluate(network, tuple(kept), test).accuracy,
+    f'test_{metric}_pruned': run.evaluate(network, tuple(kept), test).headline,
     'num_test_examples': tested.count,
   }
   if validation := job.dataset.validation:
-    scores = run.evaluate(run.recipe.network, variables, validation)
-    accuracies |= scores.named('validation')
+    held = run.evaluate(run.recipe.network, variables, validation)
+    accuracies |= held.named('validation')
   if lost := [
     name
     for name, value in accuracies.items()
@@ -99,12 +102,13 @@ def finish(run: Run) -> tuple[dict[str, Any], Any]:
       run.progress.clock,
     )
     | run.progress.margins
-    | evaluation.by_class(tested, job.dataset.classes)
+    | tested.by_class(job.dataset.classes)
   )
   shown = run.evaluate.examples(network, tuple(kept), test)
   if not jax.process_index():
     report.write_examples(run.workdir, *shown)
-    draw_confusion(run.workdir, job, tested)
+    if isinstance(tested, scores.OneClass):
+      draw_confusion(run.workdir, job, tested)
   write(run.workdir, job, frozen, pruned, summary, run.history)
   return summary, pruned
 
@@ -123,7 +127,7 @@ def summarize(
     job: the experiment.
     frozen: the network before pruning.
     pruned: the network after pruning.
-    accuracies: accuracies, losses and number of test examples, by name.
+    accuracies: scores and number of test examples, by name.
     skipped: number of files and records left out as damaged.
     clock: the run's time and speed.
   """
@@ -291,12 +295,12 @@ def draw_figures(
 
 
 def draw_confusion(
-  workdir: Path, job: experiment.Experiment, scores: evaluation.Scores
+  workdir: Path, job: experiment.Experiment, tested: scores.OneClass
 ) -> None:
   """Draws figures/confusion: which classes are taken for which."""
   classes = job.dataset.classes
   counts = np.zeros((len(classes), len(classes)), np.int64)
-  label, taken, count = scores.confused.T
+  label, taken, count = tested.confused.T
   counts[label, taken] = count
   figure = confusion.confusion_figure(
     counts,
@@ -308,16 +312,18 @@ def draw_confusion(
 
 def table(summary: dict[str, Any], workdir: Path | str) -> str:
   """Returns the table that a run prints at its end."""
-  watched = 'validation' if 'validation_accuracy' in summary else 'test'
-  tested = f'test accuracy ({summary["num_test_examples"]:,} images)'
+  metric = scores.metric_of(summary)
+  own = metric.field
+  watched = 'validation' if f'validation_{own}' in summary else 'test'
+  tested = f'test {metric.words} ({summary["num_test_examples"]:,} images)'
   rows = [
     (
       _before_the_freeze(summary.get('learner', '')),
-      summary[f'{watched}_accuracy_drawn'],
+      summary[f'{watched}_{own}_drawn'],
     ),
-    ('at the freeze', summary[f'{watched}_accuracy_at_freeze']),
-    ('after fine-tuning', summary[f'{watched}_accuracy']),
-    ('after pruning', summary['test_accuracy_pruned']),
+    ('at the freeze', summary[f'{watched}_{own}_at_freeze']),
+    ('after fine-tuning', summary[f'{watched}_{own}']),
+    ('after pruning', summary[f'test_{own}_pruned']),
   ]
   lines = [
     f'  {name:<20}{value:>9.2%}' for name, value in rows if value is not None
@@ -325,7 +331,7 @@ def table(summary: dict[str, Any], workdir: Path | str) -> str:
   if watched == 'test':
     lines.insert(0, tested)
   else:
-    lines = ['validation accuracy', *lines[:-1], tested, lines[-1]]
+    lines = [f'validation {metric.words}', *lines[:-1], tested, lines[-1]]
   files = [
     ('summary', 'summary.json'),
     ('topology', 'topology.json'),

@@ -16,7 +16,7 @@ from flax import nnx
 from maskconnect_jax.method import connectivity, wiring
 from maskconnect_jax.method.spec import NARROWING
 from maskconnect_jax.run import batches as batches_lib
-from maskconnect_jax.run import experiment, steps
+from maskconnect_jax.run import experiment, scores, steps
 from maskconnect_jax.run.progress import Run
 
 
@@ -46,9 +46,10 @@ def freeze(run: Run) -> None:
   if run.job.model.stack.spec.learner not in NARROWING:
     run.progress.margins = margins_of(run)
   run.recipe, run.state = recipe, state
+  metric = scores.metric(recipe.multi_label).field
   run.progress.accuracies |= {
-    f'{watched}_accuracy_drawn': drawn.accuracy,
-    f'{watched}_accuracy_at_freeze': frozen.accuracy,
+    f'{watched}_{metric}_drawn': drawn.headline,
+    f'{watched}_{metric}_at_freeze': frozen.headline,
   }
 
 

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from maskconnect_jax import files, limits
+from maskconnect_jax import files, limits, names
 from maskconnect_jax.data import image_headers, image_inputs, images
 from maskconnect_jax.drawing import svg
 from maskconnect_jax.errors import InputError
@@ -56,6 +56,7 @@ def save(
   mean: Sequence[float],
   std: Sequence[float],
   max_pixels: int = image_headers.MAX_PIXELS,
+  multi_label: bool = False,
   extra: Mapping[str, bytes] | None = None,
 ) -> None:
   """Writes a frozen, pruned model; a folder already there is replaced.
@@ -73,6 +74,8 @@ def save(
     mean: one number per channel, on the 0..255 scale.
     std: one number per channel, on the 0..255 scale.
     max_pixels: width times height of the largest image to decode.
+    multi_label: whether an image has several labels: each output has a sigmoid,
+      not all of them a softmax.
     extra: more files for the folder, content by name, such as a model card.
 
   Raises:
@@ -89,6 +92,7 @@ def save(
     mean=mean,
     std=std,
     max_pixels=max_pixels,
+    multi_label=multi_label,
   ) | {'digest': checkpoint.digest(arrays)}
   size = 2 * sum(array.nbytes for array in arrays.values())
   with files.replacing(folder, size) as temporary:
@@ -203,6 +207,7 @@ class Classifier:
 
   Attributes:
     classes: name of each output.
+    multi_label: whether an image has several labels, not one class.
     topology: which sources feed each block.
     image_shape: (height, width, channels) of the network's input.
     record: the content of model.json.
@@ -218,7 +223,9 @@ class Classifier:
     """
     self.record = record
     self.classes: tuple[str, ...] = tuple(record['classes'])
+    self.multi_label: bool = record.get('multi_label', False)
     self.topology = topology.from_dict(record['topology'])
+    probabilities = jax.nn.sigmoid if self.multi_label else jax.nn.softmax
     shape = record['preprocessing']
     self.image_shape = (shape['height'], shape['width'], shape['channels'])
     mean, std = shape['mean'], shape['std']
@@ -229,7 +236,7 @@ class Classifier:
     def forward(state: Any, batch: jax.Array) -> tuple[jax.Array, jax.Array]:
       model = nnx.merge(network, state)
       logits = model(augment.normalize(batch, mean, std))
-      return logits, jax.nn.softmax(logits)
+      return logits, probabilities(logits)
 
     self._network = network
     self._forward = forward
@@ -325,6 +332,9 @@ class Classifier:
   def predict(self, images_or_paths: Any) -> np.ndarray:
     """Returns class probabilities, float32 [N, len(classes)].
 
+    Those of an image add up to 1. Of a multi-label model each is that of a
+    label by itself.
+
     Args:
       images_or_paths: an array of any library, uint8 [N, H, W, C] or [N, H, W];
         or any iterable of paths, Pillow images and uint8 arrays; or a single
@@ -355,8 +365,46 @@ class Classifier:
     """
     prepared = iter(prepared)
     while part := list(itertools.islice(prepared, self.batch_size)):
-      names, batch = zip(*part, strict=True)
-      yield from zip(names, self.probabilities(np.stack(batch)), strict=True)
+      keys, batch = zip(*part, strict=True)
+      yield from zip(keys, self.probabilities(np.stack(batch)), strict=True)
+
+  def best(self, row: np.ndarray) -> list[tuple[str, float]]:
+    """Returns what an image is taken for.
+
+    Args:
+      row: its probabilities, float32 [len(classes)].
+
+    Returns:
+      The most probable class and its probability. Of a multi-label model all
+      labels with a probability above 0.5, the most probable one first. Bytes
+      of a name that are no UTF-8 are written as in `names.encodable`.
+    """
+    chosen = [int(row.argmax())]
+    if self.multi_label:
+      chosen = [int(n) for n in np.argsort(-row, stable=True) if row[n] > 0.5]
+    return [(names.encodable(self.classes[n]), float(row[n])) for n in chosen]
+
+  def answer(self, row: np.ndarray) -> dict[str, Any]:
+    """Returns what an image is taken for, as --mode=predict --json prints it.
+
+    Args:
+      row: see `best`.
+
+    Returns:
+      {'class': name, 'probability': its own, 'probabilities': {name: of each
+      class}}. A multi-label model has 'labels', the names of `best`, in place
+      of the first two.
+    """
+    best = self.best(row)
+    of_all = dict(
+      zip(map(names.encodable, self.classes), row.tolist(), strict=True)
+    )
+    if self.multi_label:
+      return {'labels': [name for name, _ in best], 'probabilities': of_all}
+    ((name, probability),) = best
+    return {
+      'class': name, 'probability': probability, 'probabilities': of_all,
+    }  # fmt: skip
 
   @property
   def batch_size(self) -> int:
@@ -408,7 +456,7 @@ class Classifier:
     return found
 
   def logits(self, batch: np.ndarray) -> np.ndarray:
-    """Returns the logits; their softmax is `probabilities`.
+    """Returns the logits, of which `probabilities` is softmax or sigmoid.
 
     Args:
       batch: uint8 [N, H, W, C], of `image_shape`.

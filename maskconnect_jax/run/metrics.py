@@ -21,6 +21,7 @@ from tensorboardX.proto import event_pb2
 
 from maskconnect_jax import files
 from maskconnect_jax.errors import InputError
+from maskconnect_jax.run import scores
 
 PLAIN_SECONDS = 10.0  # between lines when stderr is no terminal
 FLUSH_SECONDS = 120.0  # between writes of TensorBoard's events to the disk
@@ -147,7 +148,8 @@ class MetricsWriter:
       name: value if isinstance(value, bool | int | float | str) else str(value)
       for name, value in fields.items()
     }
-    measured = dict.fromkeys(('test_accuracy', 'validation_accuracy', 'loss'))
+    metric = scores.metric(fields.get('data.multi_label', False)).field
+    measured = dict.fromkeys((f'test_{metric}', f'validation_{metric}', 'loss'))
     with self._failing_at(self._folder):
       for part in summary.hparams(plain, measured):
         self._add(0, summary=part)

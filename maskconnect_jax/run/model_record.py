@@ -20,7 +20,9 @@ from maskconnect_jax.method import topology as topology_lib
 from maskconnect_jax.method.topology import BranchTopology, Topology
 from maskconnect_jax.networks import architectures
 
+# A version that knows one class an image alone must refuse a multi-label model.
 SCHEMA = 'maskconnect_jax.model/1'
+MULTI_LABEL_SCHEMA = 'maskconnect_jax.model/2'
 REMEDY = 'write the model again with --mode=train'
 # Orbax compresses arrays: equal weights to a hundredth, others hardly at all.
 # A model that declares more bytes per byte on the disk than this is not read.
@@ -43,7 +45,7 @@ class Preprocessing(msgspec.Struct):
 class Record(msgspec.Struct):
   """The schema of model.json; `method.topology` has that of its topology."""
 
-  schema: Literal['maskconnect_jax.model/1']
+  schema: Literal['maskconnect_jax.model/1', 'maskconnect_jax.model/2']
   architecture: dict[str, Any]  # `create_model` checks them
   topology: dict[str, Any]
   digest: Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
@@ -51,6 +53,7 @@ class Record(msgspec.Struct):
     list[str], msgspec.Meta(min_length=1, max_length=limits.MAX_CLASSES)
   ]
   preprocessing: Preprocessing
+  multi_label: bool = False  # a sigmoid for each class, not a softmax
 
 
 def read(path: Path) -> tuple[dict[str, Any], Topology | BranchTopology]:
@@ -104,6 +107,10 @@ def checked(record: dict[str, Any]) -> Record:
       raise InputError(
         f'there are {there} {what}, but {limits.shown(declared)} belong there'
       )
+  if read.multi_label != (read.schema == MULTI_LABEL_SCHEMA):
+    raise InputError(
+      f'{read.schema} does not go with multi_label={read.multi_label}'
+    )
   if shape.resize and shape.resize < max(shape.height, shape.width):
     raise InputError(
       f'preprocessing: resize={shape.resize} leaves no {shape.height} x'

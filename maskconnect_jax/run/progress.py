@@ -29,7 +29,7 @@ class Progress:
   Attributes:
     clock: counts the images trained on and the seconds of training.
     damaged: numbers of the training records that were found damaged.
-    accuracies: measured at the freeze, by their names in summary.json.
+    accuracies: or mAP, measured at the freeze, by their names in summary.json.
     pending: {'loss', 'accuracy'}, float32 [], of each step since the last line
       of the log. A run that is stopped between two lines resumes with these
       values, so its log equals that of an uninterrupted run.
@@ -77,7 +77,9 @@ class Progress:
     if not isinstance(record, dict):
       raise ValueError('its progress is no object')
     accuracies = {
-      name: value for name, value in record.items() if 'accuracy' in name
+      name: value
+      for name, value in record.items()
+      if name.endswith(('_drawn', '_at_freeze'))
     }
     counts = {name: record.get(name) for name in ('images', 'train_seconds')}
     counts |= {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import platform
@@ -26,7 +27,7 @@ from maskconnect_jax.networks import architectures
 from maskconnect_jax.report import html
 from maskconnect_jax.report import run as page
 from maskconnect_jax.report.wiring import Wiring
-from maskconnect_jax.run import metrics, sharpness, workdirs
+from maskconnect_jax.run import metrics, scores, sharpness, workdirs
 from maskconnect_jax.run import plan as plan_lib
 
 NAME = 'report.html'
@@ -155,6 +156,7 @@ def read(workdir: Path, summary: dict[str, Any] | None = None) -> page.Record:
     shares=shares,
     changes=changes,
     classes=inputs.get('data', {}).get('classes') or [],
+    metric=dataclasses.astuple(scores.metric(config.data.multi_label)),
     examples=_examples(workdir / EXAMPLES),
     versions=_versions(summary),
   )
@@ -246,7 +248,7 @@ def snippet(summary: dict[str, Any], model: Any) -> str:
     summary: the content of summary.json.
     model: the pruned model.
   """
-  own = model.topology
+  own, metric = model.topology, scores.metric_of(summary)
   drawing = svg.topology_svg(
     own.sources,
     stages=model.stages,
@@ -257,7 +259,8 @@ def snippet(summary: dict[str, Any], model: Any) -> str:
     '<figure style="max-width:720px;margin:0">'
     f'<figcaption><b>{html.text(summary["model"])}</b>,'
     f' {html.text(summary["rule"])}, fan-in {summary["fan_in"]}, seed'
-    f' {summary["seed"]}: test accuracy {summary["test_accuracy_pruned"]:.2%},'
+    f' {summary["seed"]}: test {metric.words}'
+    f' {summary[f"test_{metric.field}_pruned"]:.2%},'
     f' {summary["blocks_pruned"]} of {summary["blocks"]} blocks,'
     f' {summary["parameters_pruned"]:,} parameters</figcaption>'
     f'{drawing}</figure>'
@@ -272,13 +275,13 @@ def write_examples(
   Args:
     workdir: the folder of the run.
     images: uint8 [N, H, W, C], C being 1 or 3.
-    labels: int [N], the classes of the images.
-    predicted: int [N], the classes that the model gives them.
+    labels: int [N], the classes of the images; or bool [N, classes].
+    predicted: the labels that the model gives them, of the same form.
 
   Raises:
     InputError: the file cannot be written.
   """
-  right = labels == predicted
+  right = (labels == predicted).reshape(len(labels), -1).all(1)
   chosen = np.concatenate(
     [np.flatnonzero(part)[:_OF_A_KIND] for part in (~right, right)]
   )
@@ -318,6 +321,8 @@ def _examples(path: Path) -> page.Examples | None:
       raise ValueError(f'images of shape {found.images.shape}')
     if not len(found.images) == len(found.labels) == len(found.predicted):
       raise ValueError('its arrays differ in length')
+    if found.labels.shape != found.predicted.shape:
+      raise ValueError('labels and predicted differ in shape')
   except Exception as error:  # NumPy raises many kinds for a broken archive
     raise InputError(
       f'{path} is damaged ({error!r}); delete it: the page is then without'

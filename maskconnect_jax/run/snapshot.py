@@ -35,6 +35,7 @@ def description(
   mean: Sequence[float],
   std: Sequence[float],
   max_pixels: int,
+  multi_label: bool = False,
 ) -> dict[str, Any]:
   """Returns what model.json and inputs.json say of a network.
 
@@ -47,14 +48,18 @@ def description(
     mean: see there.
     std: see there.
     max_pixels: see there.
+    multi_label: see there.
 
   Returns:
     The content of model.json without its digest; the topology is None while the
     wiring is learned.
   """
   height, width, channels = image_shape
+  kind: dict[str, Any] = {'schema': model_record.SCHEMA}
+  if multi_label:
+    kind = {'schema': model_record.MULTI_LABEL_SCHEMA, 'multi_label': True}
   return {
-    'schema': model_record.SCHEMA,
+    **kind,
     'architecture': (
       {'version': model.version} | architecture | model.stack.spec.to_dict()
     ),

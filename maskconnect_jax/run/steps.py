@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from maskconnect_jax.method.wiring import RealMask
 from maskconnect_jax.networks import layers, streams
-from maskconnect_jax.run import augment, distributed
+from maskconnect_jax.run import augment, distributed, objective
 
 # Arrays of fewer entries are not split over the devices: it would save hardly
 # any memory, and cost a message each.
@@ -72,6 +72,7 @@ class Recipe:
     pad, flip, mean, std, mixup, cutmix, erasing: see `config.data`.
     drop_path: see `config.model`.
     class_weights: the weight of each class in the loss; (): 1 each.
+    multi_label: whether an image has several labels, see `objective`.
     label_smoothing, average: see `config.optimizer`.
     batch_sharding: how a batch lies on the devices.
     parts: in how many parts the gradient of a batch is computed.
@@ -98,6 +99,7 @@ class Recipe:
   erasing: float = 0.0
   drop_path: float = 0.0
   class_weights: tuple[float, ...] = ()
+  multi_label: bool = False
   shard: bool = False
   own_statistics: bool = False
   newcomers: optax.Schedule = lambda step: 1.0
@@ -254,11 +256,12 @@ def train_step(
     recipe: a static argument of jit.
     state: the state before the step.
     images: uint8 [batch, H, W, C].
-    labels: int32 [batch].
+    labels: int32 [batch], or bool [batch, num_classes]; see `objective`.
 
   Returns:
     The state after the step, and {'loss', 'accuracy'}, float32 [], of this
-    batch before the update.
+    batch before the update. Of several labels, accuracy is the share of labels,
+    given or not, that are right at a probability of 0.5.
   """
   pixels = augmented(recipe, images, state.step)
 
@@ -274,14 +277,19 @@ def train_step(
       recipe.newcomers(state.step),
     )
     logits = model(inputs['images'], mask, train=True, keep=inputs['keep'])
-    loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
+    loss = jnp.mean(
+      objective.losses(logits, targets, multi_label=recipe.multi_label)
+    )
     return loss, (logits, nnx.as_pure(nnx.state(model, nnx.BatchStat)))
 
   held = {'weights': state.weights, 'masks': state.masks}
   params = recipe.whole(held)
   num_classes = state.weights['head']['kernel'].shape[-1]
-  targets = optax.smooth_labels(
-    jax.nn.one_hot(labels, num_classes), recipe.label_smoothing
+  targets = objective.targets(
+    labels,
+    num_classes,
+    recipe.label_smoothing,
+    multi_label=recipe.multi_label,
   )
   pixels, targets = mixed(recipe, pixels, targets, state.step)
   if recipe.class_weights:
@@ -313,7 +321,8 @@ def train_step(
     gradients, state.optimizer, held
   )
   params = optax.apply_updates(held, updates)
-  accuracy = jnp.mean(jnp.argmax(logits, -1) == labels, dtype=jnp.float32)
+  found = objective.predicted(logits, multi_label=recipe.multi_label)
+  accuracy = jnp.mean(found == labels, dtype=jnp.float32)
   after = TrainState(
     step=state.step + 1,
     weights=params['weights'],
@@ -478,9 +487,8 @@ def _losses_of_masks(
 
   def losses(mask: jax.Array) -> jax.Array:
     model = nnx.merge(recipe.network, *variables)
-    return optax.softmax_cross_entropy_with_integer_labels(
-      model(inputs, mask, train=True), labels
-    )
+    logits = model(inputs, mask, train=True)
+    return objective.losses(logits, labels, multi_label=recipe.multi_label)
 
   return losses
 
@@ -502,7 +510,7 @@ def differences(
     recipe: a static argument of jit.
     variables: weights, masks and statistics.
     images: uint8 [batch, H, W, C].
-    labels: int32 [batch].
+    labels: see `train_step`.
     step: int32 [], decides crops and flips.
     masks: [1 + n, ...]; the first is the one that the others are compared with.
     at_once: how many masks are computed side by side, a static argument.
@@ -536,7 +544,7 @@ def mask_gradient(
     recipe: a static argument of jit.
     variables: weights, masks and statistics.
     images: uint8 [batch, H, W, C].
-    labels: int32 [batch].
+    labels: see `train_step`.
     step: int32 [], decides crops and flips.
     mask: b.
   """
@@ -560,13 +568,14 @@ def eval_step(
     recipe: a static argument of jit.
     variables: `TrainState.variables()`.
     images: uint8 [batch, H, W, C].
-    labels: int32 [batch].
+    labels: see `train_step`.
     counted: bool [batch]; False for the padding of the last batch.
     mask_key: draws the mask; None takes the topology, or the top K of r.
     mask_step: the training step whose temperature the draw uses.
 
   Returns:
-    See `scores`; and 'outcomes', see `outcomes`, on all devices.
+    See `objective.scores`; and 'outcomes', see `objective.outcomes`, on all
+    devices.
   """
   model = nnx.merge(recipe.network, *recipe.whole(variables))
   mask = None
@@ -576,52 +585,10 @@ def eval_step(
     )
   with recipe.on_mesh():
     logits = model(augment.normalize(images, recipe.mean, recipe.std), mask)
-  return scores(logits, labels, counted) | {
+  several = recipe.multi_label
+  return objective.scores(logits, labels, counted, multi_label=several) | {
     'outcomes': jax.lax.with_sharding_constraint(
-      outcomes(logits, labels, counted),
+      objective.outcomes(logits, labels, counted, multi_label=several),
       distributed.replicated(recipe.batch_sharding.mesh),
     )
-  }
-
-
-def outcomes(
-  logits: jax.Array, labels: jax.Array, counted: jax.Array
-) -> jax.Array:
-  """Returns the label of each example and the class it was taken for.
-
-  Args:
-    logits: float32 [batch, num_classes].
-    labels: int32 [batch].
-    counted: bool [batch]; False for padding.
-
-  Returns:
-    int32 [batch, 2]; (-1, -1) for padding.
-  """
-  pairs = jnp.stack([labels, jnp.argmax(logits, -1).astype(jnp.int32)], -1)
-  return jnp.where(counted[:, None], pairs, -1)
-
-
-def scores(
-  logits: jax.Array, labels: jax.Array, counted: jax.Array
-) -> dict[str, jax.Array]:
-  """Returns sums over the counted examples.
-
-  Args:
-    logits: float32 [batch, num_classes].
-    labels: int32 [batch].
-    counted: bool [batch]; False for padding.
-
-  Returns:
-    {'correct', 'correct_of_5', 'count': int32 [], 'loss': float32 []}. A label
-    is among the 5 if fewer than 5 classes have a larger logit.
-  """
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-  own = jnp.take_along_axis(logits, labels[:, None], -1)
-  larger = jnp.sum(~(logits <= own), -1)  # a NaN counts as larger
-  right = jnp.argmax(logits, -1) == labels
-  return {
-    'correct': jnp.sum(right & counted, dtype=jnp.int32),
-    'correct_of_5': jnp.sum((larger < 5) & counted, dtype=jnp.int32),
-    'loss': jnp.sum(jnp.where(counted, losses, 0.0)),
-    'count': jnp.sum(counted, dtype=jnp.int32),
   }

@@ -363,8 +363,8 @@ def record(
     rate: images per second in the pending steps; 0 if none was timed.
 
   Returns:
-    The accuracy on the held out images, or on the test images if no images are
-    held out; None if no evaluation is due.
+    The accuracy, or the mAP of several labels, on the held out images, or on
+    the test images if no images are held out; None if no evaluation is due.
 
   Raises:
     Stopped: a signal came during the evaluation; nothing is written.
@@ -383,7 +383,7 @@ def record(
     watched, split = experiment.held_out(job)
     scores = run.evaluate(run.recipe.network, run.state.variables(), split)
     line |= scores.named(watched)
-    accuracy = scores.accuracy
+    accuracy = scores.headline
   run.progress.pending = []
   if phase == 'connectivity':
     mask = run.history.add(done, run.state.masks)
@@ -424,7 +424,7 @@ def compile_step(
   Args:
     recipe: the recipe of the phase.
     state: the state before the step.
-    batch: images, uint8 [batch, H, W, C], and labels, int32 [batch].
+    batch: images and labels, see `steps.train_step`.
     bar: tells the user.
 
   Returns:

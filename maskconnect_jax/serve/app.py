@@ -101,7 +101,6 @@ class Service:
   def __init__(self, model: inference.Classifier, limits: Limits) -> None:
     self._model = model
     self._limits = limits
-    self._classes = [names.encodable(name) for name in model.classes]
     self._name = str(model.record['architecture']['name'])
     self._metrics = Metrics()
     self._batcher = Batcher(
@@ -154,7 +153,9 @@ class Service:
 
   async def _page(self, _: Request) -> Response:
     headers = {'content-security-policy': page.POLICY} | _NO_SNIFF
-    content = page.of(self._name, len(self._classes))
+    content = page.of(
+      self._name, len(self._model.classes), self._model.multi_label
+    )
     return HTMLResponse(content, headers=headers)
 
   async def _health(self, _: Request) -> Response:
@@ -162,7 +163,7 @@ class Service:
       {
         'status': 'ok',
         'model': self._name,
-        'classes': len(self._classes),
+        'classes': len(self._model.classes),
         'image_shape': self._model.image_shape,
       }
     )
@@ -196,17 +197,10 @@ class Service:
     except (BusyError, TimeoutError) as error:
       why = 'too many images are waiting; try again later'
       raise HTTPException(503, why, {'retry-after': '1'}) from error
-    found = []
-    for (name, _), row in zip(named, rows, strict=True):
-      best = int(row.argmax())
-      found.append(
-        {
-          'image': name,
-          'class': self._classes[best],
-          'probability': float(row[best]),
-          'probabilities': dict(zip(self._classes, row.tolist(), strict=True)),
-        }
-      )
+    found = [
+      {'image': name} | self._model.answer(row)
+      for (name, _), row in zip(named, rows, strict=True)
+    ]
     return _json({'predictions': found})
 
   async def _contents(self, request: Request) -> list[tuple[str, bytes]]:

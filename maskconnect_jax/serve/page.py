@@ -22,8 +22,12 @@ form.addEventListener('submit', async (event) => {
     });
     const found = await answer.json();
     if (found.error) say(found.error);
-    for (const one of found.predictions ?? [])
-      say(`${one.image}: ${one.class}, ${one.probability.toFixed(3)}`);
+    for (const one of found.predictions ?? []) {
+      const best = one.labels?.map((name) => [name, one.probabilities[name]])
+        ?? [[one.class, one.probability]];
+      const listed = best.map(([name, p]) => `${name}, ${p.toFixed(3)}`);
+      say(`${one.image}: ${listed.join('; ') || 'no label'}`);
+    }
   } catch (error) { say(String(error)); }
 });
 """
@@ -46,13 +50,15 @@ POLICY = (
 )
 
 
-def of(name: str, num_classes: int) -> str:
+def of(name: str, num_classes: int, multi_label: bool) -> str:
   """Returns the page.
 
   Args:
     name: the network's name.
     num_classes: number of classes.
+    multi_label: whether an image gets any number of them.
   """
+  kind = 'any' if multi_label else 'one'
   title = html.escape(name)
   return f"""<!doctype html>
 <html lang="en">
@@ -61,7 +67,7 @@ def of(name: str, num_classes: int) -> str:
 <title>{title}</title>
 <style>{_STYLE}</style>
 <h1>{title}</h1>
-<p>Give images; each gets one of {num_classes:,} classes.</p>
+<p>Give images; each gets {kind} of {num_classes:,} classes.</p>
 <form action="predict" method="post" enctype="multipart/form-data">
 <label>Images
 <input type="file" name="images" accept="image/*" multiple required></label>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def write(folders: Sequence[Path], path: Path | None = None) -> Path:
       ', '.join(map(str, folders)),
       rows,
       validation=held_out,
-      caption=summarize.CAPTION,
+      caption=table.caption,
+      metric=table.metric.words,
       unfinished=[str(run) for run in table.unfinished],
     ),
   )
@@ -92,9 +94,9 @@ def _row(row: summarize.Row, held_out: bool, beside: Path) -> page.Row:
     name=row.name,
     kind=row.kind,
     seeds=[run.seed for run in row.runs],
-    accuracies=row.held_out if held_out else row.values('test_accuracy_pruned'),
-    test_mean=record['test_accuracy_mean'],
-    test_std=record['test_accuracy_std'] or None,
+    scores=row.held_out if held_out else row.tested,
+    test_mean=statistics.fmean(row.tested),
+    test_std=statistics.stdev(row.tested) if len(row.tested) > 1 else None,
     parameters=row.values('parameters_pruned'),
     rate=record['images_per_second'],
     device=row.devices,

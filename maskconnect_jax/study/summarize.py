@@ -20,10 +20,10 @@ from maskconnect_jax.errors import InputError
 from maskconnect_jax.figures import page as plots
 from maskconnect_jax.figures import summary as summary_plots
 from maskconnect_jax.figures import trade as trade_plots
-from maskconnect_jax.run import workdirs
+from maskconnect_jax.run import scores, workdirs
 
-CAPTION = (
-  'Test accuracy is that of the finished model, after the last step,'
+_CAPTION = (
+  'Test {} is that of the finished model, after the last step,'
   ' fine-tuning and pruning; never that of the best epoch. Mean ± sample'
   ' standard deviation, and the best, over the seeds. Parameters: mean over'
   ' the seeds (least to most). Images per second: median.'
@@ -37,13 +37,15 @@ _Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 class Summary(msgspec.Struct):
   """The fields of summary.json that the table reads, with their bounds."""
 
-  test_accuracy_pruned: _Share
   parameters: _Count
   parameters_pruned: _Count
   images_per_second: Annotated[float, msgspec.Meta(ge=0)]
   num_devices: _Count
   device: str
+  test_accuracy_pruned: _Share | None = None
+  test_map_pruned: _Share | None = None
   validation_accuracy: _Share | None = None
+  validation_map: _Share | None = None
   multiply_adds_pruned: _Count | None = None
 
 
@@ -64,6 +66,16 @@ class Run:
   fields: dict[str, Any]
   summary: dict[str, Any]
   inputs: dict[str, Any] | None = None
+
+  @property
+  def metric(self) -> scores.Metric:
+    """What its test and validation images were measured by."""
+    return scores.metric(self.fields['data.multi_label'])
+
+  @property
+  def tested(self) -> float:
+    """The score of the finished model on the test images."""
+    return float(self.summary[f'test_{self.metric.field}_pruned'])
 
   @property
   def device(self) -> str:
@@ -99,11 +111,21 @@ class Row:
     return [run.summary[name] for run in self.runs]
 
   @property
+  def metric(self) -> scores.Metric:
+    """See `Run.metric`; its runs have one."""
+    return self.runs[0].metric
+
+  @property
+  def tested(self) -> list[float]:
+    """The scores of the finished models on the test images."""
+    return [run.tested for run in self.runs]
+
+  @property
   def held_out(self) -> list[float]:
-    """Accuracies on held out training images; [] if none were held out."""
+    """Scores on held out training images; [] if none were held out."""
     if not self.runs[0].fields['data.validation']:
       return []
-    return self.values('validation_accuracy')
+    return self.values(f'validation_{self.metric.field}')
 
   @property
   def kind(self) -> str:
@@ -131,22 +153,20 @@ class Row:
     return ', '.join(dict.fromkeys(run.device for run in self.runs))
 
   def record(self) -> dict[str, Any]:
-    """Returns the row of the CSV file; accuracies are fractions."""
-    accuracy = self.values('test_accuracy_pruned')
+    """Returns the row of the CSV file; scores are fractions."""
+    tested, own = self.tested, self.metric.field
     return {
       'row': self.name,
       'num_seeds': len(self.runs),
       'seeds': ' '.join(str(run.seed) for run in self.runs),
       'duration': self.runs[0].fields['duration'],
-      'test_accuracy_best': max(accuracy),
-      'test_accuracy_mean': statistics.fmean(accuracy),
-      'test_accuracy_std': (
-        statistics.stdev(accuracy) if len(accuracy) > 1 else ''
-      ),
-      'validation_accuracy_mean': (
+      f'test_{own}_best': max(tested),
+      f'test_{own}_mean': statistics.fmean(tested),
+      f'test_{own}_std': statistics.stdev(tested) if len(tested) > 1 else '',
+      f'validation_{own}_mean': (
         statistics.fmean(self.held_out) if self.held_out else ''
       ),
-      'validation_accuracy_std': (
+      f'validation_{own}_std': (
         statistics.stdev(self.held_out) if len(self.held_out) > 1 else ''
       ),
       **{
@@ -173,10 +193,21 @@ class Table:
   rows: list[Row]
   unfinished: list[Path]
 
+  @property
+  def metric(self) -> scores.Metric:
+    """See `Run.metric`; all rows have one."""
+    return self.rows[0].metric if self.rows else scores.ACCURACY
+
+  @property
+  def caption(self) -> str:
+    """What the columns mean."""
+    return _CAPTION.format(self.metric.words)
+
   def markdown(self) -> str:
     """Returns the table in Markdown, with its caption below."""
     validated = ['validation'] * any(row.held_out for row in self.rows)
-    head = ['', 'seeds', 'duration', *validated, 'test accuracy', 'best']
+    tested = f'test {self.metric.words}'
+    head = ['', 'seeds', 'duration', *validated, tested, 'best']
     head += ['parameters', 'after pruning', 'images/s', 'device']
     lines = [line(head), line(['---'] * len(head))]
     for row in self.rows:
@@ -186,15 +217,15 @@ class Table:
         f'{len(row.runs)} ({", ".join(str(run.seed) for run in row.runs)})',
         record['duration'],
         *(_mean(row.held_out) for _ in validated),
-        _mean(row.values('test_accuracy_pruned')),
-        f'{record["test_accuracy_best"]:.2%}'.replace('%', ' %'),
+        _mean(row.tested),
+        f'{max(row.tested):.2%}'.replace('%', ' %'),
         _count(row.values('parameters')),
         _count(row.values('parameters_pruned')),
         f'{record["images_per_second"]:,.0f}',
         record['device'],
       ]
       lines.append(line(cells))
-    lines += ['', CAPTION]
+    lines += ['', self.caption]
     if common := usual([row.runs[0].fields for row in self.rows]):
       own = ', '.join(f'{short(path)}={v}' for path, v in common.items())
       lines.append(f'Where a row does not say otherwise: {own}.')
@@ -229,11 +260,8 @@ class Table:
     held_out = all(row.held_out for row in self.rows)
     figure = summary_plots.figure(
       [row.name for row in self.rows],
-      [
-        row.held_out if held_out else row.values('test_accuracy_pruned')
-        for row in self.rows
-      ],
-      'Validation accuracy' if held_out else 'Test accuracy',
+      [row.held_out if held_out else row.tested for row in self.rows],
+      f'{"Validation" if held_out else "Test"} {self.metric.words}',
     )
     plots.save(figure, path.with_suffix(''))
 
@@ -250,8 +278,8 @@ class Table:
       [row.short for row in self.rows],
       [row.kind for row in self.rows],
       [row.values(field) for row in self.rows],
-      [row.values('test_accuracy_pruned') for row in self.rows],
-      title=f'Test accuracy against {words}',
+      [row.tested for row in self.rows],
+      title=f'Test {self.metric.words} against {words}',
       cost=f'{words} after pruning',
     )
 
@@ -287,8 +315,8 @@ def summarize(folders: Sequence[Path]) -> Table:
       depth.
 
   Raises:
-    InputError: a folder holds no run, a run's files cannot be read, or two
-      runs are of the same config and seed.
+    InputError: a folder holds no run, a run's files cannot be read, two runs
+      are of the same config and seed, or runs are measured by other scores.
   """
   finished, unfinished = [], []
   for workdir in find_runs(folders):
@@ -296,6 +324,13 @@ def summarize(folders: Sequence[Path]) -> Table:
       finished.append(read(workdir))
     else:
       unfinished.append(workdir)
+  for run in finished:
+    if run.metric != finished[0].metric:
+      raise InputError(
+        f'{finished[0].workdir} is measured by {finished[0].metric.words} and'
+        f' {run.workdir} by {run.metric.words} (config.data.multi_label); leave'
+        ' one of them out'
+      )
   groups: list[list[Run]] = []
   for run in finished:
     # Groups of equal fields first: copies of the same images in another folder
@@ -364,8 +399,12 @@ def read(workdir: Path) -> Run:
   try:
     files.of_kind(record, Summary)
     run = Run(workdir, seed, fields, record, workdirs.read_inputs(workdir))
-    if fields['data.validation'] and record.get('validation_accuracy') is None:
-      raise InputError('validation_accuracy is missing')
+    needed = [f'test_{run.metric.field}_pruned']
+    if fields['data.validation']:
+      needed.append(f'validation_{run.metric.field}')
+    for name in needed:
+      if record.get(name) is None:
+        raise InputError(f'{name} is missing')
   except InputError as error:
     raise InputError(
       f'{path} is not the summary of a run ({error}); {remedy}'

@@ -419,8 +419,8 @@ def outcome(member: Member, status: int) -> str:
     status: its exit status; -n if signal n ended it.
   """
   if member.finished:
-    accuracy = summarize.read(member.workdir).summary['test_accuracy_pruned']
-    return f'{member.name} ends: test accuracy {accuracy:.2%}'
+    run = summarize.read(member.workdir)
+    return f'{member.name} ends: test {run.metric.words} {run.tested:.2%}'
   log = member.workdir / 'log.txt'
   how = f'exit status {status}' if status >= 0 else f'signal {-status}'
   said = last_line(log.read_text(encoding='utf-8', errors='replace'))

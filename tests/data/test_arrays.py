@@ -71,6 +71,69 @@ def test_arrays_that_do_not_fit(data, says):
   assert '\n' not in str(error.value)
 
 
+SEVERAL = RNG.uniform(size=(8, 3)) < 0.5
+SEVERAL[0], SEVERAL[3] = True, False
+
+
+@pytest.mark.parametrize('kind', [bool, np.uint8, np.int64])
+def test_several_labels_an_image(kind):
+  given = (IMAGES, SEVERAL.astype(kind), IMAGES[:3], SEVERAL[:3].tolist())
+  source = arrays.of(given, multi_label=True)
+  assert source.classes == ('0', '1', '2')
+  found = datasets.load(config.default().data, source)
+  for part, count in (('train', 8), ('test', 3)):
+    split = getattr(found, part)
+    assert split.labels.dtype == bool
+    np.testing.assert_array_equal(split.labels, SEVERAL[:count])
+    np.testing.assert_array_equal(split.images, IMAGES[:count])
+  other = (IMAGES, ~SEVERAL, *given[2:])
+  same = arrays.of((IMAGES, SEVERAL, *given[2:]), multi_label=True)
+  assert source.identity.digest() == same.identity.digest()
+  other = arrays.of(other, multi_label=True).identity.digest()
+  assert source.identity.digest() != other
+
+
+def test_images_that_are_held_out_have_a_label():
+  labels = np.eye(8, 1, dtype=bool)  # only the first image has one
+  data = config.default().data
+  data.validation = 1
+  source = arrays.of((IMAGES, labels, IMAGES[:1], labels[:1]), multi_label=True)
+  with pytest.raises(config.InputError, match='=1 draws images without any'):
+    datasets.load(data, source)
+
+
+@pytest.mark.parametrize(
+  ('labels', 'test_labels', 'several', 'says'),
+  [
+    (SEVERAL, SEVERAL[:3], False, 'or set config.data.multi_label=True'),
+    (
+      LABELS,
+      LABELS[:3],
+      True,
+      r'labels are int64 \[8\], .*multi_label=True give',
+    ),
+    (SEVERAL[:7], SEVERAL[:3], True, r'labels are bool \[7, 3\], of 8 im'),
+    (SEVERAL, SEVERAL[:3, :2], True, r'test_labels are bool \[3, 2\]'),
+    (SEVERAL * 2, SEVERAL[:3], True, r'labels are int64 \[8, 3\]'),
+    (SEVERAL / 1, SEVERAL[:3], True, r'labels are float64 \[8, 3\]'),
+    (SEVERAL[:, :0], SEVERAL[:3, :0], True, r'labels are bool \[8, 0\]'),
+    (SEVERAL & False, SEVERAL[:3], True, 'no training image has a label'),
+    (SEVERAL, SEVERAL[:3] & False, True, 'no test image has a label'),
+    (
+      SEVERAL & [True, True, False],
+      SEVERAL[:3],
+      True,
+      'test images of 2, but no training images',
+    ),
+  ],
+)
+def test_several_labels_that_do_not_fit(labels, test_labels, several, says):
+  data = (IMAGES, labels, IMAGES[:3], test_labels)
+  with pytest.raises(config.InputError, match=says) as error:
+    arrays.of(data, multi_label=several)
+  assert '\n' not in str(error.value)
+
+
 def test_arrays_and_their_source_go_together(tiny_config):
   with pytest.raises(config.InputError, match='go together'):
     experiment.build(tiny_config, DATA)

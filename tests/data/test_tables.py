@@ -128,7 +128,11 @@ def test_validation_rows_beside_test_rows_are_not_used(root, caplog):
     ),
     ('a.jsonl', '{"path": "x"', 'is no jsonl file'),
     ('a.jsonl', '\n[1]\n', 'line 2: not an object'),
-    ('a.jsonl', '{"path": "x", "label": ["a", "b"]}', r"label is \['a', 'b'\]"),
+    (
+      'a.jsonl',
+      '{"path": "x", "label": ["a", "b"]}',
+      r"'b'\]; it .*, or set config.data.multi_label=True",
+    ),
     ('a.txt', 'path,label\n', 'is no table; give FILE.csv or FILE.jsonl'),
     ('a.csv', 'path,label\nx,ant\ny,ant\n', 'test_fraction=0.2 leaves'),
   ],
@@ -140,6 +144,138 @@ def test_tables_that_cannot_be_used(name, text, says, tmp_path):
   assert '\n' not in str(error.value)
   with pytest.raises(config.InputError, match='is no file'):
     load(source='table', dir=str(tmp_path))
+
+
+# Several labels an image.
+
+
+def names_of(split, classes):
+  """The labels of each image, by its pixels."""
+  return {
+    image.tobytes(): [
+      name for name, own in zip(classes, row, strict=True) if own
+    ]
+    for image, row in zip(split.images, split.labels, strict=True)
+  }
+
+
+SEVERAL = {
+  'ant0': ['small', 'black'],
+  'ant1': ['black'],
+  'bee0': [],
+  'bee1': ['yellow', 'small'],
+}
+
+
+def several_rows(root):
+  return [
+    (path, SEVERAL.get(path[-8:-4], ['small']), split)
+    for path, _, split in rows_of(root)
+  ]
+
+
+def test_several_labels_of_csv_and_of_json_lines(root):
+  rows = several_rows(root)
+  cells = [(path, ' ; '.join(labels), split) for path, labels, split in rows]
+  lines = root / 'all.jsonl'
+  lines.write_text(
+    '\n'.join(
+      json.dumps({'path': path, 'label': labels, 'split': split})
+      for path, labels, split in rows
+    )
+  )
+  for file in (write_csv(root / 'all.csv', cells), lines):
+    found = load(source='table', dir=str(file), multi_label=True)
+    assert found.classes == ('black', 'small', 'yellow')
+    assert found.train.labels.dtype == bool
+    for name, part in (('train', found.train), ('val', found.test)):
+      assert names_of(part, found.classes) == {
+        np.asarray(Image.open(root / path)).tobytes(): sorted(labels)
+        for path, labels, split in rows
+        if split == name
+      }
+
+
+def test_several_labels_decoded_while_training(root):
+  rows = [(path, ';'.join(n), split) for path, n, split in several_rows(root)]
+  table = str(write_csv(root / 'all.csv', rows))
+  fields = {'source': 'table', 'dir': table, 'multi_label': True}
+  whole = load(**fields, image_size=6)
+  lazy = load(**fields, image_size=6, crop='resized')
+  np.testing.assert_array_equal(lazy.train.read_labels(), whole.train.labels)
+  for i, label in enumerate(whole.test.labels):
+    image, own, counts = lazy.test.evaluation_example(i)
+    assert own.dtype == bool
+    np.testing.assert_array_equal(own, label)
+    np.testing.assert_array_equal(image, whole.test.images[i])
+    assert counts
+  _, own, _ = lazy.train.training_example(1, np.random.default_rng(0))
+  np.testing.assert_array_equal(own, whole.train.labels[1])
+  held = load(**fields, validation=3)
+  assert (len(held.train), len(held.validation)) == (5, 3)
+
+
+def test_other_labels_are_another_set(root):
+  rows = [(path, ';'.join(n), split) for path, n, split in several_rows(root)]
+  data = config.default().data
+  data.source, data.multi_label = 'table', True
+  data.dir = str(write_csv(root / 'all.csv', rows))
+  before = sources.open_source(data).identity.digest()
+  assert sources.open_source(data).identity.digest() == before
+  rows[0] = (rows[0][0], 'yellow', rows[0][2])
+  write_csv(root / 'all.csv', rows)
+  assert sources.open_source(data).identity.digest() != before
+
+
+def test_several_labels_without_a_split(root):
+  rows = [(path, ';'.join(n)) for path, n, _ in several_rows(root)]
+  table = write_csv(root / 'all.csv', rows, 'path,label')
+  fields = {'source': 'table', 'multi_label': True, 'test_fraction': 0.5}
+  found = load(dir=str(table), **fields)
+  assert len(found.train) + len(found.test) == 12
+  # An image keeps its side when others go.
+  fewer = write_csv(root / 'fewer.csv', rows[:-1], 'path,label')
+  left = load(dir=str(fewer), **fields)
+  for part in ('train', 'test'):
+    own = {image.tobytes() for image in getattr(left, part).images}
+    assert own <= {image.tobytes() for image in getattr(found, part).images}
+
+
+@pytest.mark.parametrize(
+  ('name', 'text', 'says'),
+  [
+    ('a.csv', 'path,label\nx\n', 'line 2: label is None; with config.data.mul'),
+    ('a.csv', 'path,label\nx,a;;b\n', "line 2: label is ''; it must be text"),
+    ('a.csv', 'path,label\nx,a;b; a\n', 'line 2: the label a is there twice'),
+    ('a.jsonl', '{"path": "x", "label": "a"}', "line 1: label is 'a'; with"),
+    (
+      'a.jsonl',
+      '{"path": "x", "label": [["a"]]}',
+      "label is \\['a'\\]; it must",
+    ),
+    (
+      'a.csv',
+      'path,label,split\nx,,train\ny,,test\n',
+      'no training image has a label',
+    ),
+    (
+      'a.csv',
+      'path,label,split\nx,a,train\ny,,test\n',
+      'no test image has a label',
+    ),
+    (
+      'a.csv',
+      'path,label,split\nx,a,train\ny,a;b,test\n',
+      'test images of b, but no training images',
+    ),
+    ('a.csv', 'path,label\nx,a\n', 'leaves no test images; give it a column'),
+  ],
+)
+def test_several_labels_that_cannot_be_used(name, text, says, tmp_path):
+  (tmp_path / name).write_text(text)
+  with pytest.raises(config.InputError, match=says) as error:
+    load(source='table', dir=str(tmp_path / name), multi_label=True)
+  assert '\n' not in str(error.value)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from PIL import Image
 import maskconnect_jax
 from maskconnect_jax import config
 from maskconnect_jax.method import wiring
-from maskconnect_jax.run import evaluation, inference
+from maskconnect_jax.run import evaluation, inference, scores
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 CLASSES = ('ant', 'bee', 'cow')
@@ -75,14 +75,14 @@ def expected(model, images, labels):
 
 
 def test_by_hand(model, data):
-  scores = evaluation.of_model(model, data())
+  found = evaluation.of_model(model, data())
   images = [image(100 * label + i) for label in range(3) for i in range(4)]
   accuracy, loss = expected(model, images, np.repeat(range(3), 4))
-  assert scores.count == 12
-  assert scores.accuracy == pytest.approx(accuracy)
-  assert scores.loss == pytest.approx(loss, rel=1e-5)
+  assert found.count == 12
+  assert found.accuracy == pytest.approx(accuracy)
+  assert found.loss == pytest.approx(loss, rel=1e-5)
   taken = model.predict(images).argmax(1).reshape(3, 4)
-  assert scores.confused.tolist() == [
+  assert found.confused.tolist() == [
     [label, other, (row == other).sum()]
     for label, row in enumerate(taken)
     for other in range(3)
@@ -92,8 +92,8 @@ def test_by_hand(model, data):
 
 def test_scores_of_each_class():
   confused = np.array([[0, 0, 3], [0, 2, 1], [2, 0, 5]])
-  scores = evaluation.Scores(0, 0, 0, 9, confused)
-  assert evaluation.by_class(scores, ['ant', 'crane', 'crane']) == {
+  found = scores.OneClass(0, 0, 0, 9, confused)
+  assert found.by_class(['ant', 'crane', 'crane']) == {
     'class_accuracy': {'ant': 0.75, 'crane (1)': None, 'crane (2)': 0},
     'confusion': {
       'ant': {'ant': 3, 'crane (2)': 1},
@@ -106,10 +106,10 @@ def test_labels_are_matched_by_name(model, data):
   """The model's classes are in another order than those of the folder."""
   other = inference.Classifier.__new__(inference.Classifier)
   other.__dict__ |= vars(model) | {'classes': ('cow', 'ant', 'bee')}
-  scores = evaluation.of_model(other, data())
+  found = evaluation.of_model(other, data())
   images = [image(100 * label + i) for label in range(3) for i in range(4)]
   _, loss = expected(model, images, np.repeat([1, 2, 0], 4))
-  assert scores.loss == pytest.approx(loss, rel=1e-5)
+  assert found.loss == pytest.approx(loss, rel=1e-5)
 
 
 def test_names_are_matched_in_either_unicode_form(model, data):
@@ -154,10 +154,10 @@ def test_other_classes_are_named(classes, message, model, data):
 def test_the_models_own_preprocessing_decides(
   fields, told, model, data, caplog
 ):
-  scores = evaluation.of_model(model, data(side=24, **fields))
+  found = evaluation.of_model(model, data(side=24, **fields))
   images = [image(100 * label + i, 24) for label in range(3) for i in range(4)]
   _, loss = expected(model, images, np.repeat(range(3), 4))
-  assert scores.loss == pytest.approx(loss, rel=1e-5)
+  assert found.loss == pytest.approx(loss, rel=1e-5)
   assert bool(caplog.text) == bool(told)
   assert re.search(told or '', caplog.text)
 

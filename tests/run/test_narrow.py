@@ -97,6 +97,34 @@ def test_differences_are_those_of_frozen_networks(made):
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=2e-5)
 
 
+def test_several_labels_are_measured_by_the_loss_that_trains_them(made):
+  recipe, state = made
+  recipe = dataclasses.replace(recipe, multi_label=True)
+  pixels, _ = images()
+  labels = np.random.default_rng(2).uniform(size=(BATCH, CLASSES)) < 0.4
+  variables = state.weights, state.masks, state.statistics
+  mask = np.tri(4, dtype=np.float32)
+  masks = np.stack([mask, *narrowing.without(mask, np.array([[3, 0]]))])
+
+  @jax.jit
+  def logits_of(mask):
+    x = (jnp.asarray(pixels, jnp.float32) - 120.0) / 60.0
+    return nnx.merge(recipe.network, *variables)(x, mask, train=True)
+
+  losses = []
+  for one in masks:
+    p = 1 / (1 + np.exp(-np.asarray(logits_of(one), np.float64)))
+    losses.append(-np.log(np.where(labels, p, 1 - p)).mean(1))
+  difference = losses[1] - losses[0]
+  found = jax.jit(steps.differences, static_argnums=(0, 6))(
+    recipe, variables, pixels, labels, 0, masks, 1
+  )
+  np.testing.assert_allclose(
+    found, [[difference.sum(), (difference**2).sum()]], rtol=1e-3, atol=1e-6
+  )
+  assert abs(difference.sum()) > 1e-3
+
+
 def test_the_gradient_of_a_mask_matches_central_differences(made):
   """The model divides by the sum of b, whose gradient is left out of G.
 

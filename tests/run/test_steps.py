@@ -13,8 +13,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import wiring
 from maskconnect_jax.method.topology import Topology
-from maskconnect_jax.networks import architectures, layers, models
-from maskconnect_jax.run import augment, experiment, optimizer, steps
+from maskconnect_jax.networks import architectures, layers, models, streams
+from maskconnect_jax.run import (
+  augment,
+  experiment,
+  objective,
+  optimizer,
+  steps,
+)
 
 RNG = np.random.default_rng(0)
 COUNT, BATCH, CLASSES, SEED = 22, 8, 3, 7
@@ -348,6 +354,33 @@ def test_averages_are_those_of_the_weights_and_statistics(path):
   assert_equal_trees(state.average['weights'], weights)
 
 
+@pytest.mark.slow
+def test_several_labels_are_trained_by_the_cross_entropy_of_each():
+  """Smoothed by halves and mixed, in NumPy."""
+  recipe, state = made(tiny(rule='fixed_prev'), multi_label=True, mixup=0.4)
+  indices = batch_of(0)
+  labels = np.stack([LABELS == 0, LABELS != 1, LABELS < 2], -1)[indices]
+  _, found = train_step(recipe, state, IMAGES[indices], labels)
+  u = float(jax.random.beta(recipe.key(streams.MIXUP, 0), 0.4, 0.4))
+  m = max(u, 1 - u)
+
+  def mixed(x):
+    return m * x + (1 - m) * np.roll(x, 1, axis=0)
+
+  @jax.jit
+  def run(inputs):
+    model = nnx.merge(recipe.network, *state.variables(), copy=True)
+    return model(inputs, train=True)
+
+  logits = np.asarray(run(mixed(normalized(indices))), np.float64)
+  targets = mixed(labels * (1 - SMOOTHING) + SMOOTHING / 2)
+  p = 1 / (1 + np.exp(-logits))
+  losses = -(targets * np.log(p) + (1 - targets) * np.log(1 - p))
+  assert float(found['loss']) == pytest.approx(losses.mean(), rel=1e-4)
+  right = (logits > 0) == labels
+  assert float(found['accuracy']) == pytest.approx(right.mean())
+
+
 # Evaluation.
 
 
@@ -358,7 +391,7 @@ def test_scores_are_numpys():
   best = np.argsort(-logits, -1)
   among = best == labels[:, None]
   losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(40), labels]
-  found = steps.scores(logits, labels, counted)
+  found = objective.scores(logits, labels, counted, multi_label=False)
   assert found['correct'] == among[counted, 0].sum()
   assert found['correct_of_5'] == among[counted, :5].sum()
   assert found['count'] == counted.sum()
