@@ -17,6 +17,7 @@ import maskconnect_jax
 from maskconnect_jax import config
 from maskconnect_jax.data import sources
 from maskconnect_jax.method import wiring
+from maskconnect_jax.networks import architectures
 from maskconnect_jax.run import (
   evaluation,
   export,
