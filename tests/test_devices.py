@@ -129,7 +129,9 @@ def step_on(count, model, **options):
     pytest.param(
       'block', RESNEXT, 'learned', True, 1, False, marks=pytest.mark.slow
     ),
-    ('branch', RESNEXT, 'learned', False, 1, False),
+    pytest.param(
+      'branch', RESNEXT, 'learned', False, 1, False, marks=pytest.mark.slow
+    ),
     pytest.param(
       'block', RESNEXT, 'learned', True, 1, True, marks=pytest.mark.slow
     ),
