@@ -10,7 +10,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 
 from maskconnect_jax.drawing import layout
-from maskconnect_jax.drawing.layout import Graph, Ints, Sources
+from maskconnect_jax.drawing.layout import Graph, Ints, Node, Sources
 
 _NAMESPACE = 'http://graphml.graphdrawing.org/xmlns'
 # Name -> its place and type in GraphML.
@@ -28,12 +28,12 @@ def _placed(
   return place(sources, live, tints, None)
 
 
-def _attributes(name: str, live: bool, stages: Ints | None) -> dict[str, str]:
-  if name in ('stem', 'head'):
+def _attributes(node: Node, stages: Ints | None) -> dict[str, str]:
+  if node.fixed:
     return {}
-  found = {'pruned': str(not live).lower()}
+  found = {'pruned': str(not node.live).lower()}
   if stages:
-    found['stage'] = str(int(stages[int(name.partition('.')[0]) - 1]) + 1)
+    found['stage'] = str(int(stages[node.block - 1]) + 1)
   return found
 
 
@@ -63,7 +63,7 @@ def dot(
     if stages:
       lines.append(f'  subgraph "cluster_{stage}" {{ label="stage {stage + 1}"')
     for node in graph.nodes[1:-1]:
-      if first <= int(node.name.partition('.')[0]) <= last:
+      if first <= node.block <= last:
         look = '' if node.live else ' [style=dashed]'
         lines.append(f'  "{node.name}"{look};')
     if stages:
@@ -113,7 +113,7 @@ def graphml(
   )
   for node in graph.nodes:
     one = ET.SubElement(body, f'{{{_NAMESPACE}}}node', id=node.name)
-    for name, value in _attributes(node.name, node.live, stages).items():
+    for name, value in _attributes(node, stages).items():
       ET.SubElement(one, f'{{{_NAMESPACE}}}data', key=name).text = value
   for edge in graph.edges:
     ET.SubElement(

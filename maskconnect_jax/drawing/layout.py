@@ -48,6 +48,11 @@ class Node:
     return self.name in ('stem', 'head')
 
   @property
+  def block(self) -> int:
+    """The number of the node's block, from 1; not for stem and head."""
+    return int(self.name.partition('.')[0])
+
+  @property
   def gid(self) -> str:
     """The node's id in the SVG."""
     if self.fixed:

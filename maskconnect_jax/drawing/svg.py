@@ -28,9 +28,9 @@ fill:color-mix(in oklab,var(--t) 60%,var(--ink))}
 .topology .edge.pruned{stroke:var(--faint)!important;stroke-dasharray:3 2}
 .topology .node circle,.topology .node rect{stroke:var(--paper);
 stroke-width:1.2}
-.topology .node text{fill:var(--paper);font-weight:600;pointer-events:none}
+.topology .node text{font-weight:600;pointer-events:none}
 .topology .node.pruned circle{fill:var(--paper)!important;stroke:var(--faint)}
-.topology .node.pruned text{fill:var(--soft)}
+.topology .node.pruned text{fill:var(--soft)!important}
 """
 _ABOVE = 6  # room above the drawing, in points
 _BESIDE = 24  # room beside the stem and the head, in points
@@ -160,7 +160,11 @@ def _node(node: Node, graph: Graph, stages: Ints | None, high: float) -> str:
   name = ''
   if inside:
     own = node.name.rpartition('.')[2]
-    name = f'<text x="{x:.5g}" y="{y + 3.3:.5g}">{own}</text>'
+    tint = _tint(stages[node.block - 1] if stages else 0)
+    name = (
+      f'<text x="{x:.5g}" y="{y + 3.3:.5g}" style="fill:var(--on-{tint})">{own}'
+      '</text>'
+    )
   gone = '' if node.live else ' pruned'
   about = escape(describe(node, graph, stages))
   return (
@@ -177,7 +181,7 @@ def describe(node: Node, graph: Graph, stages: Ints | None) -> str:
     kind = 'Branch' if '.' in name else 'Block'
     words = f'{kind} {name}'
     if stages:
-      words += f', stage {stages[int(name.partition(".")[0]) - 1] + 1}'
+      words += f', stage {stages[node.block - 1] + 1}'
     words += '' if node.live else ', pruned'
   read = [
     edge.source.name + ('' if edge.real is None else f' (r = {edge.real:.2f})')

@@ -75,7 +75,7 @@ def topology_figure(
     if stages:
       _draw_bands(page, graph, stages)
     _draw_edges(page, graph)
-    _draw_nodes(page, graph)
+    _draw_nodes(page, graph, stages)
     name = 'edge, in the colour of the stage it feeds' if stages else 'edge'
     _draw_key(page, graph, name, tints[-2])
   return page.figure
@@ -145,7 +145,7 @@ def _strength(real: float | None, boldness: float) -> Look:
   return {'lw': width, 'alpha': opacity}
 
 
-def _draw_nodes(page: Page, graph: Graph) -> None:
+def _draw_nodes(page: Page, graph: Graph, stages: Ints | None) -> None:
   """Draws stem, head and every block or branch, and writes their names."""
   inside = layout.holds_text(graph.size)
   for node in graph.nodes:
@@ -162,11 +162,12 @@ def _draw_nodes(page: Page, graph: Graph) -> None:
     )
     mark.set_gid(node.gid)
     if inside and not node.fixed:
+      stage = stages[node.block - 1] if stages else 0
       page.write(
         node.x,
         node.y,
         node.name.rpartition('.')[2],
-        color=page.theme.paper if node.live else page.theme.soft,
+        color=page.theme.number(stage) if node.live else page.theme.soft,
         size=9.5,
         weight='bold',
         va='center_baseline',
