@@ -77,7 +77,7 @@ ARROWS: dict[str, set[str]] = {
     'run.stored',
   },
   'run.weights': {'limits'},
-  'run.card': {'names'},
+  'run.card': {'names', 'run.software'},
   'run.export': {'backend', 'files', 'run.augment', 'run.inference'},
 }  # fmt: skip
 NEEDS_ORBAX = {'run.checkpoint', 'run.storage'}

@@ -20,6 +20,13 @@ from maskconnect_jax.report.charts import Line
 _MOST_CLASSES = 100  # of a confusion matrix with cells
 _LISTED = 20  # classes and pairs in a list
 _NAMED, _LETTERS = 20, 12  # classes of a matrix with names, and their letters
+# What the margin is, by whether the wiring was measured.
+_MARGIN = {
+  True: 'Margin: by how much the training loss misses the last source that'
+  ' stays more than the first that goes.',
+  False: 'Margin: the entry of the last source that stays, less that of the'
+  ' first that goes.',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +66,8 @@ class Record:
     changes: int [T], edges that differ from those at the record before.
     classes: the names of the classes.
     examples: None if there are none.
-    versions: name and version of the software, as far as known.
+    versions: name and version of the software that the run ended with, as
+      far as it is recorded.
   """
 
   workdir: str
@@ -110,10 +118,7 @@ def page(record: Record, *, reload_seconds: int = 0) -> str:
 
 def _head(record: Record) -> str:
   config, summary = record.config, record.summary
-  parts = [
-    f'{"learned" if record.learner else "wired"} per'
-    f' {config["connectivity.level"]}'
-  ]
+  parts = [f'{config["connectivity.level"]} level']
   if record.learner:
     parts.append(f'learner {record.learner}')
   if config['connectivity.rule'] not in ('fixed_prev', 'fixed_all'):
@@ -124,7 +129,7 @@ def _head(record: Record) -> str:
   head = (
     f'<header><p class="eyebrow">{html.text(record.workdir)}</p>'
     f'<h1>{html.text(record.name)}</h1>'
-    f'<p class="about">{html.text(" · ".join(parts))}</p>'
+    f'<p class="about parts">{html.unbroken(parts)}</p>'
   )
   return f'{head}{_facts(record)}</header>'
 
@@ -152,7 +157,7 @@ def _facts(record: Record) -> str:
     ),
     _before_after('Blocks', summary, 'blocks'),
     _before_after('Parameters', summary, 'parameters'),
-    _before_after('Multiply-adds', summary, 'multiply_adds'),
+    _before_after('Multiply-adds per image', summary, 'multiply_adds'),
   ]
   if 'branches' in summary:
     shown[1] = _before_after('Branches', summary, 'branches')
@@ -165,16 +170,18 @@ def _before_after(
   before, after = summary.get(field), summary.get(f'{field}_pruned')
   if before is None or after is None:
     return name, 'unknown', ''
+  whole, left = _counts(before, after)
   if before == after:
-    return name, _count(after), 'nothing pruned'
-  return name, _count(after), f'of {_count(before)} before pruning'
+    return name, left, 'nothing pruned'
+  return name, left, f'of {whole} before pruning'
 
 
-def _count(number: int) -> str:
+def _counts(before: int, after: int) -> tuple[str, str]:
+  """Returns two counts in words, in the unit that suits the first."""
   for least, unit, word in ((1e9, 1e9, 'G'), (1e6, 1e6, 'M'), (1e5, 1e3, 'k')):
-    if number >= least:
-      return f'{number / unit:.4g} {word}'
-  return f'{number:,}'
+    if before >= least:
+      return f'{before / unit:.4g} {word}', f'{after / unit:.4g} {word}'
+  return f'{before:,}', f'{after:,}'
 
 
 def _percent(share: float | None) -> str:
@@ -218,11 +225,12 @@ def _mask(record: Record) -> str:
   own = record.wiring
   if own is None or own.real_mask is None:
     return ''
+  part = 'branch' if own.by_branch else 'block'
   about = (
     'r = 1: the source is still read. A source that went keeps the share of the'
     ' moments that it lasted.'
     if own.narrows
-    else 'r says how much a block wants each source, from 0 to 1.'
+    else f'r says how much a {part} wants each source, from 0 to 1.'
   )
   beside = ''.join([_sources_left(record), *_sharpness(record)])
   words = _clarity(record)
@@ -271,25 +279,26 @@ def _sharpness(record: Record) -> list[str]:
   if own is None:
     return []
   steps = own.steps.tolist()
+  many = 'branches' if own.by_branch else 'blocks'
   found = []
   for title, values, percent, about in (
     (
-      'Entropy of the draw',
+      'Entropy of the draw, relative to a uniform draw',
       record.entropies,
       False,
-      'Mean over the rows with a choice; 1 is a uniform draw.',
+      f'1: every source is as likely. Mean over the {many} with a choice.',
     ),
     (
-      'Share of the K largest',
+      'Share of the K largest entries',
       record.shares,
       True,
-      'Of the sum of a row, mean over the rows with a choice.',
+      f'In the sum of a row of r. Mean over the {many} with a choice.',
     ),
     (
       'Edges that changed',
       record.changes,
       False,
-      'Between a recorded step and the one before.',
+      'Among the K largest of each row, since the recorded step before.',
     ),
   ):
     if values is not None:
@@ -312,14 +321,19 @@ def _clarity(record: Record) -> str:
   if 'choices' not in summary:
     return ''
   measured = 'choices_clear' in summary
-  pairs = [('Rows with a choice', f'{summary["choices"]:,}')]
+  level = record.config['connectivity.level']
+  many = 'Branches' if level == 'branch' else 'Blocks'
+  last = ' at the last moment' if measured else ''
+  pairs = [(f'{many} with a choice{last}', f'{summary["choices"]:,}')]
   if measured:
-    pairs.append(('Clear by two errors', f'{summary["choices_clear"]:,}'))
+    pairs.append(
+      ('Clear by two standard errors', f'{summary["choices_clear"]:,}')
+    )
   if summary.get('margin') is not None:
     error = summary.get('margin_standard_error')
     text = f'{summary["margin"]:.4f}'.replace('-', '−')
-    text += f' ± {error:.4f} nats' if error is not None else ' of r'
-    pairs.append(('Mean margin', text))
+    text += f' ± {error:.4f} nats' if error is not None else ''
+    pairs.append(('Mean margin' if measured else 'Mean margin in r', text))
   lines = ''.join(
     f'<div><dt>{html.text(name)}</dt><dd>{html.text(value)}</dd></div>'
     for name, value in pairs
@@ -327,8 +341,7 @@ def _clarity(record: Record) -> str:
   return (
     f'<figure><figcaption>How clear the choice was</figcaption>'
     f'<dl class="pairs">{lines}</dl><p class="note">'
-    'The margin lies between the last source that stays and the first that'
-    ' goes.</p></figure>'
+    f'{_MARGIN[measured]}</p></figure>'
   )
 
 
@@ -336,6 +349,13 @@ def _training(record: Record) -> str:
   if not record.metrics:
     return ''
   steps = [row['step'] for row in record.metrics]
+  about = ''
+  if summary := record.summary:
+    about = (
+      f'{summary["steps"]:,} steps in {_time(summary["train_seconds"])},'
+      f' {summary["images_per_second"]:,.0f} images per second on'
+      f' {summary["num_devices"]} × {summary["device"]}.'
+    )
 
   def column(name: str) -> list[float | None]:
     return [row.get(name) for row in record.metrics]
@@ -373,7 +393,15 @@ def _training(record: Record) -> str:
         [Line('', steps, column('images_per_second'))],
       ),
     ),
+    about=about,
   )
+
+
+def _time(seconds: float) -> str:
+  if seconds < 120:
+    return f'{seconds:.0f} s'
+  minutes = round(seconds / 60)
+  return f'{minutes} min' if minutes < 120 else f'{seconds / 3600:.1f} h'
 
 
 def _scores(record: Record) -> str:
@@ -399,18 +427,38 @@ def _scores(record: Record) -> str:
   for field in ('blocks', 'branches', 'parameters', 'multiply_adds'):
     before, after = summary.get(field), summary.get(f'{field}_pruned')
     if before and after is not None:
-      words = f'{_count(after)} of {_count(before)}'
-      sizes.append((field.replace('_', '-'), after / before, words))
+      whole, left = _counts(before, after)
+      sizes.append(
+        (field.replace('_', '-'), after / before, f'{left} of {whole}')
+      )
   return html.section(
     'results',
     'Results',
     html.grid(
       steps,
-      charts.bars('What pruning left', sizes),
+      charts.bars('What pruning left', sizes, about=_cost(summary)),
       _per_class(summary),
       _confusion(record, summary),
     ),
   )
+
+
+def _cost(summary: dict[str, Any]) -> str:
+  """Returns what the bars of the sizes count, in words."""
+  words = 'Multiply-adds are those of an image; each is two FLOPs.'
+  batch = summary.get('batch_images')
+  if batch:
+    before, after = (
+      f'{1e3 * summary[name]:.3g} ms'
+      for name in ('batch_seconds', 'batch_seconds_pruned')
+    )
+    words += f' A batch of {batch:,} test images takes {before}'
+    if summary['parameters'] == summary['parameters_pruned']:
+      return f'{words}.'
+    words += f' before pruning and {after} after.'
+    if 'branches' not in summary:
+      words += ' Blocks that nothing reads are skipped before it, too.'
+  return words
 
 
 def _class(record: Record, number: Any) -> str:
@@ -454,7 +502,7 @@ def _confusion(record: Record, summary: dict[str, Any]) -> str:
   order += sorted({t for row in found.values() for t in row} - {*order})
   size = len(order)
   if size > _MOST_CLASSES:
-    return f'<figure>{listed}</figure>' if wrong else ''
+    return listed if wrong else ''
   place = {name: at for at, name in enumerate(order)}
   cells = []
   for label, row in found.items():
@@ -465,30 +513,41 @@ def _confusion(record: Record, summary: dict[str, Any]) -> str:
         f' style="--r:{count / sum(row.values()):.3g}">'
         f'<title>{html.text(words)}</title></rect>'
       )
-  room = 0
+  room = below = 0
   names = ''
   if size <= _NAMED:
-    room = 8 + round(5.8 * max(len(name[:_LETTERS]) for name in order))
-    names = ''.join(
-      f'<text x="-6" y="{320 / size * (at + 0.5) + 4.5:.1f}" text-anchor="end">'
-      f'{html.text(name[:_LETTERS])}</text>'
-      for at, name in enumerate(order)
-    )
+    shown = [
+      name if len(name) <= _LETTERS else f'{name[: _LETTERS - 1]}…'
+      for name in order
+    ]
+    longest = max(map(len, shown))
+    room = 8 + round(5.8 * longest)
+    below = 12 + round(4.5 * longest)
+    # Short names stand below their columns, long ones lean.
+    lean = longest > 2
+    for at, name in enumerate(map(html.text, shown)):
+      middle = 1 + 320 / size * (at + 0.5)
+      down = f'{middle + (4 if lean else 0):.1f} {324 + 9}'
+      turned = ' rotate(-45)' if lean else ''
+      names += (
+        f'<text x="-6" y="{middle + 3.5:.1f}" text-anchor="end">{name}</text>'
+        f'<text transform="translate({down}){turned}"'
+        f' text-anchor="{"end" if lean else "middle"}">{name}</text>'
+      )
   drawing = (
-    f'<svg class="matrix confusion" viewBox="{-room} 0 {322 + room} 322"'
-    ' role="img"'
+    f'<svg class="matrix confusion" role="img"'
+    f' viewBox="{-room} 0 {322 + room} {322 + below}"'
     ' aria-label="Confusion matrix: a row for each class, a column for what it'
     ' is taken for"><rect class="frame" x="1" y="1" width="320" height="320"/>'
     f'<g transform="translate(1 1) scale({320 / size:.4f})">{"".join(cells)}'
     f'</g>{names}</svg>'
   )
   return html.figure(
-    'Confusion',
+    'Confusion matrix',
     drawing
     + (html.folded('Most frequent confusions', listed) if wrong else ''),
-    about='A row for each class, a column for what it is taken for, both in the'
-    ' order of the classes. The stronger the colour, the larger the share of'
-    ' the class.',
+    about='A row for each class, a column for each class that its images are'
+    ' taken for. The stronger the colour, the larger the share of the row.',
   )
 
 
@@ -561,12 +620,14 @@ def _origin(record: Record) -> str:
       'All fields', html.table(['field', 'value'], every, caption='Config')
     ),
     html.table(
-      ['', 'version'], list(record.versions.items()), caption='Versions'
-    ),
-    f'<figure><figcaption>Train it again</figcaption><pre tabindex="0">'
-    f'{html.text(again)}</pre></figure>',
-    f'<figure><figcaption>Use the model</figcaption><pre tabindex="0">'
-    f'{html.text(predict)}</pre></figure>'
+      ['software', 'version'],
+      list(record.versions.items()),
+      caption='Versions that the run ended with',
+    )
+    if record.versions
+    else '',
+    html.figure('Train it again', html.commands(again)),
+    html.figure('Use the model', html.commands(predict))
     if record.summary
     else '',
   )

@@ -15,6 +15,11 @@ from maskconnect_jax.report import charts, html
 
 _MOST_DRAWN = 24  # topologies
 _MOST_EDGES = 1_000  # of a topology that is drawn
+_CAPTION = (
+  'Test accuracy is that of the model after the last step, never of the best'
+  ' epoch: mean ± sample standard deviation over the seeds. Parameters: mean'
+  ' over the seeds. Images per second, in training: median.'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +97,6 @@ def page(
   rows: Sequence[Row],
   *,
   validation: bool,
-  caption: str,
   unfinished: Sequence[str],
 ) -> str:
   """Returns the page that compares some rows of runs.
@@ -101,7 +105,6 @@ def page(
     title: the folders of the runs.
     rows: at least one.
     validation: whether `accuracies` are on held out images.
-    caption: what the table says.
     unfinished: workdirs of runs that are in no row.
   """
   kinds = list(dict.fromkeys(row.kind for row in rows))
@@ -118,13 +121,13 @@ def page(
     note = f'<p class="note">Not finished, and in no row: {names}.</p>'
   return html.page(
     title,
-    [head, _accuracy(rows, tints, validation, caption), note,
+    [head, _accuracy(rows, tints, validation), note,
      _agreements(rows, tints), _topologies(rows)],
   )  # fmt: skip
 
 
 def _accuracy(
-  rows: Sequence[Row], tints: dict[str, int], validation: bool, caption: str
+  rows: Sequence[Row], tints: dict[str, int], validation: bool
 ) -> str:
   name = 'Validation accuracy' if validation else 'Test accuracy'
   dots = charts.dots(
@@ -140,7 +143,7 @@ def _accuracy(
     ],
   )
   table = html.table(
-    ['', 'seeds', 'test accuracy', 'parameters', 'images/s', 'device'],
+    ['', 'seeds', 'test accuracy', 'parameters', 'images per second', 'device'],
     [
       (
         row.name,
@@ -158,7 +161,7 @@ def _accuracy(
   )
   return html.section(
     'accuracy', 'Accuracy', dots, table,
-    f'<p class="note">{html.text(caption)}</p>',
+    f'<p class="note">{_CAPTION}</p>',
   )  # fmt: skip
 
 
@@ -181,10 +184,10 @@ def _agreements(rows: Sequence[Row], tints: dict[str, int]) -> str:
       )
       for row, own in shown
     ],
-    about='The grey band is where a pair of uniform choices lies, two standard'
-    ' deviations to each side. σ says how far the mean is from chance, in'
-    ' standard deviations of the mean. Counted are rows with more sources than'
-    ' they take.',
+    about='The grey band is where two random choices mostly lie: two standard'
+    ' deviations to each side of chance. σ counts how far the mean is from'
+    ' chance, in standard deviations of the mean. Blocks and branches that read'
+    ' all that they can are left out.',
   )
   return html.section('agreement', 'Do seeds agree on a topology?', dots)
 
@@ -221,7 +224,7 @@ def _picture(row: Row, one: Wired) -> str:
     stages=one.stages,
     live=one.live,
     title=f'Topology of {row.name}, seed {one.seed}',
-    width=max(380.0, 14.0 * len(one.stages)),
+    width=max(320.0, 14.0 * len(one.stages)),
     standalone=False,
   )
   words = f'seed {one.seed}'

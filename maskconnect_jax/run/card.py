@@ -13,6 +13,7 @@ from typing import Any
 import ml_collections
 
 from maskconnect_jax import names
+from maskconnect_jax.run import software
 
 NAME = 'README.md'
 PICTURE = 'topology.png'
@@ -43,6 +44,7 @@ def text(
   if len(classes) > _CLASSES:
     shown += f' and {len(classes) - _CLASSES:,} more'
   accuracy = summary['test_accuracy_pruned']
+  versions = [' '.join(one) for one in software.recorded(summary).items()]
   return '\n'.join(
     [
       *_front_matter(data, summary, title, config.data.source),
@@ -65,7 +67,9 @@ def text(
       f'| multiply-adds of an image | {summary["multiply_adds_pruned"]:,} |',
       f'| blocks | {summary["blocks_pruned"]} of {summary["blocks"]} |',
       f'| input | {kind}, {height} x {width}; images of any size are resized |',
-      f'| training | {summary["steps"]:,} steps, seed {summary["seed"]} |',
+      f'| training | {summary["steps"]:,} steps, seed {summary["seed"]},'
+      f' {summary["num_devices"]} x {summary["device"]} |',
+      f'| software | {", ".join(versions)} |',
       f'| classes | {shown} |',
       '',
       '## Use',

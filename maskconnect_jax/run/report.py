@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.metadata
 import json
-import platform
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +23,7 @@ from maskconnect_jax.networks import models
 from maskconnect_jax.report import html
 from maskconnect_jax.report import run as page
 from maskconnect_jax.report.wiring import Wiring
-from maskconnect_jax.run import metrics, sharpness, workdirs
+from maskconnect_jax.run import metrics, sharpness, software, workdirs
 from maskconnect_jax.run import plan as plan_lib
 
 NAME = 'report.html'
@@ -156,7 +153,7 @@ def read(workdir: Path, summary: dict[str, Any] | None = None) -> page.Record:
     changes=changes,
     classes=inputs.get('data', {}).get('classes') or [],
     examples=_examples(workdir / EXAMPLES),
-    versions=_versions(summary),
+    versions=software.recorded(summary),
   )
 
 
@@ -324,15 +321,3 @@ def _examples(path: Path) -> page.Examples | None:
       ' images'
     ) from error
   return found
-
-
-def _versions(summary: dict[str, Any] | None) -> dict[str, str]:
-  """Returns the versions of a run, and of the software that made the page."""
-  found = {}
-  if summary:
-    found['jax'] = str(summary['jax'])
-    found['trained on'] = f'{summary["num_devices"]} x {summary["device"]}'
-  # A checkout that was not installed has no version.
-  with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-    found['maskconnect_jax'] = importlib.metadata.version('maskconnect_jax')
-  return found | {'python': platform.python_version()}

@@ -65,7 +65,6 @@ def write(folders: Sequence[Path], path: Path | None = None) -> Path:
       ', '.join(map(str, folders)),
       rows,
       validation=held_out,
-      caption=summarize.CAPTION,
       unfinished=[str(run) for run in table.unfinished],
     ),
   )
