@@ -270,7 +270,8 @@ def test_every_error_that_the_docs_name_is_in_the_code():
 
 
 @pytest.mark.parametrize('name', OTHER_BLOCKS)
-def test_python_that_needs_the_network_compiles(name):
+def test_python_that_is_not_run_compiles(name):
+  """It needs the network or a package, or other tests run the same."""
   compile(OTHER_BLOCKS[name], name, 'exec')
 
 

@@ -22,6 +22,7 @@ from maskconnect_jax.method.spec import NARROWING
 from maskconnect_jax.networks import models
 from maskconnect_jax.report import html
 from maskconnect_jax.report import run as page
+from maskconnect_jax.report.record import Examples, Record
 from maskconnect_jax.report.wiring import Wiring
 from maskconnect_jax.run import metrics, sharpness, software, workdirs
 from maskconnect_jax.run import plan as plan_lib
@@ -109,7 +110,7 @@ def _state_of(path: Path) -> tuple[int, int] | None:
   return status.st_mtime_ns, status.st_size
 
 
-def read(workdir: Path, summary: dict[str, Any] | None = None) -> page.Record:
+def read(workdir: Path, summary: dict[str, Any] | None = None) -> Record:
   """Reads what a page shows of a run.
 
   Args:
@@ -138,7 +139,7 @@ def read(workdir: Path, summary: dict[str, Any] | None = None) -> page.Record:
   )
   freeze = plan.freeze if plan else 0
   entropy, shares, changes = _sharpness(wired, learner, config, freeze)
-  return page.Record(
+  return Record(
     workdir=str(workdir),
     config=plain,
     changed=[path for path, value in plain.items() if value != usual[path]],
@@ -212,7 +213,7 @@ def _sharpness(
   config: ml_collections.ConfigDict,
   freeze: int,
 ) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-  """Returns entropies, top-K shares and changed edges, see `page.Record`."""
+  """Returns entropies, top-K shares and changed edges, see `Record`."""
   if wired is None or not len(wired.masks) or wired.narrows:
     return None, None, None
   sources = wired.valid.shape[-1]
@@ -279,7 +280,7 @@ def write_examples(
   chosen = np.concatenate(
     [np.flatnonzero(part)[:_OF_A_KIND] for part in (~right, right)]
   )
-  record = page.Examples(
+  record = Examples(
     np.stack([_small(images[at]) for at in chosen])
     if len(chosen)
     else images[:0],
@@ -305,12 +306,12 @@ def _small(image: np.ndarray) -> np.ndarray:
   return small.reshape(*small.shape[:2], channels)
 
 
-def _examples(path: Path) -> page.Examples | None:
+def _examples(path: Path) -> Examples | None:
   if not path.is_file():
     return None
   try:
     with np.load(path) as file:
-      found = page.Examples(file['images'], file['labels'], file['predicted'])
+      found = Examples(file['images'], file['labels'], file['predicted'])
     if found.images.ndim != 4 or found.images.shape[-1] not in (1, 3):
       raise ValueError(f'images of shape {found.images.shape}')
     if not len(found.images) == len(found.labels) == len(found.predicted):
