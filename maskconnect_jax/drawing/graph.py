@@ -10,7 +10,8 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 
 from maskconnect_jax.drawing import layout
-from maskconnect_jax.drawing.layout import Graph, Ints, Node, Sources
+from maskconnect_jax.drawing.parts import Graph, Node
+from maskconnect_jax.drawing.sources import Ints, Sources
 
 _NAMESPACE = 'http://graphml.graphdrawing.org/xmlns'
 # Name -> its place and type in GraphML.
@@ -20,12 +21,7 @@ _KEYS = {'stage': ('node', 'int'), 'pruned': ('node', 'boolean')}
 def _placed(
   sources: Sources, stages: Ints | None, live: Sequence[bool] | Sequence[Ints]
 ) -> Graph:
-  branches = layout.has_branches(sources)
-  check = layout.check_branches if branches else layout.check_blocks
-  check(sources, stages, None)
-  tints = [''] * (len(sources) + branches + 2)
-  place = layout.columns_of_branches if branches else layout.row_of_blocks
-  return place(sources, live, tints, None)
+  return layout.place(sources, stages, live, tint=lambda _: '', ink='')
 
 
 def _attributes(node: Node, stages: Ints | None) -> dict[str, str]:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from maskconnect_jax.drawing import layout, theme
-from maskconnect_jax.drawing.layout import Edge, Graph, Ints, Node, Sources
+from maskconnect_jax.drawing.parts import Edge, Graph, Node
+from maskconnect_jax.drawing.sources import Ints, Sources, has_branches
 
 # The rules of the parts, without the colours themselves.
 STYLE = """
@@ -68,17 +69,15 @@ def topology_svg(
     ValueError: lengths or shapes differ, stages decrease, or a source is not
       earlier than its block.
   """
-  branches = layout.has_branches(sources)
-  check = layout.check_branches if branches else layout.check_blocks
-  check(sources, stages, real_mask)
-  blocks = len(sources) + branches
-  if len(live) != blocks:
-    raise ValueError(f'live: {len(live)} entries for {blocks} blocks')
-  shown = stages or [0] * blocks
-  tints = [f'var(--tint-{_tint(stage)})' for stage in shown]
-  tints = ['var(--ink)', *tints, 'var(--ink)']
-  place = layout.columns_of_branches if branches else layout.row_of_blocks
-  graph = place(sources, live, tints, real_mask, width)
+  graph = layout.place(
+    sources,
+    stages,
+    live,
+    tint=lambda stage: f'var(--tint-{_tint(stage)})',
+    ink='var(--ink)',
+    real_mask=real_mask,
+    width=width,
+  )
   low = layout.STAGE - 16  # nothing is drawn below the names of the stages
   high, left = graph.high + _ABOVE, layout.LEFT - _BESIDE
   across, tall = width + 2 * _BESIDE, high - low
@@ -101,7 +100,7 @@ def topology_svg(
       for edge in sorted(graph.edges, key=layout.depth)
     ),
     *(_node(node, graph, stages, high) for node in graph.nodes),
-    *_numbers(graph, branches, high),
+    *_numbers(graph, has_branches(sources), high),
     '</svg>',
   ]
   return '\n'.join(parts)

@@ -8,14 +8,14 @@ goes from one column to the next.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib import patches, path, style
 from matplotlib.figure import Figure
 
 from maskconnect_jax.drawing import layout
-from maskconnect_jax.drawing.layout import Graph, Ints, Sources
+from maskconnect_jax.drawing.parts import Graph
+from maskconnect_jax.drawing.sources import Ints, Sources
 from maskconnect_jax.figures import page as paper
 from maskconnect_jax.figures.page import Look, Page, Theme
 
@@ -62,14 +62,9 @@ def topology_figure(
     ValueError: lengths or shapes differ, stages decrease, or a source is not
       earlier than its block.
   """
-  if layout.has_branches(sources):
-    layout.check_branches(sources, stages, real_mask)
-    tints = _tints(theme, stages, live, len(sources) + 1)
-    graph = layout.columns_of_branches(sources, live, tints, real_mask)
-  else:
-    layout.check_blocks(sources, stages, real_mask)
-    tints = _tints(theme, stages, live, len(sources))
-    graph = layout.row_of_blocks(sources, live, tints, real_mask)
+  graph = layout.place(
+    sources, stages, live, tint=theme.tint, ink=theme.ink, real_mask=real_mask
+  )
   with style.context(paper.STYLE):
     page = Page(720, graph.high + 66, title, graph.subtitle, theme)
     if stages:
@@ -77,18 +72,8 @@ def topology_figure(
     _draw_edges(page, graph)
     _draw_nodes(page, graph, stages)
     name = 'edge, in the colour of the stage it feeds' if stages else 'edge'
-    _draw_key(page, graph, name, tints[-2])
+    _draw_key(page, graph, name, graph.nodes[-2].color)
   return page.figure
-
-
-def _tints(
-  theme: Theme, stages: Ints | None, live: Sequence[Any], blocks: int
-) -> list[str]:
-  """Returns the colours of the stem, the blocks and the head."""
-  if len(live) != blocks:
-    raise ValueError(f'live: {len(live)} entries for {blocks} blocks')
-  tints = [theme.tint(stage) for stage in stages or [0] * blocks]
-  return [theme.ink, *tints, theme.ink]
 
 
 def _draw_bands(page: Page, graph: Graph, stages: Ints) -> None:

@@ -9,8 +9,8 @@ import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
-from maskconnect_jax.drawing import layout, svg
-from maskconnect_jax.drawing.layout import Ints, Sources
+from maskconnect_jax.drawing import svg
+from maskconnect_jax.drawing.sources import Ints, Sources, has_branches
 from maskconnect_jax.report import charts, html
 
 _MOST_DRAWN = 24  # topologies
@@ -213,7 +213,7 @@ def _topologies(rows: Sequence[Row]) -> str:
 
 
 def _edges(sources: Sources) -> int:
-  if layout.has_branches(sources):
+  if has_branches(sources):
     return sum(len(row) for junction in sources for row in junction)
   return sum(map(len, sources))
 
