@@ -289,3 +289,15 @@ def test_wrong_commands_are_seen():
   ):  # fmt: skip
     with pytest.raises((InputError, SystemExit, AssertionError, OSError)):
       check_command(shlex.split(line))
+
+
+def test_the_code_beside_each_equation_is_there():
+  """Names like `connectivity.draw`, in the file that they link to."""
+  page = (ROOT / 'docs' / 'method.md').read_text('utf-8')
+  named = re.findall(r'\[`(\w+)\.(\w+)`\]\(\.\./([\w/]+\.py)\)', page)
+  assert len(named) >= 12
+  for module, name, path in named:
+    assert Path(path).stem == module
+    body = ast.parse((ROOT / path).read_text('utf-8')).body
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    assert name in {one.name for one in body if isinstance(one, kinds)}
