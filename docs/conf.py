@@ -12,7 +12,7 @@ import re
 from typing import Any
 
 project = 'maskconnect_jax'
-author = 'The maskconnect_jax authors'
+author = project_copyright = 'The maskconnect_jax authors'
 release = version = importlib.metadata.version('maskconnect_jax')
 extensions = [
   'myst_parser',

@@ -77,7 +77,7 @@ ARROWS: dict[str, set[str]] = {
     'run.stored',
   },
   'run.weights': {'limits'},
-  'run.card': {'names', 'run.scores'},
+  'run.card': {'names', 'run.scores', 'run.software'},
   'run.objective': set(),
   'run.scores': {'names'},
   'run.export': {'backend', 'files', 'run.augment', 'run.inference'},

@@ -10,7 +10,8 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 
 from maskconnect_jax.drawing import layout
-from maskconnect_jax.drawing.layout import Graph, Ints, Sources
+from maskconnect_jax.drawing.parts import Graph, Node
+from maskconnect_jax.drawing.sources import Ints, Sources
 
 _NAMESPACE = 'http://graphml.graphdrawing.org/xmlns'
 # Name -> its place and type in GraphML.
@@ -20,20 +21,15 @@ _KEYS = {'stage': ('node', 'int'), 'pruned': ('node', 'boolean')}
 def _placed(
   sources: Sources, stages: Ints | None, live: Sequence[bool] | Sequence[Ints]
 ) -> Graph:
-  branches = layout.has_branches(sources)
-  check = layout.check_branches if branches else layout.check_blocks
-  check(sources, stages, None)
-  tints = [''] * (len(sources) + branches + 2)
-  place = layout.columns_of_branches if branches else layout.row_of_blocks
-  return place(sources, live, tints, None)
+  return layout.place(sources, stages, live, tint=lambda _: '', ink='')
 
 
-def _attributes(name: str, live: bool, stages: Ints | None) -> dict[str, str]:
-  if name in ('stem', 'head'):
+def _attributes(node: Node, stages: Ints | None) -> dict[str, str]:
+  if node.fixed:
     return {}
-  found = {'pruned': str(not live).lower()}
+  found = {'pruned': str(not node.live).lower()}
   if stages:
-    found['stage'] = str(int(stages[int(name.partition('.')[0]) - 1]) + 1)
+    found['stage'] = str(int(stages[node.block - 1]) + 1)
   return found
 
 
@@ -63,7 +59,7 @@ def dot(
     if stages:
       lines.append(f'  subgraph "cluster_{stage}" {{ label="stage {stage + 1}"')
     for node in graph.nodes[1:-1]:
-      if first <= int(node.name.partition('.')[0]) <= last:
+      if first <= node.block <= last:
         look = '' if node.live else ' [style=dashed]'
         lines.append(f'  "{node.name}"{look};')
     if stages:
@@ -113,7 +109,7 @@ def graphml(
   )
   for node in graph.nodes:
     one = ET.SubElement(body, f'{{{_NAMESPACE}}}node', id=node.name)
-    for name, value in _attributes(node.name, node.live, stages).items():
+    for name, value in _attributes(node, stages).items():
       ET.SubElement(one, f'{{{_NAMESPACE}}}data', key=name).text = value
   for edge in graph.edges:
     ET.SubElement(

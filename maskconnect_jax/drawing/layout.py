@@ -6,111 +6,24 @@ the lower left corner of the page.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-Ints = Sequence[int]
-BlockSources = Sequence[Ints]
-BranchSources = Sequence[Sequence[Ints]]
-Sources = Sequence[Sequence[Any]]  # BlockSources or BranchSources
-Point = tuple[float, float]
+from maskconnect_jax.drawing import sources as sources_lib
+from maskconnect_jax.drawing.parts import Edge, Graph, Node, Point
+from maskconnect_jax.drawing.sources import (
+  BlockSources,
+  BranchSources,
+  Ints,
+  Sources,
+)
 
 STAGE = 47  # y of the stages' names
 LEFT = 44  # x of the stem
 WIDTH = 632  # distance from stem to head
 _UNKNOWN = 0.6  # the r that the strength of an edge stands for if r is unknown
-
-
-@dataclasses.dataclass(frozen=True)
-class Node:
-  """The stem, a block, a branch or the head, and its place.
-
-  Attributes:
-    name: 'stem', 'head', a block such as '3', or a branch such as '3.2'.
-    x: of the node's middle, in points.
-    y: of the node's middle, in points.
-    color: of its stage, or ink.
-    live: whether the network's output depends on the node.
-  """
-
-  name: str
-  x: float
-  y: float
-  color: str
-  live: bool = True
-
-  @property
-  def fixed(self) -> bool:
-    """Whether the node is the stem or the head."""
-    return self.name in ('stem', 'head')
-
-  @property
-  def gid(self) -> str:
-    """The node's id in the SVG."""
-    if self.fixed:
-      return self.name
-    kind = 'branch' if '.' in self.name else 'block'
-    return f'{kind}-{self.name}{"" if self.live else "-pruned"}'
-
-
-@dataclasses.dataclass(frozen=True)
-class Edge:
-  """An edge: a source that a target takes.
-
-  Attributes:
-    source: the node where the edge begins.
-    target: the node where the edge ends.
-    curve: the four points of a Bézier curve from source to target.
-    real: the edge's entry r of the real mask; None: unknown.
-    chosen: False for an edge that every topology has.
-  """
-
-  source: Node
-  target: Node
-  curve: list[Point]
-  real: float | None = None
-  chosen: bool = True
-
-  @property
-  def live(self) -> bool:
-    """Whether the network's output depends on the edge."""
-    return self.source.live and self.target.live
-
-
-@dataclasses.dataclass(frozen=True)
-class Graph:
-  """The nodes and edges of a topology, each in its place.
-
-  Attributes:
-    nodes: all nodes: first the stem, last the head.
-    edges: all edges.
-    columns: [L + 2], x of stem, blocks and head in points.
-    size: diameter of a node in points.
-    low: y of the lowest node's middle.
-    high: y of the top of the drawing.
-    subtitle: the counts of nodes and edges.
-  """
-
-  nodes: list[Node]
-  edges: list[Edge]
-  columns: list[float]
-  size: float
-  low: float
-  high: float
-  subtitle: str
-
-  @property
-  def gap(self) -> float:
-    """Distance between the middles of neighbouring blocks, in points."""
-    return self.columns[1] - self.columns[0]
-
-  @property
-  def boldness(self) -> float:
-    """A factor up to 1 that makes many edges thin and light."""
-    return min(1.0, (60 / len(self.edges)) ** 0.5)
 
 
 def strength(real: float | None, boldness: float) -> tuple[float, float]:
@@ -135,64 +48,6 @@ def depth(edge: Edge) -> tuple[float, float]:
   return edge.source.x - edge.target.x, edge.real or 0
 
 
-def has_branches(sources: Sources) -> bool:
-  """Returns whether sources are of branches: rows of rows of numbers."""
-  return any(
-    isinstance(one, Sequence | np.ndarray) for row in sources for one in row
-  )
-
-
-def check_blocks(
-  sources: BlockSources, stages: Ints | None, real_mask: np.ndarray | None
-) -> None:
-  """Checks a block-level topology.
-
-  Args:
-    sources: `[L]` rows: `sources[t]` are the sources of block t + 1.
-    stages: `[L]` stage numbers; None: unknown.
-    real_mask: `[L, L]` (target block, source); None: unknown.
-
-  Raises:
-    ValueError: lengths or shapes differ, stages decrease, a row is empty or
-      names a source twice, or a source is not earlier than its block.
-  """
-  count = len(sources)
-  _check_stages(stages, count)
-  for block, row in enumerate(sources, start=1):
-    if not _distinct(row, block):
-      raise ValueError(f'block {block}: {row} are not distinct earlier sources')
-  _check_mask(real_mask, (count, count))
-
-
-def check_branches(
-  sources: BranchSources, stages: Ints | None, real_mask: np.ndarray | None
-) -> None:
-  """Checks a branch-level topology.
-
-  Args:
-    sources: `[L-1][C]` rows: `sources[i][c]` are the sources of branch c of
-      block i + 2.
-    stages: `[L]` stage numbers; None: unknown.
-    real_mask: `[L-1, C, C]` (junction, target branch, source branch); None:
-      unknown.
-
-  Raises:
-    ValueError: lengths or shapes differ, stages decrease, a row is empty or
-      names a source twice, or a source is no branch.
-  """
-  branches = len(sources[0])
-  _check_stages(stages, len(sources) + 1)
-  for block, rows in enumerate(sources, start=2):
-    if len(rows) != branches:
-      raise ValueError(f'block {block}: {len(rows)} branches, not {branches}')
-    for branch, row in enumerate(rows, start=1):
-      if not _distinct(row, branches):
-        raise ValueError(
-          f'branch {block}.{branch}: {row} are not distinct branches'
-        )
-  _check_mask(real_mask, (len(sources), branches, branches))
-
-
 def runs_of(stages: Ints) -> list[tuple[int, int, int]]:
   """Returns (stage, first block, last block) of every stage; blocks from 1."""
   numbers = list(map(int, stages))
@@ -206,20 +61,55 @@ def runs_of(stages: Ints) -> list[tuple[int, int, int]]:
   ]
 
 
-def row_of_blocks(
+def place(
+  sources: Sources,
+  stages: Ints | None,
+  live: Sequence[Any],
+  *,
+  tint: Callable[[int], str],
+  ink: str,
+  real_mask: np.ndarray | None = None,
+  width: float = WIDTH,
+) -> Graph:
+  """Checks a topology and places its parts.
+
+  Args:
+    sources: `[L]` or `[L-1][C]` rows, as in `sources.check`.
+    stages: `[L]` stage numbers from 0; None: unknown.
+    live: `[L]`, whether the network's output depends on each block; or the
+      branches of each block that it depends on.
+    tint: gives the colour of a stage.
+    ink: the colour of stem and head.
+    real_mask: as in `sources.check`.
+    width: distance from stem to head, in points.
+
+  Raises:
+    ValueError: see `sources.check`; or `live` is of another length.
+  """
+  sources_lib.check(sources, stages, real_mask)
+  branches = sources_lib.has_branches(sources)
+  blocks = len(sources) + branches
+  if len(live) != blocks:
+    raise ValueError(f'live: {len(live)} entries for {blocks} blocks')
+  tints = [ink, *(tint(stage) for stage in stages or [0] * blocks), ink]
+  drawn = _columns_of_branches if branches else _row_of_blocks
+  return drawn(sources, live, tints, real_mask, width)
+
+
+def _row_of_blocks(
   sources: BlockSources,
   live: Sequence[Any],
   tints: Sequence[str],
   real_mask: np.ndarray | None,
-  width: float = WIDTH,
+  width: float,
 ) -> Graph:
   """Places blocks in a row, and edges as arcs above the row.
 
   Args:
-    sources: `[L]` rows, as in `check_blocks`.
+    sources: `[L]` rows, as in `sources.check`.
     live: `[L]`, whether the network's output depends on each block.
     tints: `[L + 2]` colours of stem, blocks and head.
-    real_mask: `[L, L]` or None, as in `check_blocks`.
+    real_mask: `[L, L]` or None, as in `sources.check`.
     width: distance from stem to head, in points.
 
   Returns:
@@ -284,21 +174,21 @@ def _arc_feet(
   return starts, ends
 
 
-def columns_of_branches(
+def _columns_of_branches(
   sources: BranchSources,
   live: Sequence[Any],
   tints: Sequence[str],
   real_mask: np.ndarray | None,
-  width: float = WIDTH,
+  width: float,
 ) -> Graph:
   """Places every block as a column of branches, the first branch on top.
 
   Args:
-    sources: `[L-1][C]` rows, as in `check_branches`.
+    sources: `[L-1][C]` rows, as in `sources.check`.
     live: `[L]` rows: the branches of each block that the network's output
       depends on.
     tints: `[L + 2]` colours of stem, blocks and head.
-    real_mask: `[L-1, C, C]` or None, as in `check_branches`.
+    real_mask: `[L-1, C, C]` or None, as in `sources.check`.
     width: distance from stem to head, in points.
 
   Returns:
@@ -372,22 +262,3 @@ def _level_curve(source: Node, target: Node) -> list[Point]:
 def holds_text(size: float) -> bool:
   """Returns whether a number of two digits fits into a node of this size."""
   return size >= 16
-
-
-def _check_stages(stages: Ints | None, blocks: int) -> None:
-  if stages is None and blocks:
-    return
-  if not stages or len(stages) != blocks:
-    raise ValueError(f'{len(stages or ())} stages for {blocks} blocks')
-  if sorted(stages) != list(stages):
-    raise ValueError(f'stages {list(stages)} decrease')
-
-
-def _distinct(row: Ints, below: int) -> bool:
-  """Returns whether a row is not empty, with distinct numbers in 0..below-1."""
-  return 0 < len(set(row)) == len(row) and 0 <= min(row) <= max(row) < below
-
-
-def _check_mask(real_mask: np.ndarray | None, shape: tuple[int, ...]) -> None:
-  if real_mask is not None and np.shape(real_mask) != shape:
-    raise ValueError(f'real_mask has shape {np.shape(real_mask)}, not {shape}')

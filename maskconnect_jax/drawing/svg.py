@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from maskconnect_jax.drawing import layout, theme
-from maskconnect_jax.drawing.layout import Edge, Graph, Ints, Node, Sources
+from maskconnect_jax.drawing.parts import Edge, Graph, Node
+from maskconnect_jax.drawing.sources import Ints, Sources, has_branches
 
 # The rules of the parts, without the colours themselves.
 STYLE = """
@@ -28,9 +29,9 @@ fill:color-mix(in oklab,var(--t) 60%,var(--ink))}
 .topology .edge.pruned{stroke:var(--faint)!important;stroke-dasharray:3 2}
 .topology .node circle,.topology .node rect{stroke:var(--paper);
 stroke-width:1.2}
-.topology .node text{fill:var(--paper);font-weight:600;pointer-events:none}
+.topology .node text{font-weight:600;pointer-events:none}
 .topology .node.pruned circle{fill:var(--paper)!important;stroke:var(--faint)}
-.topology .node.pruned text{fill:var(--soft)}
+.topology .node.pruned text{fill:var(--soft)!important}
 """
 _ABOVE = 6  # room above the drawing, in points
 _BESIDE = 24  # room beside the stem and the head, in points
@@ -68,17 +69,15 @@ def topology_svg(
     ValueError: lengths or shapes differ, stages decrease, or a source is not
       earlier than its block.
   """
-  branches = layout.has_branches(sources)
-  check = layout.check_branches if branches else layout.check_blocks
-  check(sources, stages, real_mask)
-  blocks = len(sources) + branches
-  if len(live) != blocks:
-    raise ValueError(f'live: {len(live)} entries for {blocks} blocks')
-  shown = stages or [0] * blocks
-  tints = [f'var(--tint-{_tint(stage)})' for stage in shown]
-  tints = ['var(--ink)', *tints, 'var(--ink)']
-  place = layout.columns_of_branches if branches else layout.row_of_blocks
-  graph = place(sources, live, tints, real_mask, width)
+  graph = layout.place(
+    sources,
+    stages,
+    live,
+    tint=lambda stage: f'var(--tint-{_tint(stage)})',
+    ink='var(--ink)',
+    real_mask=real_mask,
+    width=width,
+  )
   low = layout.STAGE - 16  # nothing is drawn below the names of the stages
   high, left = graph.high + _ABOVE, layout.LEFT - _BESIDE
   across, tall = width + 2 * _BESIDE, high - low
@@ -101,7 +100,7 @@ def topology_svg(
       for edge in sorted(graph.edges, key=layout.depth)
     ),
     *(_node(node, graph, stages, high) for node in graph.nodes),
-    *_numbers(graph, branches, high),
+    *_numbers(graph, has_branches(sources), high),
     '</svg>',
   ]
   return '\n'.join(parts)
@@ -160,7 +159,11 @@ def _node(node: Node, graph: Graph, stages: Ints | None, high: float) -> str:
   name = ''
   if inside:
     own = node.name.rpartition('.')[2]
-    name = f'<text x="{x:.5g}" y="{y + 3.3:.5g}">{own}</text>'
+    tint = _tint(stages[node.block - 1] if stages else 0)
+    name = (
+      f'<text x="{x:.5g}" y="{y + 3.3:.5g}" style="fill:var(--on-{tint})">{own}'
+      '</text>'
+    )
   gone = '' if node.live else ' pruned'
   about = escape(describe(node, graph, stages))
   return (
@@ -177,7 +180,7 @@ def describe(node: Node, graph: Graph, stages: Ints | None) -> str:
     kind = 'Branch' if '.' in name else 'Block'
     words = f'{kind} {name}'
     if stages:
-      words += f', stage {stages[int(name.partition(".")[0]) - 1] + 1}'
+      words += f', stage {stages[node.block - 1] + 1}'
     words += '' if node.live else ', pruned'
   read = [
     edge.source.name + ('' if edge.real is None else f' (r = {edge.real:.2f})')

@@ -10,8 +10,7 @@ from matplotlib import cm, collections, colormaps, colors, style, ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from maskconnect_jax.drawing import layout
-from maskconnect_jax.drawing.layout import BlockSources, Ints
+from maskconnect_jax.drawing.sources import BlockSources, Ints, check
 from maskconnect_jax.figures import page as paper
 from maskconnect_jax.figures.masks import source_name
 from maskconnect_jax.figures.page import Page
@@ -141,7 +140,7 @@ def history_figure(
     ValueError: lengths or shapes differ, steps do not increase, stages
       decrease, or a source is not earlier than its block.
   """
-  layout.check_blocks(sources, stages, None)
+  check(sources, stages, None)
   count = len(sources)
   time, real = np.asarray(steps, float), np.asarray(masks)
   if not time.size or real.shape != (time.size, count, count):

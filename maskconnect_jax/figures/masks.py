@@ -14,11 +14,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from maskconnect_jax.drawing import layout
-from maskconnect_jax.drawing.layout import (
+from maskconnect_jax.drawing.sources import (
   BlockSources,
   BranchSources,
   Ints,
   Sources,
+  check,
+  has_branches,
 )
 from maskconnect_jax.figures import page as paper
 from maskconnect_jax.figures.page import Page
@@ -55,10 +57,9 @@ def mask_figure(
   """
   real = np.asarray(real_mask)
   with style.context(paper.STYLE):
-    if layout.has_branches(sources):
-      layout.check_branches(sources, stages, real)
+    check(sources, stages, real)
+    if has_branches(sources):
       return _squares(real, sources, stages, title).figure
-    layout.check_blocks(sources, stages, real)
     return _triangle(real, sources, stages, title).figure
 
 

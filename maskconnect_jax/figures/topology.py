@@ -8,14 +8,14 @@ goes from one column to the next.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from matplotlib import patches, path, style
 from matplotlib.figure import Figure
 
 from maskconnect_jax.drawing import layout
-from maskconnect_jax.drawing.layout import Graph, Ints, Sources
+from maskconnect_jax.drawing.parts import Graph
+from maskconnect_jax.drawing.sources import Ints, Sources
 from maskconnect_jax.figures import page as paper
 from maskconnect_jax.figures.page import Look, Page, Theme
 
@@ -62,33 +62,18 @@ def topology_figure(
     ValueError: lengths or shapes differ, stages decrease, or a source is not
       earlier than its block.
   """
-  if layout.has_branches(sources):
-    layout.check_branches(sources, stages, real_mask)
-    tints = _tints(theme, stages, live, len(sources) + 1)
-    graph = layout.columns_of_branches(sources, live, tints, real_mask)
-  else:
-    layout.check_blocks(sources, stages, real_mask)
-    tints = _tints(theme, stages, live, len(sources))
-    graph = layout.row_of_blocks(sources, live, tints, real_mask)
+  graph = layout.place(
+    sources, stages, live, tint=theme.tint, ink=theme.ink, real_mask=real_mask
+  )
   with style.context(paper.STYLE):
     page = Page(720, graph.high + 66, title, graph.subtitle, theme)
     if stages:
       _draw_bands(page, graph, stages)
     _draw_edges(page, graph)
-    _draw_nodes(page, graph)
+    _draw_nodes(page, graph, stages)
     name = 'edge, in the colour of the stage it feeds' if stages else 'edge'
-    _draw_key(page, graph, name, tints[-2])
+    _draw_key(page, graph, name, graph.nodes[-2].color)
   return page.figure
-
-
-def _tints(
-  theme: Theme, stages: Ints | None, live: Sequence[Any], blocks: int
-) -> list[str]:
-  """Returns the colours of the stem, the blocks and the head."""
-  if len(live) != blocks:
-    raise ValueError(f'live: {len(live)} entries for {blocks} blocks')
-  tints = [theme.tint(stage) for stage in stages or [0] * blocks]
-  return [theme.ink, *tints, theme.ink]
 
 
 def _draw_bands(page: Page, graph: Graph, stages: Ints) -> None:
@@ -145,7 +130,7 @@ def _strength(real: float | None, boldness: float) -> Look:
   return {'lw': width, 'alpha': opacity}
 
 
-def _draw_nodes(page: Page, graph: Graph) -> None:
+def _draw_nodes(page: Page, graph: Graph, stages: Ints | None) -> None:
   """Draws stem, head and every block or branch, and writes their names."""
   inside = layout.holds_text(graph.size)
   for node in graph.nodes:
@@ -162,11 +147,12 @@ def _draw_nodes(page: Page, graph: Graph) -> None:
     )
     mark.set_gid(node.gid)
     if inside and not node.fixed:
+      stage = stages[node.block - 1] if stages else 0
       page.write(
         node.x,
         node.y,
         node.name.rpartition('.')[2],
-        color=page.theme.paper if node.live else page.theme.soft,
+        color=page.theme.number(stage) if node.live else page.theme.soft,
         size=9.5,
         weight='bold',
         va='center_baseline',

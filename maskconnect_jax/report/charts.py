@@ -17,6 +17,7 @@ from maskconnect_jax.report import html
 
 _WIDTH, _HEIGHT = 360, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 12, 20, 24
+_LEAST_SPREAD = 0.02  # of an axis of shares
 _ACROSS, _UP = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
 
 
@@ -200,6 +201,10 @@ def _ticks(
     return powers if powers[-1] >= high else [*powers, powers[-1] * 10**every]
   if whole or not percent:
     low = min(low, 0.0)
+  if percent and high - low < _LEAST_SPREAD:
+    # Labels of many digits would say nothing, and be cut off.
+    middle = (low + high) / 2
+    low, high = middle - _LEAST_SPREAD / 2, middle + _LEAST_SPREAD / 2
   locator = ticker.MaxNLocator(
     5, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=2
   )
@@ -220,7 +225,12 @@ def _steps(total: int) -> list[float]:
 def _short(value: float, percent: bool, *, exact: bool = False) -> str:
   if percent:
     return f'{100 * value:.2f} %' if exact else f'{100 * value:g} %'.strip()
-  if value and not 1e-3 <= abs(value) < 1e5:
+  size = abs(value)
+  if 1e3 <= size < 1e5:
+    return f'{value:,.0f}'
+  if 1e5 <= size < 1e9:
+    return f'{value / 1e6:.4g} M' if size >= 1e6 else f'{value / 1e3:.4g} k'
+  if value and not 1e-3 <= size < 1e9:
     return f'{value:.0e}'.replace('e-0', 'e-').replace('e+0', 'e')
   return f'{value:.4g}'
 

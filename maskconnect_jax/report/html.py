@@ -14,6 +14,7 @@ from typing import Any
 
 from maskconnect_jax.drawing import svg, theme
 
+_COLUMNS = 4  # of a table that fits a phone
 _LONG = 36  # letters of a cell that stay on one line
 _FOLDER = Path(__file__).parent
 
@@ -27,6 +28,24 @@ def text(value: Any) -> str:
   """Returns a value as escaped text, also for an attribute."""
   words = str(value).encode('utf-8', 'backslashreplace').decode()
   return html.escape(words)
+
+
+def unbroken(parts: Sequence[str]) -> str:
+  """Returns parts with dots between them; a line breaks between parts only."""
+  last = len(parts) - 1
+  return ' '.join(
+    f'<span>{text(part)}{"" if at == last else " ·"}</span>'
+    for at, part in enumerate(parts)
+  )
+
+
+def commands(lines: str) -> str:
+  """Returns commands, of which a line breaks between words if it can."""
+  broken = '\n'.join(
+    ' '.join(f'<span>{text(word)}</span>' for word in line.split(' '))
+    for line in lines.splitlines()
+  )
+  return f'<pre>{broken}</pre>'
 
 
 def page(title: str, body: Iterable[str], *, reload_seconds: int = 0) -> str:
@@ -118,27 +137,37 @@ def facts(pairs: Sequence[tuple[str, str, str]]) -> str:
 def table(
   head: Sequence[str], rows: Iterable[Sequence[Any]], *, caption: str
 ) -> str:
-  """Returns a table, whose first column names its rows."""
+  """Returns a table, whose first column names its rows.
+
+  On a phone a row of many columns becomes a list, a line for each cell.
+
+  Args:
+    head: the names of the columns.
+    rows: of each row, as many cells.
+    caption: above the table.
+  """
+  many = ' class="stacked"' if len(head) > _COLUMNS else ''
   cells = ''.join(f'<th scope="col">{text(name)}</th>' for name in head)
   lines = [
     '<tr>'
     + f'<th scope="row">{text(row[0])}</th>'
-    + ''.join(map(_cell, row[1:]))
+    + ''.join(map(_cell, head[1:], row[1:]))
     + '</tr>'
     for row in rows
   ]
   return (
+    f'<figure><figcaption>{text(caption)}</figcaption>'
     '<div class="wide" tabindex="0" role="region"'
     f' aria-label="{text(caption)}">'
-    f'<table><caption>{text(caption)}</caption><thead><tr>{cells}</tr></thead>'
-    f'<tbody>{"".join(lines)}</tbody></table></div>'
+    f'<table{many}><thead><tr>{cells}</tr></thead>'
+    f'<tbody>{"".join(lines)}</tbody></table></div></figure>'
   )
 
 
-def _cell(value: Any) -> str:
+def _cell(column: str, value: Any) -> str:
   # Only long text may break: numbers in two lines are hard to read.
   long = ' class="long"' if len(str(value)) > _LONG else ''
-  return f'<td{long}>{text(value)}</td>'
+  return f'<td{long} data-column="{text(column)}">{text(value)}</td>'
 
 
 def folded(title: str, *parts: str) -> str:

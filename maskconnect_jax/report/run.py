@@ -1,99 +1,16 @@
-"""The page of one run."""
+"""The page of one run: its head, its topology and its origin.
+
+The other sections are in `curves`, `results` and `examples`.
+"""
 
 from __future__ import annotations
 
-import base64
-import dataclasses
-import functools
-import io
 import json
 import shlex
-from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
-from maskconnect_jax.report import charts, html, wiring
-from maskconnect_jax.report.charts import Line
-
-_MOST_CLASSES = 100  # of a confusion matrix with cells
-_LISTED = 20  # classes and pairs in a list
-_NAMED, _LETTERS = 20, 12  # classes of a matrix with names, and their letters
-
-
-@dataclasses.dataclass(frozen=True)
-class Examples:
-  """Some test images, and what the finished model takes them for.
-
-  Attributes:
-    images: uint8 [N, H, W, C], C being 1 or 3.
-    labels: int [N], the classes of the images; or bool [N, classes], which
-      labels each of them has.
-    predicted: the labels that the model gives them, of the same form.
-  """
-
-  images: np.ndarray
-  labels: np.ndarray
-  predicted: np.ndarray
-
-  @property
-  def right(self) -> np.ndarray:
-    """Whether all of an image's labels are right, bool [N]."""
-    same = self.labels == self.predicted
-    every: np.ndarray = np.asarray(same.reshape(len(same), -1).all(1))
-    return every
-
-
-@dataclasses.dataclass(frozen=True)
-class Record:
-  """What a page shows of a run.
-
-  Attributes:
-    workdir: the folder of the run, in words.
-    config: every field of its config, by path.
-    changed: the fields that differ from their defaults.
-    learner: in words, such as 'measured'; '' for a fixed rule.
-    metrics: the records of metrics.jsonl.
-    total: the steps of the run; 0: unknown.
-    freeze: the steps of the connectivity phase; 0: none.
-    summary: the content of summary.json; None while the run goes on.
-    wiring: None before anything of it is written.
-    entropies: float [T], at each record of the real mask the mean entropy of
-      its rows, divided by that of a uniform draw; None for a wiring that
-      narrows.
-    shares: float [T], the share of the K largest entries in the sum of a row;
-      None for a wiring that narrows.
-    changes: int [T], edges that differ from those at the record before.
-    classes: the names of the classes.
-    examples: None if there are none.
-    metric: the name of the score that chooses the best checkpoint, in the files
-      and in words: ('accuracy', 'accuracy').
-    versions: name and version of the software, as far as known.
-  """
-
-  workdir: str
-  config: dict[str, Any]
-  changed: Sequence[str]
-  learner: str
-  metrics: Sequence[dict[str, Any]]
-  total: int
-  freeze: int
-  summary: dict[str, Any] | None
-  wiring: wiring.Wiring | None
-  entropies: np.ndarray | None
-  shares: np.ndarray | None
-  changes: np.ndarray | None
-  classes: Sequence[str]
-  examples: Examples | None
-  versions: dict[str, str]
-  metric: tuple[str, str] = ('accuracy', 'accuracy')
-
-  @property
-  def name(self) -> str:
-    """The network and its rule."""
-    rule = str(self.config['connectivity.rule']).replace('_', '-')
-    return f'{self.config["model.name"]}, {rule}'
+from maskconnect_jax.report import curves, examples, html, results, wiring
+from maskconnect_jax.report.record import Record
 
 
 def page(record: Record, *, reload_seconds: int = 0) -> str:
@@ -109,10 +26,10 @@ def page(record: Record, *, reload_seconds: int = 0) -> str:
     [
       _head(record),
       _wiring(record),
-      _mask(record),
-      _training(record),
-      _scores(record),
-      _examples(record),
+      curves.real_mask(record),
+      curves.training(record),
+      results.results(record),
+      examples.examples(record),
       _origin(record),
     ],
     reload_seconds=reload_seconds,
@@ -121,10 +38,7 @@ def page(record: Record, *, reload_seconds: int = 0) -> str:
 
 def _head(record: Record) -> str:
   config, summary = record.config, record.summary
-  parts = [
-    f'{"learned" if record.learner else "wired"} per'
-    f' {config["connectivity.level"]}'
-  ]
+  parts = [f'{config["connectivity.level"]} level']
   if record.learner:
     parts.append(f'learner {record.learner}')
   if config['connectivity.rule'] not in ('fixed_prev', 'fixed_all'):
@@ -135,7 +49,7 @@ def _head(record: Record) -> str:
   head = (
     f'<header><p class="eyebrow">{html.text(record.workdir)}</p>'
     f'<h1>{html.text(record.name)}</h1>'
-    f'<p class="about">{html.text(" · ".join(parts))}</p>'
+    f'<p class="about parts">{html.unbroken(parts)}</p>'
   )
   return f'{head}{_facts(record)}</header>'
 
@@ -158,12 +72,12 @@ def _facts(record: Record) -> str:
   shown = [
     (
       f'Test {record.metric[1]}',
-      _percent(summary[f'test_{record.metric[0]}_pruned']),
+      results.percent(summary[f'test_{record.metric[0]}_pruned']),
       f'{summary["num_test_examples"]:,} images, pruned network',
     ),
     _before_after('Blocks', summary, 'blocks'),
     _before_after('Parameters', summary, 'parameters'),
-    _before_after('Multiply-adds', summary, 'multiply_adds'),
+    _before_after('Multiply-adds per image', summary, 'multiply_adds'),
   ]
   if 'branches' in summary:
     shown[1] = _before_after('Branches', summary, 'branches')
@@ -176,20 +90,10 @@ def _before_after(
   before, after = summary.get(field), summary.get(f'{field}_pruned')
   if before is None or after is None:
     return name, 'unknown', ''
+  whole, left = results.counts(before, after)
   if before == after:
-    return name, _count(after), 'nothing pruned'
-  return name, _count(after), f'of {_count(before)} before pruning'
-
-
-def _count(number: int) -> str:
-  for least, unit, word in ((1e9, 1e9, 'G'), (1e6, 1e6, 'M'), (1e5, 1e3, 'k')):
-    if number >= least:
-      return f'{number / unit:.4g} {word}'
-  return f'{number:,}'
-
-
-def _percent(share: float | None) -> str:
-  return '–' if share is None else f'{100 * share:.2f} %'
+    return name, left, 'nothing pruned'
+  return name, left, f'of {whole} before pruning'
 
 
 def _wiring(record: Record) -> str:
@@ -225,342 +129,6 @@ def _pruned(gone: int, part: str) -> str:
   return f'{gone} {part if gone == 1 else many} pruned, drawn hollow and dashed'
 
 
-def _mask(record: Record) -> str:
-  own = record.wiring
-  if own is None or own.real_mask is None:
-    return ''
-  about = (
-    'r = 1: the source is still read. A source that went keeps the share of the'
-    ' moments that it lasted.'
-    if own.narrows
-    else 'r says how much a block wants each source, from 0 to 1.'
-  )
-  beside = ''.join([_sources_left(record), *_sharpness(record)])
-  words = _clarity(record)
-  return html.section(
-    'real-mask',
-    'The real mask, and how it moved',
-    f'<div class="beside"><div>{wiring.matrix(own)}</div>'
-    f'<div>{beside}{words}</div></div>',
-    about=about,
-  )
-
-
-def _sources_left(record: Record) -> str:
-  """Returns how many sources each block has left over steps, if it narrows."""
-  own = record.wiring
-  if own is None or not own.narrows:
-    return ''
-  left = (own.masks >= 1).sum(-1, where=own.valid)
-  before = own.valid.sum(-1)
-  counts = np.concatenate([before[None], left])
-  steps = [0, *own.steps.tolist()]
-  drawn = []
-  for row in range(counts.shape[1]):
-    block = row + own.by_branch
-    values = counts[:, row].astype(float)
-    values = values.mean(-1) if own.by_branch else values
-    stage = int(own.stages[block])
-    drawn.append(
-      Line(f'block {block + 1}', steps, values.tolist(), stage % 6, stair=True)
-    )
-  part = 'branch' if own.by_branch else 'block'
-  total = counts.reshape(len(counts), -1).sum(1)
-  chart = charts.lines(
-    f'Sources left of each {part}',
-    [dataclasses.replace(line, name='') for line in drawn],
-    total=record.freeze or steps[-1],
-    whole=True,
-    about=f'{total[0]:,} edges at the start, {total[-1]:,} at step'
-    f' {steps[-1]:,}. In the colours of the stages.',
-  )
-  return chart
-
-
-def _sharpness(record: Record) -> list[str]:
-  own = record.wiring
-  if own is None:
-    return []
-  steps = own.steps.tolist()
-  found = []
-  for title, values, percent, about in (
-    (
-      'Entropy of the draw',
-      record.entropies,
-      False,
-      'Mean over the rows with a choice; 1 is a uniform draw.',
-    ),
-    (
-      'Share of the K largest',
-      record.shares,
-      True,
-      'Of the sum of a row, mean over the rows with a choice.',
-    ),
-    (
-      'Edges that changed',
-      record.changes,
-      False,
-      'Between a recorded step and the one before.',
-    ),
-  ):
-    if values is not None:
-      found.append(
-        charts.lines(
-          title,
-          [Line('', steps, values.tolist())],
-          total=record.freeze or steps[-1],
-          percent=percent,
-          whole=title == 'Edges that changed',
-          about=about,
-        )
-      )
-  return found
-
-
-def _clarity(record: Record) -> str:
-  """Returns how clear the last choice was, in words; see summary.json."""
-  summary = record.summary or {}
-  if 'choices' not in summary:
-    return ''
-  measured = 'choices_clear' in summary
-  pairs = [('Rows with a choice', f'{summary["choices"]:,}')]
-  if measured:
-    pairs.append(('Clear by two errors', f'{summary["choices_clear"]:,}'))
-  if summary.get('margin') is not None:
-    error = summary.get('margin_standard_error')
-    text = f'{summary["margin"]:.4f}'.replace('-', '−')
-    text += f' ± {error:.4f} nats' if error is not None else ' of r'
-    pairs.append(('Mean margin', text))
-  lines = ''.join(
-    f'<div><dt>{html.text(name)}</dt><dd>{html.text(value)}</dd></div>'
-    for name, value in pairs
-  )
-  return (
-    f'<figure><figcaption>How clear the choice was</figcaption>'
-    f'<dl class="pairs">{lines}</dl><p class="note">'
-    'The margin lies between the last source that stays and the first that'
-    ' goes.</p></figure>'
-  )
-
-
-def _training(record: Record) -> str:
-  if not record.metrics:
-    return ''
-  steps = [row['step'] for row in record.metrics]
-
-  def column(name: str) -> list[float | None]:
-    return [row.get(name) for row in record.metrics]
-
-  held = 'validation' if record.config['data.validation'] else 'test'
-  chart = functools.partial(
-    charts.lines, total=record.total or steps[-1], freeze=record.freeze
-  )
-  rates = [Line('weights', steps, column('learning_rate'))]
-  if record.learner in ('draws', 'as_published'):
-    rates.append(Line('real mask', steps, column('mask_learning_rate'), 1))
-  several = record.config['data.multi_label']
-  accuracy = 'label_accuracy' if several else 'accuracy'
-  means = chart(
-    'Mean average precision',
-    [Line(held, steps, column(f'{held}_map'), 1, dots=True)],
-    percent=True,
-  )
-  return html.section(
-    'training',
-    'Training',
-    html.grid(
-      means if several else '',
-      chart(
-        'Accuracy of labels' if several else 'Accuracy',
-        [
-          Line('training batches', steps, column('accuracy')),
-          Line(held, steps, column(f'{held}_{accuracy}'), 1, dots=True),
-        ],
-        percent=True,
-      ),
-      chart(
-        'Loss',
-        [
-          Line('training batches', steps, column('loss')),
-          Line(held, steps, column(f'{held}_loss'), 1, dots=True),
-        ],
-        log=True,
-      ),
-      chart('Learning rate', rates),
-      chart(
-        'Images per second',
-        [Line('', steps, column('images_per_second'))],
-      ),
-    ),
-  )
-
-
-def _scores(record: Record) -> str:
-  summary = record.summary
-  if summary is None:
-    return ''
-  own, words = record.metric
-  held = 'validation' if f'validation_{own}' in summary else 'test'
-  rows = [
-    ('before the freeze', summary.get(f'{held}_{own}_drawn'), held),
-    ('at the freeze', summary.get(f'{held}_{own}_at_freeze'), held),
-    ('after fine-tuning', summary.get(f'{held}_{own}'), held),
-    ('after pruning', summary.get(f'test_{own}_pruned'), 'test'),
-  ]
-  steps = charts.bars(
-    f'{html.heading(words)} along the run',
-    [
-      (f'{name}, {images}', value, _percent(value))
-      for name, value, images in rows
-      if value is not None
-    ],
-  )
-  sizes = []
-  for field in ('blocks', 'branches', 'parameters', 'multiply_adds'):
-    before, after = summary.get(field), summary.get(f'{field}_pruned')
-    if before and after is not None:
-      words = f'{_count(after)} of {_count(before)}'
-      sizes.append((field.replace('_', '-'), after / before, words))
-  return html.section(
-    'results',
-    'Results',
-    html.grid(
-      steps,
-      charts.bars('What pruning left', sizes),
-      _per_class(summary),
-      _confusion(record, summary),
-    ),
-  )
-
-
-def _class(record: Record, label: Any) -> str:
-  """Returns the name of a class, or those of several labels."""
-  numbers = np.flatnonzero(label) if np.ndim(label) else [label]
-  shown = [
-    record.classes[at] if at < len(record.classes) else str(at)
-    for at in map(int, numbers)
-  ]
-  return ', '.join(shown) or 'no label'
-
-
-def _per_class(summary: dict[str, Any]) -> str:
-  """Returns the accuracy or the AP of each class, the lowest first."""
-  words = 'accuracy'
-  found = summary.get('class_accuracy', summary.get('per_class_accuracy'))
-  if 'class_average_precision' in summary:
-    words, found = 'average precision', summary['class_average_precision']
-  if not found:
-    return ''
-  known = [(name, value) for name, value in found.items() if value is not None]
-  known.sort(key=lambda pair: pair[1])
-  title = f'{html.heading(words)} of each class'
-  if len(known) > _LISTED:
-    title = f'The {_LISTED} classes with the lowest {words}'
-  return charts.bars(title, [(n, v, _percent(v)) for n, v in known[:_LISTED]])
-
-
-def _confusion(record: Record, summary: dict[str, Any]) -> str:
-  """Returns the confusion matrix, and the classes that are confused most."""
-  found = summary.get('confusion')
-  if not found:
-    return ''
-  wrong = [
-    (count, label, taken)
-    for label, row in found.items()
-    for taken, count in row.items()
-    if taken != label
-  ]
-  wrong.sort(key=lambda one: -one[0])
-  listed = html.table(
-    ['class', 'taken for', 'images'],
-    [(label, taken, f'{count:,}') for count, label, taken in wrong[:_LISTED]],
-    caption='Most frequent confusions',
-  )
-  # Names of twins end in their number there, so the record's own come first.
-  known = {*record.classes} >= {*found}
-  order = list(record.classes) if known else sorted(found)
-  order += sorted({t for row in found.values() for t in row} - {*order})
-  size = len(order)
-  if size > _MOST_CLASSES:
-    return f'<figure>{listed}</figure>' if wrong else ''
-  place = {name: at for at, name in enumerate(order)}
-  cells = []
-  for label, row in found.items():
-    for taken, count in row.items():
-      words = f'{label} taken for {taken}: {count:,}'
-      cells.append(
-        f'<rect class="cell" x="{place[taken]}" y="{place[label]}"'
-        f' style="--r:{count / sum(row.values()):.3g}">'
-        f'<title>{html.text(words)}</title></rect>'
-      )
-  room = 0
-  names = ''
-  if size <= _NAMED:
-    room = 8 + round(5.8 * max(len(name[:_LETTERS]) for name in order))
-    names = ''.join(
-      f'<text x="-6" y="{320 / size * (at + 0.5) + 4.5:.1f}" text-anchor="end">'
-      f'{html.text(name[:_LETTERS])}</text>'
-      for at, name in enumerate(order)
-    )
-  drawing = (
-    f'<svg class="matrix confusion" viewBox="{-room} 0 {322 + room} 322"'
-    ' role="img"'
-    ' aria-label="Confusion matrix: a row for each class, a column for what it'
-    ' is taken for"><rect class="frame" x="1" y="1" width="320" height="320"/>'
-    f'<g transform="translate(1 1) scale({320 / size:.4f})">{"".join(cells)}'
-    f'</g>{names}</svg>'
-  )
-  return html.figure(
-    'Confusion',
-    drawing
-    + (html.folded('Most frequent confusions', listed) if wrong else ''),
-    about='A row for each class, a column for what it is taken for, both in the'
-    ' order of the classes. The stronger the colour, the larger the share of'
-    ' the class.',
-  )
-
-
-def _examples(record: Record) -> str:
-  own = record.examples
-  if own is None or not len(own.labels):
-    return ''
-  right = own.right
-  parts = []
-  for title, chosen in (('Wrong', ~right), ('Right', right)):
-    shown = [_example(record, own, int(at)) for at in np.flatnonzero(chosen)]
-    if shown:
-      parts.append(
-        f'<h3>{title}</h3><ul class="examples">{"".join(shown)}</ul>'
-      )
-  return html.section(
-    'examples',
-    'Test images',
-    *parts,
-    about='Some that the pruned network gets wrong, and some that it gets'
-    ' right.',
-  )
-
-
-def _example(record: Record, own: Examples, at: int) -> str:
-  image = own.images[at]
-  buffer = io.BytesIO()
-  Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(
-    buffer, 'PNG', optimize=True
-  )
-  content = base64.b64encode(buffer.getvalue()).decode()
-  label, found = (
-    _class(record, n) for n in (own.labels[at], own.predicted[at])
-  )
-  words = label
-  if not own.right[at]:
-    words = f'{label}, taken for {found}'
-  small = ' class="small"' if image.shape[0] < 64 else ''
-  return (
-    f'<li><img{small} src="data:image/png;base64,{content}" width="96"'
-    f' height="96" alt=""><span>{html.text(words)}</span></li>'
-  )
-
-
 def _origin(record: Record) -> str:
   """Returns the config, the versions and the command that repeats the run."""
   folder = shlex.quote(record.workdir)
@@ -589,12 +157,14 @@ def _origin(record: Record) -> str:
       'All fields', html.table(['field', 'value'], every, caption='Config')
     ),
     html.table(
-      ['', 'version'], list(record.versions.items()), caption='Versions'
-    ),
-    f'<figure><figcaption>Train it again</figcaption><pre tabindex="0">'
-    f'{html.text(again)}</pre></figure>',
-    f'<figure><figcaption>Use the model</figcaption><pre tabindex="0">'
-    f'{html.text(predict)}</pre></figure>'
+      ['software', 'version'],
+      list(record.versions.items()),
+      caption='Versions that the run ended with',
+    )
+    if record.versions
+    else '',
+    html.figure('Train it again', html.commands(again)),
+    html.figure('Use the model', html.commands(predict))
     if record.summary
     else '',
   )

@@ -9,12 +9,17 @@ import urllib.parse
 from collections.abc import Sequence
 from typing import Any
 
-from maskconnect_jax.drawing import layout, svg
-from maskconnect_jax.drawing.layout import Ints, Sources
+from maskconnect_jax.drawing import svg
+from maskconnect_jax.drawing.sources import Ints, Sources, has_branches
 from maskconnect_jax.report import charts, html
 
 _MOST_DRAWN = 24  # topologies
 _MOST_EDGES = 1_000  # of a topology that is drawn
+_CAPTION = (
+  'Test {} is that of the model after the last step, never of the best'
+  ' epoch: mean ± sample standard deviation over the seeds. Parameters: mean'
+  ' over the seeds. Images per second, in training: median.'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +97,6 @@ def page(
   rows: Sequence[Row],
   *,
   validation: bool,
-  caption: str,
   unfinished: Sequence[str],
   metric: str = 'accuracy',
 ) -> str:
@@ -102,7 +106,6 @@ def page(
     title: the folders of the runs.
     rows: at least one.
     validation: whether `scores` are on held out images.
-    caption: what the table says.
     unfinished: workdirs of runs that are in no row.
     metric: what the scores are, in words.
   """
@@ -120,17 +123,13 @@ def page(
     note = f'<p class="note">Not finished, and in no row: {names}.</p>'
   return html.page(
     title,
-    [head, _scores(rows, tints, validation, caption, metric), note,
+    [head, _scores(rows, tints, validation, metric), note,
      _agreements(rows, tints), _topologies(rows)],
   )  # fmt: skip
 
 
 def _scores(
-  rows: Sequence[Row],
-  tints: dict[str, int],
-  validation: bool,
-  caption: str,
-  metric: str,
+  rows: Sequence[Row], tints: dict[str, int], validation: bool, metric: str
 ) -> str:
   name = f'{"Validation" if validation else "Test"} {metric}'
   dots = charts.dots(
@@ -146,7 +145,14 @@ def _scores(
     ],
   )
   table = html.table(
-    ['', 'seeds', f'test {metric}', 'parameters', 'images/s', 'device'],
+    [
+      '',
+      'seeds',
+      f'test {metric}',
+      'parameters',
+      'images per second',
+      'device',
+    ],
     [
       (
         row.name,
@@ -164,7 +170,7 @@ def _scores(
   )
   return html.section(
     'accuracy', html.heading(metric), dots, table,
-    f'<p class="note">{html.text(caption)}</p>',
+    f'<p class="note">{_CAPTION.format(metric)}</p>',
   )  # fmt: skip
 
 
@@ -187,10 +193,10 @@ def _agreements(rows: Sequence[Row], tints: dict[str, int]) -> str:
       )
       for row, own in shown
     ],
-    about='The grey band is where a pair of uniform choices lies, two standard'
-    ' deviations to each side. σ says how far the mean is from chance, in'
-    ' standard deviations of the mean. Counted are rows with more sources than'
-    ' they take.',
+    about='The grey band is where two random choices mostly lie: two standard'
+    ' deviations to each side of chance. σ counts how far the mean is from'
+    ' chance, in standard deviations of the mean. Blocks and branches that read'
+    ' all that they can are left out.',
   )
   return html.section('agreement', 'Do seeds agree on a topology?', dots)
 
@@ -216,7 +222,7 @@ def _topologies(rows: Sequence[Row]) -> str:
 
 
 def _edges(sources: Sources) -> int:
-  if layout.has_branches(sources):
+  if has_branches(sources):
     return sum(len(row) for junction in sources for row in junction)
   return sum(map(len, sources))
 
@@ -227,7 +233,7 @@ def _picture(row: Row, one: Wired) -> str:
     stages=one.stages,
     live=one.live,
     title=f'Topology of {row.name}, seed {one.seed}',
-    width=max(380.0, 14.0 * len(one.stages)),
+    width=max(320.0, 14.0 * len(one.stages)),
     standalone=False,
   )
   words = f'seed {one.seed}'

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from maskconnect_jax.drawing import layout, svg
-from maskconnect_jax.drawing.layout import Ints, Sources
+from maskconnect_jax.drawing.sources import Ints, Sources, has_branches
 from maskconnect_jax.report import html
 
 # More edges or cells would make a page of megabytes that no one can read.
@@ -50,7 +50,7 @@ class Wiring:
   @property
   def by_branch(self) -> bool:
     """Whether branches read branches."""
-    return layout.has_branches(self.sources)
+    return has_branches(self.sources)
 
   @property
   def edges(self) -> int:

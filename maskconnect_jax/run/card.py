@@ -13,7 +13,7 @@ from typing import Any
 import ml_collections
 
 from maskconnect_jax import names
-from maskconnect_jax.run import scores
+from maskconnect_jax.run import scores, software
 
 NAME = 'README.md'
 PICTURE = 'topology.png'
@@ -48,6 +48,7 @@ def text(
   several = metric is scores.MAP
   noun = 'labels' if several else 'classes'
   what = 'gives images any of' if several else 'classifies images into'
+  versions = [' '.join(one) for one in software.recorded(summary).items()]
   return '\n'.join(
     [
       *_front_matter(data, summary, title, config.data.source),
@@ -70,7 +71,9 @@ def text(
       f'| multiply-adds of an image | {summary["multiply_adds_pruned"]:,} |',
       f'| blocks | {summary["blocks_pruned"]} of {summary["blocks"]} |',
       f'| input | {kind}, {height} x {width}; images of any size are resized |',
-      f'| training | {summary["steps"]:,} steps, seed {summary["seed"]} |',
+      f'| training | {summary["steps"]:,} steps, seed {summary["seed"]},'
+      f' {summary["num_devices"]} x {summary["device"]} |',
+      f'| software | {", ".join(versions)} |',
       f'| {noun} | {shown} |',
       '',
       '## Use',

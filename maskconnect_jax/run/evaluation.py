@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +26,8 @@ from maskconnect_jax.run import (
   scores,
   steps,
 )
+
+_TIMED = 3  # calls of a network, of which the fastest counts
 
 
 class Stopped(Exception):
@@ -141,6 +144,41 @@ class Evaluator:
     # A class; or the logits of several, see `objective.predicted`.
     taken = pairs[kept, 1]
     return images[kept], labels[kept], taken > 0 if taken.ndim == 2 else taken
+
+  def seconds(
+    self, networks: Sequence[tuple[Any, Any]], split: Split | LazySplit
+  ) -> tuple[int, list[float]]:
+    """Returns how long networks take for one batch of a split.
+
+    The first call of each network, which may compile, does not count. Of the
+    next ones the fastest counts: whatever else the machine does makes the
+    others slower.
+
+    Args:
+      networks: of each network the graph and its variables, see `__call__`.
+      split: see `__call__`; the batch is its first one.
+
+    Returns:
+      The number of examples in the batch, and the seconds of each network.
+
+    Raises:
+      InputError: see `__call__`.
+    """
+    size = self._size(split)
+    first = split.part(np.arange(min(size, len(split))))
+    (batch,) = batches.evaluation_batches(
+      first, size, self._mesh, threads=self._threads
+    )
+    seconds = []
+    for network, variables in networks:
+      recipe = dataclasses.replace(self._recipe, network=network)
+      taken = []
+      for _ in range(1 + _TIMED):
+        start = time.perf_counter()
+        jax.block_until_ready(self._step(recipe, variables, *batch, None, 0))
+        taken.append(time.perf_counter() - start)
+      seconds.append(min(taken[1:]))
+    return size, seconds
 
   def _size(self, split: Split | LazySplit) -> int:
     # A batch larger than the split would only add filling.

@@ -25,6 +25,7 @@ from maskconnect_jax.run import (
   metrics,
   report,
   scores,
+  software,
   steps,
 )
 from maskconnect_jax.run.progress import Run
@@ -101,6 +102,7 @@ def finish(run: Run) -> tuple[dict[str, Any], Any]:
       job.dataset.skipped + damaged,
       run.progress.clock,
     )
+    | batch_times(run, (run.recipe.network, variables), (network, tuple(kept)))
     | run.progress.margins
     | tested.by_class(job.dataset.classes)
   )
@@ -158,7 +160,27 @@ def summarize(
     'train_seconds': clock.seconds,
     'device': jax.devices()[0].device_kind,
     'num_devices': jax.device_count(),
-    'jax': jax.__version__,
+    **software.versions(),
+  }
+
+
+def batch_times(
+  run: Run, frozen: tuple[Any, Any], pruned: tuple[Any, Any]
+) -> dict[str, float]:
+  """Returns how long a batch of test images takes, before and after pruning.
+
+  Args:
+    run: a run after its last step.
+    frozen: the network before pruning: its graph and its variables.
+    pruned: the same after pruning.
+  """
+  images, (before, after) = run.evaluate.seconds(
+    (frozen, pruned), run.job.dataset.test
+  )
+  return {
+    'batch_images': images,
+    'batch_seconds': before,
+    'batch_seconds_pruned': after,
   }
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib.metadata
 import json
-import platform
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +23,9 @@ from maskconnect_jax.method.spec import NARROWING
 from maskconnect_jax.networks import architectures
 from maskconnect_jax.report import html
 from maskconnect_jax.report import run as page
+from maskconnect_jax.report.record import Examples, Record
 from maskconnect_jax.report.wiring import Wiring
-from maskconnect_jax.run import metrics, scores, sharpness, workdirs
+from maskconnect_jax.run import metrics, scores, sharpness, software, workdirs
 from maskconnect_jax.run import plan as plan_lib
 
 NAME = 'report.html'
@@ -113,7 +111,7 @@ def _state_of(path: Path) -> tuple[int, int] | None:
   return status.st_mtime_ns, status.st_size
 
 
-def read(workdir: Path, summary: dict[str, Any] | None = None) -> page.Record:
+def read(workdir: Path, summary: dict[str, Any] | None = None) -> Record:
   """Reads what a page shows of a run.
 
   Args:
@@ -142,7 +140,7 @@ def read(workdir: Path, summary: dict[str, Any] | None = None) -> page.Record:
   )
   freeze = plan.freeze if plan else 0
   entropy, shares, changes = _sharpness(wired, learner, config, freeze)
-  return page.Record(
+  return Record(
     workdir=str(workdir),
     config=plain,
     changed=[path for path, value in plain.items() if value != usual[path]],
@@ -158,7 +156,7 @@ def read(workdir: Path, summary: dict[str, Any] | None = None) -> page.Record:
     classes=inputs.get('data', {}).get('classes') or [],
     metric=dataclasses.astuple(scores.metric(config.data.multi_label)),
     examples=_examples(workdir / EXAMPLES),
-    versions=_versions(summary),
+    versions=software.recorded(summary),
   )
 
 
@@ -217,7 +215,7 @@ def _sharpness(
   config: ml_collections.ConfigDict,
   freeze: int,
 ) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-  """Returns entropies, top-K shares and changed edges, see `page.Record`."""
+  """Returns entropies, top-K shares and changed edges, see `Record`."""
   if wired is None or not len(wired.masks) or wired.narrows:
     return None, None, None
   sources = wired.valid.shape[-1]
@@ -285,7 +283,7 @@ def write_examples(
   chosen = np.concatenate(
     [np.flatnonzero(part)[:_OF_A_KIND] for part in (~right, right)]
   )
-  record = page.Examples(
+  record = Examples(
     np.stack([_small(images[at]) for at in chosen])
     if len(chosen)
     else images[:0],
@@ -311,12 +309,12 @@ def _small(image: np.ndarray) -> np.ndarray:
   return small.reshape(*small.shape[:2], channels)
 
 
-def _examples(path: Path) -> page.Examples | None:
+def _examples(path: Path) -> Examples | None:
   if not path.is_file():
     return None
   try:
     with np.load(path) as file:
-      found = page.Examples(file['images'], file['labels'], file['predicted'])
+      found = Examples(file['images'], file['labels'], file['predicted'])
     if found.images.ndim != 4 or found.images.shape[-1] not in (1, 3):
       raise ValueError(f'images of shape {found.images.shape}')
     if not len(found.images) == len(found.labels) == len(found.predicted):
@@ -329,15 +327,3 @@ def _examples(path: Path) -> page.Examples | None:
       ' images'
     ) from error
   return found
-
-
-def _versions(summary: dict[str, Any] | None) -> dict[str, str]:
-  """Returns the versions of a run, and of the software that made the page."""
-  found = {}
-  if summary:
-    found['jax'] = str(summary['jax'])
-    found['trained on'] = f'{summary["num_devices"]} x {summary["device"]}'
-  # A checkout that was not installed has no version.
-  with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-    found['maskconnect_jax'] = importlib.metadata.version('maskconnect_jax')
-  return found | {'python': platform.python_version()}

@@ -66,7 +66,6 @@ def write(folders: Sequence[Path], path: Path | None = None) -> Path:
       ', '.join(map(str, folders)),
       rows,
       validation=held_out,
-      caption=table.caption,
       metric=table.metric.words,
       unfinished=[str(run) for run in table.unfinished],
     ),

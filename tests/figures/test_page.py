@@ -139,9 +139,10 @@ def contrast(one, other):
 def test_a_theme_can_be_read_on_its_paper(theme, tmp_path):
   assert contrast(theme.ink, theme.paper) > 7
   assert contrast(theme.soft, theme.paper) > 4.5
-  # The first three stages, which nearly all networks have, hold white numbers.
-  for tint in theme.tints[:3]:
+  for tint in theme.tints[:3]:  # nearly all networks have three stages
     assert contrast(tint, theme.paper) > 3
+  for stage, tint in enumerate(theme.tints):
+    assert contrast(theme.number(stage), tint) >= 4.5
   assert [theme.tint(stage) for stage in (0, 6)] == [theme.tints[0]] * 2
   path = page.save(an_empty_page(theme=theme), tmp_path / 'page')[0]
   with Image.open(path) as image:

@@ -152,7 +152,7 @@ def write_run(folder, *, rows=None, branches=None, seed=0, summary=None, **own):
       'blocks_pruned': 8, 'parameters': 269434, 'parameters_pruned': 200000,
       'multiply_adds': 2516608, 'multiply_adds_pruned': 2000000,
       'images_per_second': 100.0, 'num_devices': 1, 'device': 'cpu',
-      'jax': '0.10.2', **summary,
+      'steps': 100, 'train_seconds': 25.0, 'jax': '0.10.2', **summary,
     }  # fmt: skip
     (folder / 'summary.json').write_text(json.dumps(summary))
   return folder

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from maskconnect_jax.errors import InputError
-from maskconnect_jax.report import wiring
+from maskconnect_jax.report import charts, wiring
 from maskconnect_jax.run import inference, report
 
 
@@ -45,12 +45,12 @@ def test_its_numbers_are_those_of_the_summary(page):
     'Test accuracy': '90.50 % 360 images, pruned network',
     'Blocks': '8 of 9 before pruning',
     'Parameters': '200 k of 269.4 k before pruning',
-    'Multiply-adds': '2 M of 2.517 M before pruning',
+    'Multiply-adds per image': '2 M of 2.517 M before pruning',
   }
   pairs = next(page.all('pairs')).text
   assert pairs == (
-    'Rows with a choice 7 Clear by two errors 3 Mean margin −0.2500 ± 0.1250'
-    ' nats'
+    'Blocks with a choice at the last moment 7 Clear by two standard errors 3'
+    ' Mean margin −0.2500 ± 0.1250 nats'
   )
 
 
@@ -248,6 +248,71 @@ def test_a_run_writes_its_page(finished, parsed):
   before = (finished.workdir / 'report.html').read_bytes()
   assert report.read(finished.workdir).summary == finished.summary
   assert report.page.page(report.read(finished.workdir)).encode() == before
+
+
+def versions_of(page):
+  (section,) = (e for e in page.all('section') if e.get('id') == 'origin')
+  rows = [
+    [cell.text for cell in row.children]
+    for table in section.all('table')
+    if next(table.all('th')).text == 'software'
+    for row in list(table.all('tr'))[1:]
+  ]
+  return [tuple(row) for row in rows]
+
+
+def test_the_versions_are_those_of_the_run(
+  tmp_path, make_run, narrowing_rows, parsed
+):
+  recorded = {
+    'python': '3.99.1', 'maskconnect_jax': '7', 'jax': '1', 'jaxlib': '2',
+    'flax': '3', 'numpy': '4',
+  }  # fmt: skip
+  folder = make_run(tmp_path / 'run', rows=narrowing_rows, summary=recorded)
+  assert versions_of(parsed(report.write(folder))) == [*recorded.items()]
+  # Earlier runs recorded JAX's alone, and no time of a batch.
+  old = make_run(tmp_path / 'old', rows=narrowing_rows, summary={})
+  page = parsed(report.write(old))
+  assert versions_of(page) == [('jax', '0.10.2')]
+  assert figure(page, 'What pruning left').text.endswith('is two FLOPs.')
+  going = make_run(tmp_path / 'going', rows=narrowing_rows)
+  assert versions_of(parsed(report.write(going))) == []
+
+
+@pytest.mark.parametrize(
+  ('left', 'words'),
+  [
+    (200000, ' A batch of 64 test images takes 20 ms before pruning and 15.2 ms'
+     ' after. Blocks that nothing reads are skipped before it, too.'),
+    (269434, ' A batch of 64 test images takes 20 ms.'),
+  ],
+)  # fmt: skip
+def test_how_long_a_batch_takes(
+  tmp_path, make_run, narrowing_rows, parsed, left, words
+):
+  folder = make_run(
+    tmp_path / 'run', rows=narrowing_rows,
+    summary={'batch_images': 64, 'batch_seconds': 0.02,
+             'batch_seconds_pruned': 0.0152, 'parameters_pruned': left},
+  )  # fmt: skip
+  page = parsed(report.write(folder))
+  own = figure(page, 'What pruning left').text
+  assert own.endswith(f'each is two FLOPs.{words}')
+  (training,) = (e for e in page.all('section') if e.get('id') == 'training')
+  assert '100 steps in 25 s, 100 images per second on 1 × cpu.' in training.text
+
+
+def test_labels_of_an_axis_are_short():
+  """So short that none is cut off at the left of a phone."""
+  for values in ([0.25, 0.25015], [0.9, 1.0], [1.0, 1.0]):
+    drawn = charts.lines('a', [charts.Line('', [0, 9], values)], total=9,
+                         percent=True)  # fmt: skip
+    labels = re.findall(r'([\d.]+ %)</text>', drawn)
+    assert len(labels) >= 2
+    assert max(map(len, labels)) <= 6
+  for most, label in ((8000, '8,000'), (4e5, '400 k'), (2e6, '2 M')):
+    drawn = charts.lines('a', [charts.Line('', [0, 9], [0, most])], total=9)
+    assert f'>{label}</text>' in drawn
 
 
 def test_following_ends_with_the_run(tmp_path, make_run, narrowing_rows):

@@ -3,6 +3,7 @@
 import json
 import re
 
+import jax
 import pytest
 import yaml
 
@@ -39,6 +40,8 @@ def test_it_names_accuracy_and_classes(written, finished):
   accuracy = finished.summary['test_accuracy_pruned']
   assert f'| test accuracy | {accuracy:.2%} of 360 images |' in written
   assert '| classes | 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 |' in written
+  software = f'jax {jax.__version__}, jaxlib {jax.lib.__version__}, flax'
+  assert software in written
 
 
 def test_no_name_breaks_it(tiny_config, finished):

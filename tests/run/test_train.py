@@ -1,10 +1,12 @@
 """One whole tiny run: what it leaves in its workdir, recomputed apart."""
 
 import dataclasses
+import importlib
 import io
 import json
 import math
 import struct
+import sys
 from xml.etree import ElementTree
 
 import jax
@@ -254,6 +256,14 @@ def test_summary(finished, arrays_in):
   assert summary['images_per_second'] * summary[
     'train_seconds'
   ] == pytest.approx(TOTAL * BATCH)
+  for name in ('flax', 'jaxlib', 'numpy'):
+    module = importlib.import_module(name)
+    assert summary[name] == module.__version__
+  assert summary['python'] == sys.version.split()[0]
+  # The config's 200, rounded up to a multiple of the devices.
+  assert 0 <= summary['batch_images'] - 200 < jax.device_count()
+  assert 0 < summary['batch_seconds'] < 60
+  assert 0 < summary['batch_seconds_pruned'] < 60
 
 
 def test_parameters_are_those_of_the_architecture(finished):
