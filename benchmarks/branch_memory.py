@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 import maskconnect_jax
-from maskconnect_jax.run import steps
+from maskconnect_jax.run import train_state
 
 FORMS = (
   {'rule': 'fixed_prev'},
@@ -24,7 +24,7 @@ FORMS = (
 
 
 def compiled_gradient(name, form, batch, side):
-  network, weights, masks, statistics = steps.split(
+  network, weights, masks, statistics = train_state.split(
     nnx.eval_shape(
       lambda: maskconnect_jax.create_model(name, num_classes=10, **form)
     )

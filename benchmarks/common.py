@@ -29,7 +29,13 @@ from PIL import Image
 from maskconnect_jax import config as config_lib
 from maskconnect_jax import files
 from maskconnect_jax.networks import architectures
-from maskconnect_jax.run import cores, distributed, experiment, steps
+from maskconnect_jax.run import (
+  cores,
+  distributed,
+  experiment,
+  steps,
+  train_state,
+)
 from maskconnect_jax.study import sweep
 
 # What the PyTorch port has, beside the defaults.
@@ -211,13 +217,13 @@ def noise(num_images: int, num_classes: int, side: int) -> Iterator[str]:
 
 def traced(job: experiment.Experiment) -> Any:
   """Returns the training step, traced for the arrays of a run."""
-  shapes = jax.eval_shape(lambda: steps.init_state(job.model, job.recipe))
+  shapes = jax.eval_shape(lambda: train_state.init_state(job.model, job.recipe))
   state = jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(
       leaf.shape, leaf.dtype, sharding=sharding
     ),
     shapes,
-    steps.shardings(job.recipe, shapes),
+    train_state.shardings(job.recipe, shapes),
   )
   size, sharding = job.config.batch_size, job.recipe.batch_sharding
   batch = (
@@ -311,8 +317,8 @@ class TrainingStep:
     self.lowered = traced(job).lower()
     self.compiled = self.lowered.compile()
     self.compile_seconds = time.perf_counter() - began
-    self.state = steps.on_devices(
-      job.recipe, steps.init_state(job.model, job.recipe)
+    self.state = train_state.on_devices(
+      job.recipe, train_state.init_state(job.model, job.recipe)
     )
     self.batch = random_batch(job)
 

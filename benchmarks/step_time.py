@@ -37,7 +37,7 @@ from flax import nnx
 
 from maskconnect_jax.method import wiring
 from maskconnect_jax.networks import architectures, models
-from maskconnect_jax.run import augment, experiment, steps
+from maskconnect_jax.run import augment, experiment, train_state
 
 
 def training(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -85,7 +85,7 @@ class Forward:
   """The compiled forward pass of a model; a call dispatches one."""
 
   def __init__(self, job: experiment.Experiment, model: Any) -> None:
-    network, *self.variables = steps.split(model)
+    network, *self.variables = train_state.split(model)
 
     def forward(variables: Any, images: jax.Array) -> jax.Array:
       own = nnx.merge(network, *variables)

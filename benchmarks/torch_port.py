@@ -39,7 +39,7 @@ from flax import nnx
 from maskconnect_jax import config as config_lib
 from maskconnect_jax.method import connectivity
 from maskconnect_jax.networks import architectures, models, streams
-from maskconnect_jax.run import experiment, steps
+from maskconnect_jax.run import experiment, steps, train_state
 
 try:
   import torch
@@ -78,7 +78,7 @@ def torch_weights(model: nnx.Module) -> dict[str, torch.Tensor]:
     'var': 'running_var',
   }
   weights = {}
-  for state in steps.split(model)[1:]:
+  for state in train_state.split(model)[1:]:
     for (*path, kind), variable in nnx.to_flat_state(state):
       value = np.array(variable[...])
       if kind == 'kernel':
@@ -190,8 +190,8 @@ def draw(step: common.TrainingStep) -> jax.Array:
 
 @jax.jit(static_argnums=0)
 def mask_gradient(
-  recipe: steps.Recipe,
-  state: steps.TrainState,
+  recipe: train_state.Recipe,
+  state: train_state.TrainState,
   images: jax.Array,
   labels: jax.Array,
 ) -> jax.Array:

@@ -17,8 +17,8 @@ from maskconnect_jax.run import (
   distributed,
   experiment,
   metrics,
-  steps,
   train,
+  train_state,
 )
 from maskconnect_jax.study import sweep
 
@@ -135,7 +135,8 @@ def test_config(name, data_of, reduced, capsys):
 
   job = experiment.build(config)
   state = distributed.to_global(
-    steps.init_state(job.model, job.recipe), distributed.replicated(job.mesh)
+    train_state.init_state(job.model, job.recipe),
+    distributed.replicated(job.mesh),
   )
   batches = experiment.training_batches(job).starting_at(0)
   batch = next(batches)

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from maskconnect_jax import convolution
 from maskconnect_jax.method.spec import WiringSpec
 from maskconnect_jax.networks import architectures, layers, models
-from maskconnect_jax.run import optimizer, steps
+from maskconnect_jax.run import measure, optimizer, steps, train_state
 
 RNG = np.random.default_rng(0)
 BATCH, CLASSES = 16, 3
@@ -57,7 +57,7 @@ def recipe_on(count, model, **options):
   )
   plain: dict[str, object] = dict(  # noqa: C408
     temperature=lambda _: 1.0,
-    network=steps.split(model)[0],
+    network=train_state.split(model)[0],
     optimizer=transform,
     seed=1,
     pad=1,
@@ -73,7 +73,7 @@ def recipe_on(count, model, **options):
     average=0.9,
     batch_sharding=NamedSharding(mesh, PartitionSpec('data')),
   )
-  return steps.Recipe(**plain | options)
+  return train_state.Recipe(**plain | options)
 
 
 def step_on(count, model, **options):
@@ -81,7 +81,7 @@ def step_on(count, model, **options):
   recipe = recipe_on(count, model, **options)
   sharded = recipe.batch_sharding
   whole = NamedSharding(sharded.mesh, PartitionSpec())
-  state = steps.on_devices(recipe, steps.init_state(model, recipe))
+  state = train_state.on_devices(recipe, train_state.init_state(model, recipe))
   images, labels = jax.device_put((IMAGES, LABELS), sharded)
   compiled = (
     jax.jit(steps.train_step, static_argnums=0)
@@ -106,7 +106,7 @@ def step_on(count, model, **options):
       np.random.default_rng(3).uniform(size=(4, *np.shape(model.stack.valid)))
       < 0.7
     ) | np.eye(np.shape(model.stack.valid)[-1], dtype=bool)
-    sums['differences'] = jax.jit(steps.differences, static_argnums=(0, 6))(
+    sums['differences'] = jax.jit(measure.differences, static_argnums=(0, 6))(
       recipe,
       (after.weights, after.masks, after.statistics),
       images,
@@ -148,7 +148,7 @@ def test_a_step_on_eight_devices_is_one_on_one(
   level, architecture, rule, native, parts, shard, monkeypatch
 ):
   assert jax.device_count() >= 8
-  monkeypatch.setattr(steps, '_SMALL', 0)
+  monkeypatch.setattr(train_state, '_SMALL', 0)
   if native:  # the grouped convolution of GPUs and TPUs, in shard_map
     monkeypatch.setattr(convolution, 'on_a_cpu', convolution.by_library)
   with jax.enable_x64(True):
@@ -217,7 +217,9 @@ def test_statistics_of_each_device_are_those_of_its_images(
     results = []
     for count, options in ((1, plain), (8, plain | {'own_statistics': True})):
       recipe = recipe_on(count, model, **options)
-      state = steps.on_devices(recipe, steps.init_state(model, recipe))
+      state = train_state.on_devices(
+        recipe, train_state.init_state(model, recipe)
+      )
       size = BATCH // 8 if count == 1 else BATCH
       each = []
       for start in range(0, BATCH, size):

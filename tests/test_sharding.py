@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh
 import maskconnect_jax
 from maskconnect_jax import convolution
 from maskconnect_jax.method.wiring import RealMask
-from maskconnect_jax.run import distributed, optimizer, steps
+from maskconnect_jax.run import distributed, optimizer, steps, train_state
 
 BATCH = 256  # enough for the batch to outweigh the small kernels
 
@@ -44,9 +44,9 @@ def compiled_step(network, level, devices):
     optimizer.masks_transform(lambda step: 0.1, model.stack.valid),
   )
   mesh = mesh_of(devices)
-  recipe = steps.Recipe(
+  recipe = train_state.Recipe(
     temperature=lambda _: 1.0,
-    network=steps.split(model)[0],
+    network=train_state.split(model)[0],
     optimizer=transform,
     seed=0,
     pad=0,
@@ -65,7 +65,7 @@ def compiled_step(network, level, devices):
     )
 
   state = abstract(
-    steps.init_state(model, recipe), distributed.replicated(mesh)
+    train_state.init_state(model, recipe), distributed.replicated(mesh)
   )
   batch = abstract(
     (

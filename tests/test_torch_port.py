@@ -19,7 +19,7 @@ from flax import nnx
 
 from maskconnect_jax.method import connectivity, wiring
 from maskconnect_jax.networks import models
-from maskconnect_jax.run import steps
+from maskconnect_jax.run import train_state
 
 torch = pytest.importorskip('torch')
 
@@ -86,7 +86,7 @@ def test_loss_and_gradients_are_equal_in_float64(rule: str) -> None:
       initial_spread=0.5,
     )
     network, weights, masks, statistics = jax.tree.map(
-      lambda leaf: leaf.astype(jnp.float64), steps.split(model)
+      lambda leaf: leaf.astype(jnp.float64), train_state.split(model)
     )
     given = []
     if rule == 'learned':

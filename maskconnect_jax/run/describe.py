@@ -28,6 +28,7 @@ from maskconnect_jax.run import (
   experiment,
   narrow,
   steps,
+  train_state,
 )
 
 # The timing ends after this many steps, or after this many seconds.
@@ -111,7 +112,7 @@ def describe(
   dataset, plan, model, recipe = job.dataset, job.plan, job.model, job.recipe
   if graph_path is not None:
     write_graph(graph_path, model, workdir)
-  state = steps.on_devices(recipe, steps.init_state(model, recipe))
+  state = train_state.on_devices(recipe, train_state.init_state(model, recipe))
   rng = np.random.default_rng(0)
   batch = distributed.to_global(
     (

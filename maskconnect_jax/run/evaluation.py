@@ -25,6 +25,7 @@ from maskconnect_jax.run import (
   objective,
   scores,
   steps,
+  train_state,
 )
 
 _TIMED = 3  # calls of a network, of which the fastest counts
@@ -39,7 +40,7 @@ class Evaluator:
 
   def __init__(
     self,
-    recipe: steps.Recipe,
+    recipe: train_state.Recipe,
     batch_size: int,
     mesh: jax.sharding.Mesh,
     *,

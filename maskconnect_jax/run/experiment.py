@@ -17,7 +17,12 @@ from maskconnect_jax.data import arrays, datasets
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import topology
 from maskconnect_jax.networks import architectures, models
-from maskconnect_jax.run import batches, distributed, optimizer, steps
+from maskconnect_jax.run import (
+  batches,
+  distributed,
+  optimizer,
+  train_state,
+)
 from maskconnect_jax.run import plan as plan_lib
 
 
@@ -89,7 +94,7 @@ class Experiment:
   model: models.Network
   mesh: jax.sharding.Mesh
   rates: tuple[optax.Schedule, optax.Schedule]
-  recipe: steps.Recipe
+  recipe: train_state.Recipe
 
 
 def build(
@@ -134,7 +139,7 @@ def build(
   model = models.create_model(
     **architecture, spec=spec, topology=given_topology(config)
   )
-  optimizer.check_parts(config.optimizer.frozen, steps.split(model)[1])
+  optimizer.check_parts(config.optimizer.frozen, train_state.split(model)[1])
   mean, std = tuple(config.data.mean), tuple(config.data.std)
   if not (mean and std):
     measured = [tuple(map(float, v)) for v in dataset.mean_and_std()]
@@ -146,8 +151,8 @@ def build(
     )
   mesh = distributed.make_mesh()
   rates = make_schedules(config, plan)
-  recipe = steps.Recipe(
-    network=steps.split(model)[0],
+  recipe = train_state.Recipe(
+    network=train_state.split(model)[0],
     optimizer=optimizer.partitioned(
       weights_transform(config, rates[0]),
       optimizer.masks_transform(

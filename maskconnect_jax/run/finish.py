@@ -26,7 +26,7 @@ from maskconnect_jax.run import (
   report,
   scores,
   software,
-  steps,
+  train_state,
 )
 from maskconnect_jax.run.progress import Run
 
@@ -64,10 +64,10 @@ def finish(run: Run) -> tuple[dict[str, Any], Any]:
     InputError: a file cannot be written, as on a full disk.
   """
   job, test = run.job, run.job.dataset.test
-  variables = steps.gathered(run.recipe, run.state)
+  variables = train_state.gathered(run.recipe, run.state)
   frozen = nnx.merge(run.recipe.network, *variables)
   pruned = wiring.prune(frozen)
-  network, *kept = steps.split(pruned)
+  network, *kept = train_state.split(pruned)
   tested = run.evaluate(run.recipe.network, variables, test)
   watched, _ = experiment.held_out(job)
   metric = scores.metric(run.recipe.multi_label).field

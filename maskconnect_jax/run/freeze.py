@@ -16,7 +16,7 @@ from flax import nnx
 from maskconnect_jax.method import connectivity, wiring
 from maskconnect_jax.method.spec import NARROWING
 from maskconnect_jax.run import batches as batches_lib
-from maskconnect_jax.run import experiment, scores, steps
+from maskconnect_jax.run import experiment, scores, steps, train_state
 from maskconnect_jax.run.progress import Run
 
 
@@ -63,20 +63,20 @@ def margins_of(run: Run) -> dict[str, float]:
 
 
 def frozen_recipe(
-  recipe: steps.Recipe, state: steps.TrainState
-) -> steps.Recipe:
+  recipe: train_state.Recipe, state: train_state.TrainState
+) -> train_state.Recipe:
   """Returns the recipe with the top K of the real mask as the topology."""
   model = nnx.merge(recipe.network, *state.variables())
-  network, *_ = steps.split(wiring.freeze(model))
+  network, *_ = train_state.split(wiring.freeze(model))
   return dataclasses.replace(recipe, network=network)
 
 
 def measured_anew(
-  recipe: steps.Recipe,
-  state: steps.TrainState,
+  recipe: train_state.Recipe,
+  state: train_state.TrainState,
   batches: batches_lib.Batches,
   count: int,
-) -> steps.TrainState:
+) -> train_state.TrainState:
   """Returns the state with BatchNorm's statistics over the next batches.
 
   The new statistics are the means over `count` batches. A run that averages its

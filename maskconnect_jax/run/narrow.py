@@ -15,7 +15,13 @@ import numpy as np
 
 from maskconnect_jax.method import narrowing
 from maskconnect_jax.networks import streams
-from maskconnect_jax.run import distributed, evaluation, experiment, steps
+from maskconnect_jax.run import (
+  distributed,
+  evaluation,
+  experiment,
+  measure,
+  train_state,
+)
 from maskconnect_jax.run.plan import Plan
 from maskconnect_jax.run.progress import Run
 
@@ -129,7 +135,7 @@ def _estimated(run: Run, mask: np.ndarray) -> np.ndarray:
   """Returns `narrowing.estimate` over the next batches."""
   plan, state, step = run.job.plan, run.state, int(run.state.step)
   variables = state.weights, state.masks, state.statistics
-  program = jax.jit(steps.mask_gradient, static_argnums=0)
+  program = jax.jit(measure.mask_gradient, static_argnums=0)
   batches = max(2, plan.measuring // plan.moments)
   gradients = []
   upcoming = itertools.islice(run.batches.starting_at(step), batches)
@@ -186,7 +192,7 @@ class _Measurement:
 
 
 def _differences(
-  recipe: steps.Recipe,
+  recipe: train_state.Recipe,
   variables: tuple[Any, Any, Any],
   images: jax.Array,
   labels: jax.Array,
@@ -195,7 +201,7 @@ def _differences(
   count: int,
   at_once: int,
 ) -> jax.Array:
-  return steps.differences(
+  return measure.differences(
     recipe, variables, images[:count], labels[:count], step, masks, at_once
   )
 

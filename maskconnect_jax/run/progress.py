@@ -17,7 +17,7 @@ from maskconnect_jax.run import (
   evaluation,
   experiment,
   metrics,
-  steps,
+  train_state,
 )
 from maskconnect_jax.run.preemption import Preemption
 
@@ -155,8 +155,8 @@ class Run:
 
   workdir: Path
   job: experiment.Experiment
-  recipe: steps.Recipe
-  state: steps.TrainState
+  recipe: train_state.Recipe
+  state: train_state.TrainState
   progress: Progress
   batches: batches_lib.Batches
   evaluate: evaluation.Evaluator

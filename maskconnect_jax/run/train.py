@@ -39,6 +39,7 @@ from maskconnect_jax.run import (
   report,
   snapshot,
   steps,
+  train_state,
   workdirs,
 )
 from maskconnect_jax.run import plan as plan_lib
@@ -60,7 +61,7 @@ class Result:
   """
 
   summary: dict[str, Any]
-  state: steps.TrainState
+  state: train_state.TrainState
   model: Any
   interrupted: int = 0
 
@@ -171,7 +172,9 @@ def start(job: experiment.Experiment, workdir: Path, name: str) -> Run:
       # The first file of all, because it marks the folder as a run's workdir.
       workdirs.write_config(config, workdir)
 
-  state = steps.on_devices(job.recipe, steps.init_state(job.model, job.recipe))
+  state = train_state.on_devices(
+    job.recipe, train_state.init_state(job.model, job.recipe)
+  )
   checkpoints = checkpoint.Checkpoints(
     workdir / 'checkpoints', keep=config.keep_checkpoints
   )
@@ -180,7 +183,9 @@ def start(job: experiment.Experiment, workdir: Path, name: str) -> Run:
   if config.init_from and not loaded:
     folder = config_lib.given_path(config.init_from, 'config.init_from')
     model, begun = init_from.filled(job.model, folder)
-    state = steps.on_devices(job.recipe, steps.init_state(model, job.recipe))
+    state = train_state.on_devices(
+      job.recipe, train_state.init_state(model, job.recipe)
+    )
   state, progress = loaded or (state, Progress())
   step = int(state.step)
   # Saved before the record of its step was written; that may be there or not.
@@ -412,8 +417,8 @@ def save(run: Run, done: int, accuracy: float | None = None) -> None:
 
 
 def compile_step(
-  recipe: steps.Recipe,
-  state: steps.TrainState,
+  recipe: train_state.Recipe,
+  state: train_state.TrainState,
   batch: tuple[jax.Array, jax.Array],
   bar: metrics.ProgressBar,
 ) -> Any:
@@ -461,7 +466,7 @@ def mean_of_steps(pending: list[dict[str, Any]], done: int) -> dict[str, float]:
   }
 
 
-def check_finite(state: steps.TrainState, done: int) -> None:
+def check_finite(state: train_state.TrainState, done: int) -> None:
   """Checks that the state after step `done` is finite.
 
   Raises:

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.networks import architectures, models, published
-from maskconnect_jax.run import init_from, steps
+from maskconnect_jax.run import init_from, train_state
 
 DEPTHS, WIDTH, CLASSES = (2, 1, 2, 1), 8, 5
 NETWORK = architectures.Architecture(
@@ -217,7 +217,7 @@ def test_a_run_begins_with_published_weights(saved):
   )
   assert 'head/kernel [256, 5] (is [256, 9] there)' in line
   assert 'not used: layer9.0.conv1.weight' in line
-  assert jax.tree.leaves(steps.split(model)[2])  # the real mask is there
+  assert jax.tree.leaves(train_state.split(model)[2])  # the real mask is there
 
 
 @pytest.mark.parametrize(

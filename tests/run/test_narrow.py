@@ -16,7 +16,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from maskconnect_jax.method import narrowing, topology, wiring
 from maskconnect_jax.networks import architectures, models
-from maskconnect_jax.run import describe, narrow, optimizer, plan, steps, train
+from maskconnect_jax.run import (
+  describe,
+  measure,
+  narrow,
+  optimizer,
+  plan,
+  steps,
+  train,
+  train_state,
+)
 
 LEARNERS = ['measured', 'fisher', 'random', 'as_published']
 NETWORK = architectures.Architecture((1, 2, 1), width=4)
@@ -40,8 +49,8 @@ def made():
   mesh = Mesh(
     np.array(jax.devices()[:1]), ('data',), axis_types=(AxisType.Auto,)
   )
-  recipe = steps.Recipe(
-    network=steps.split(model)[0],
+  recipe = train_state.Recipe(
+    network=train_state.split(model)[0],
     optimizer=optimizer.partitioned(
       optimizer.weights_transform(
         lambda _: 0.1, momentum=0.9, nesterov=True, weight_decay=0.0,
@@ -62,7 +71,7 @@ def made():
     average=0.0,
     batch_sharding=NamedSharding(mesh, PartitionSpec('data')),
   )  # fmt: skip
-  return recipe, steps.init_state(model, recipe)
+  return recipe, train_state.init_state(model, recipe)
 
 
 def losses_of(recipe, state, mask, pixels, labels):
@@ -82,7 +91,7 @@ def test_differences_are_those_of_frozen_networks(made):
   mask = np.tri(4, dtype=np.float32)
   edges = np.argwhere(mask[1:]) + np.array([1, 0])
   masks = narrowing.without(mask, edges)
-  step = jax.jit(steps.differences, static_argnums=(0, 6))
+  step = jax.jit(measure.differences, static_argnums=(0, 6))
   variables = state.weights, state.masks, state.statistics
   base = losses_of(recipe, state, mask, pixels, labels)
   expected = [
@@ -116,7 +125,7 @@ def test_several_labels_are_measured_by_the_loss_that_trains_them(made):
     p = 1 / (1 + np.exp(-np.asarray(logits_of(one), np.float64)))
     losses.append(-np.log(np.where(labels, p, 1 - p)).mean(1))
   difference = losses[1] - losses[0]
-  found = jax.jit(steps.differences, static_argnums=(0, 6))(
+  found = jax.jit(measure.differences, static_argnums=(0, 6))(
     recipe, variables, pixels, labels, 0, masks, 1
   )
   np.testing.assert_allclose(
@@ -142,10 +151,10 @@ def test_the_gradient_of_a_mask_matches_central_differences(made):
     for _, module in nnx.iter_modules(model):
       if hasattr(module, 'dtype'):
         module.dtype = jnp.dtype('float64')
-    recipe = dataclasses.replace(recipe, network=steps.split(model)[0])
+    recipe = dataclasses.replace(recipe, network=train_state.split(model)[0])
     mask, h = np.tri(4), 1e-5
     gradient = np.asarray(
-      jax.jit(steps.mask_gradient, static_argnums=0)(
+      jax.jit(measure.mask_gradient, static_argnums=0)(
         recipe, variables, pixels, labels, 0, jnp.asarray(mask)
       )
     )

@@ -20,6 +20,7 @@ from maskconnect_jax.run import (
   objective,
   optimizer,
   steps,
+  train_state,
 )
 
 RNG = np.random.default_rng(0)
@@ -58,10 +59,10 @@ def made(model, **fields):
   mesh = Mesh(
     np.array(jax.devices()[:1]), ('data',), axis_types=(AxisType.Auto,)
   )
-  recipe = steps.Recipe(
+  recipe = train_state.Recipe(
     temperature=lambda _: 1.0,
     **{
-      'network': steps.split(model)[0],
+      'network': train_state.split(model)[0],
       'optimizer': transform(model.stack.valid),
       'seed': SEED,
       'pad': 0,
@@ -75,7 +76,7 @@ def made(model, **fields):
     }
     | fields,
   )
-  return recipe, steps.init_state(model, recipe)
+  return recipe, train_state.init_state(model, recipe)
 
 
 def tiny(**options):
@@ -441,7 +442,7 @@ def test_batch_statistics_are_of_the_batch_and_a_dead_block_keeps_its_own(
   state = path[0][-1]
   model = nnx.merge(recipe.network, *state.variables(), copy=True)
   model = wiring.freeze(model, Topology(((0,), (0,), (0, 2))))
-  recipe = dataclasses.replace(recipe, network=steps.split(model)[0])
+  recipe = dataclasses.replace(recipe, network=train_state.split(model)[0])
   measure = jax.jit(steps.batch_statistics, static_argnums=0)
   kernel = np.asarray(model.stem.conv.kernel[...], np.float64)
   for step in (0, 1, 2):

@@ -20,7 +20,12 @@ from tensorboardX.proto import event_pb2, plugin_hparams_pb2
 
 import maskconnect_jax
 from maskconnect_jax import config
-from maskconnect_jax.run import evaluation, experiment, steps, train
+from maskconnect_jax.run import (
+  evaluation,
+  experiment,
+  train,
+  train_state,
+)
 
 BATCH, TOTAL, FREEZE, PER_EPOCH = 64, 24, 12, 1437 // 64
 
@@ -404,7 +409,7 @@ def test_every_example_is_counted_once(tiny_config):
   job = experiment.build(tiny_config)
   # It says "0" to everything, as the padding's label is.
   job.model.head.bias[...] = jnp.array([1e6] + [0] * 9)
-  network, *variables = steps.split(job.model)
+  network, *variables = train_state.split(job.model)
   _, (_, labels) = digits()
   for size in (200, 45):  # neither divides 360, nor 45 over the devices
     evaluate = evaluation.Evaluator(job.recipe, size, job.mesh, threads=1)
