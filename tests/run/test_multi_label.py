@@ -361,7 +361,12 @@ def files_of(workdir):
   """What must have the same bits however often a run was cut."""
   model = json.loads((workdir / 'model/model.json').read_text())
   summary = json.loads((workdir / 'summary.json').read_text())
-  for name in ('images_per_second', 'train_seconds'):
+  for name in (
+    'images_per_second',
+    'train_seconds',
+    'batch_seconds',
+    'batch_seconds_pruned',
+  ):
     summary.pop(name)
   lines = [
     json.loads(line)

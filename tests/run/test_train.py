@@ -312,7 +312,7 @@ def test_model_json(finished):
     'initial_spread': 0.5, 'seed': 6, 'level': 'block',
     'remat': 'none', 'version': '2',
     'matmul_precision': 'default', 'temperature': 1.0, 'learner': 'draws',
-    'live': 0, 'head_norm': False,
+    'live': 0, 'head_norm': False, 'start': 'all',
   }  # fmt: skip
   shape = record['preprocessing']
   assert (shape['height'], shape['width'], shape['channels']) == (8, 8, 1)
