@@ -15,7 +15,8 @@ from maskconnect_jax.figures.page import Page
 
 _PANEL, _LEFT, _FOOT = (560, 330), 66, 74  # in points
 _TURN = 0.7  # a name right of this stands left of its point
-_WIDE, _LINE = 120, 13  # of a name, in points
+_LETTER, _LINE = 5.4, 13  # width and height of the names' text, in points
+_GAP = 8  # between a point and its name
 
 
 def figure(
@@ -100,11 +101,13 @@ def figure(
     panel.set_axisbelow(True)
     panel.spines[['top', 'right', 'left']].set_visible(False)
     panel.spines['bottom'].set_color(paper.LIGHT.faint)
-    places = _places(x, y, across=x_limits, up=y_limits)
+    places = _places(names, x, y, across=x_limits, up=y_limits)
     for i, (right, height) in enumerate(places):
       left = right > _TURN * _PANEL[0]
       page.write(
-        _LEFT + right + (-8 if left else 8), _FOOT + height + 7, names[i],
+        _LEFT + right + (-_GAP if left else _GAP),
+        _FOOT + height + 7,
+        names[i],
         size=9,
         color=tints[groups[i]], ha='right' if left else 'left', zorder=9,
       )  # fmt: skip
@@ -125,6 +128,7 @@ def _limits(values: np.ndarray, *, log: bool) -> tuple[float, float]:
 
 
 def _places(
+  names: Sequence[str],
   x: np.ndarray,
   y: np.ndarray,
   *,
@@ -136,6 +140,7 @@ def _places(
   A name stands beside its point, and below the names that are in its way.
 
   Args:
+    names: the names.
     x: costs, on a logarithmic axis.
     y: accuracies.
     across: the limits of the costs' axis.
@@ -144,9 +149,16 @@ def _places(
   low, high = np.log(across)
   right = (np.log(x) - low) / (high - low) * _PANEL[0]
   height = (y - up[0]) / (up[1] - up[0]) * _PANEL[1]
+  wide = _LETTER * np.array([len(name) for name in names])
+  turned = right > _TURN * _PANEL[0]
+  begin = np.where(turned, right - _GAP - wide, right + _GAP)
   placed: list[int] = []
   for i in np.argsort(-height, kind='stable').tolist():
-    near = [j for j in placed if abs(right[j] - right[i]) < _WIDE]
+    near = [
+      j
+      for j in placed
+      if begin[j] < begin[i] + wide[i] and begin[i] < begin[j] + wide[j]
+    ]
     if near:
       height[i] = min(height[i], min(height[j] for j in near) - _LINE)
     placed.append(i)
