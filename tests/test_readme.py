@@ -148,7 +148,7 @@ def parser_of(script: str) -> argparse.ArgumentParser:
     patch.syspath_prepend(str(ROOT / 'benchmarks'))
     patch.setattr(sys, 'argv', [script])
     # Loading PyTorch takes seconds, and it may be missing.
-    for name in ('torch', 'torch_network'):
+    for name in ('torch', 'torch_network', 'torchvision', 'timm'):
       patch.setitem(sys.modules, name, mock.MagicMock())
     patch.setattr(argparse.ArgumentParser, 'parse_args', parse)
     with pytest.raises(Found) as found:

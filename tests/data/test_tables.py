@@ -268,7 +268,7 @@ def test_several_labels_without_a_split(root):
       'path,label,split\nx,a,train\ny,a;b,test\n',
       'test images of b, but no training images',
     ),
-    ('a.csv', 'path,label\nx,a\n', 'leaves no test images; give it a column'),
+    ('a.csv', 'path,label\nx,a\n', 'leaves no training images; give it a col'),
   ],
 )
 def test_several_labels_that_cannot_be_used(name, text, says, tmp_path):
