@@ -210,7 +210,6 @@ def test_from_any_checkpoint(
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_a_branch_level_run_is_cut_too(
   tiny_config, tmp_path, assert_same_end, monkeypatch
 ):
