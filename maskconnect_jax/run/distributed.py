@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import os
 import socket
 import sys
@@ -39,6 +40,7 @@ _JOIN_SECONDS = 40  # until a process that failed early has joined the others
 # By these the user names the other processes.
 _NAMES = ('JAX_COORDINATOR_ADDRESS', 'JAX_NUM_PROCESSES', 'JAX_PROCESS_ID')
 
+_meetings = itertools.count()  # a barrier's name serves once
 _ending = threading.Lock()
 _stderr = 2  # where the last line goes once stderr is silenced
 
@@ -108,12 +110,15 @@ def meet(place: str) -> None:
 
   The CPU's collectives wait for half a minute only, so slow hosts meet before.
 
+  All processes meet at the same places in the same order.
+
   Args:
-    place: a name that is used once in a run.
+    place: a name, for the message of a process that waits in vain.
   """
   if jax.process_count() > 1:
     client, *_ = _service()
-    client.wait_at_barrier(f'maskconnect_jax/{place}', 1000 * _MEET_SECONDS)
+    name = f'maskconnect_jax/{next(_meetings)} {place}'
+    client.wait_at_barrier(name, 1000 * _MEET_SECONDS)
 
 
 @contextlib.contextmanager

@@ -348,7 +348,7 @@ def take_step(run: Run, upcoming: Iterator[Any], train_step: Any) -> Any:
   if train_step is None:
     clock.stop(0)
     train_step = compile_step(run.recipe, run.state, batch, run.bar)
-    distributed.meet(f'compiled at step {int(run.state.step)}')
+    distributed.meet('compiled')
     clock.start()
   run.state, values = train_step(run.state, *batch)
   run.progress.pending.append(values)
