@@ -32,9 +32,7 @@ _FAILURE = 'maskconnect_jax/failure'
 _HOST = 'maskconnect_jax/host'  # the names of all hosts, by process
 _POLL_SECONDS = 1.0
 _WAIT_SECONDS = 15.0  # until all other processes have read the message
-_MEET_SECONDS = (
-  1800  # until the slowest host has compiled, or fetched its files
-)
+_MEET_SECONDS = 1800  # until the slowest host has begun, or has ended
 _JOIN_SECONDS = 40  # until a process that failed early has joined the others
 
 # By these the user names the other processes.
@@ -80,7 +78,10 @@ def _join(**options: Any) -> None:
       # Of a missing package, which the error below names.
       warnings.filterwarnings('ignore', r'\s*Kubernetes environment detected')
       jax.distributed.initialize(
-        num_processes=count, process_id=number, **options
+        num_processes=count,
+        process_id=number,
+        shutdown_timeout_seconds=_MEET_SECONDS,
+        **options,
       )
   except ValueError as error:
     kubernetes = (

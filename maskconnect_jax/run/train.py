@@ -179,6 +179,7 @@ def start(job: experiment.Experiment, workdir: Path, name: str) -> Run:
     workdir / 'checkpoints', keep=config.keep_checkpoints
   )
   loaded = checkpoints.load_newest(state, Progress.from_json)
+  distributed.meet('begun')  # before the first file of this start
   begun = ''
   if config.init_from and not loaded:
     folder = config_lib.given_path(config.init_from, 'config.init_from')
@@ -348,7 +349,6 @@ def take_step(run: Run, upcoming: Iterator[Any], train_step: Any) -> Any:
   if train_step is None:
     clock.stop(0)
     train_step = compile_step(run.recipe, run.state, batch, run.bar)
-    distributed.meet('compiled')
     clock.start()
   run.state, values = train_step(run.state, *batch)
   run.progress.pending.append(values)
