@@ -48,7 +48,7 @@ def differences(
     recipe: a static argument of jit.
     variables: weights, masks and statistics.
     images: uint8 [batch, H, W, C].
-    labels: see `train_step`.
+    labels: see `steps.train_step`.
     step: int32 [], decides crops and flips.
     masks: [1 + n, ...]; the first is the one that the others are compared with.
     at_once: how many masks are computed side by side, a static argument.
@@ -82,7 +82,7 @@ def mask_gradient(
     recipe: a static argument of jit.
     variables: weights, masks and statistics.
     images: uint8 [batch, H, W, C].
-    labels: see `train_step`.
+    labels: see `steps.train_step`.
     step: int32 [], decides crops and flips.
     mask: b.
   """

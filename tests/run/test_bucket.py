@@ -70,6 +70,20 @@ def write(folder, texts):
     path.write_text(text)
 
 
+def copied(client, prefix, folder):
+  for key in keys(client, prefix):
+    path = folder / key.removeprefix(prefix)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content(client, key))
+  return folder
+
+
+def assert_same_arrays(ours, theirs):
+  assert ours.keys() == theirs.keys()
+  for name, array in theirs.items():
+    assert ours[name].tobytes() == array.tobytes(), name
+
+
 def checkpoint(step):
   return {f'checkpoints/{step}/{WHOLE}': '{}', f'checkpoints/{step}/a': 'abc'}
 
@@ -267,18 +281,12 @@ def test_a_killed_run_goes_on_from_the_bucket_alone(
   assert 's3://store/runs/a/summary.json' in second.stdout
   assert not [p for p in Path(other).rglob('*') if 'buckets/' in str(p)]
 
-  there = tmp_path / 'copy'
-  for key in keys(s3, 'runs/a/'):
-    path = there / key.removeprefix('runs/a/')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content(s3, key))
+  there = copied(s3, 'runs/a/', tmp_path / 'copy')
   whole = finished.workdir
   assert records(there / 'metrics.jsonl') == records(whole / 'metrics.jsonl')
-  ours = arrays_in(there / 'checkpoints/24/state')
-  theirs = arrays_in(whole / 'checkpoints/24/state')
-  assert ours.keys() == theirs.keys()
-  for name, array in theirs.items():
-    assert ours[name].tobytes() == array.tobytes(), name
+  assert_same_arrays(
+    *(arrays_in(f / 'checkpoints/24/state') for f in (there, whole))
+  )
   for name in ('topology.json', 'inputs.json', 'plan.json', 'config.json'):
     assert (there / name).read_text() == (whole / name).read_text()
   with (
@@ -358,17 +366,11 @@ def test_two_processes_share_a_bucket(s3, tiny, arrays_in, tmp_path):
   assert codes == [0, 0], outputs
   assert 'going on from step 12 of 24 in s3://store/run' in outputs[0]
 
-  there = tmp_path / 'copy'
-  for key in keys(s3, 'run/'):
-    path = there / key.removeprefix('run/')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content(s3, key))
+  there = copied(s3, 'run/', tmp_path / 'copy')
   assert records(there / 'metrics.jsonl') == records(folder / 'metrics.jsonl')
-  ours = arrays_in(there / 'checkpoints/24/state')
-  theirs = arrays_in(folder / 'checkpoints/24/state')
-  assert ours.keys() == theirs.keys()
-  for name, array in theirs.items():
-    assert ours[name].tobytes() == array.tobytes(), name
+  assert_same_arrays(
+    *(arrays_in(f / 'checkpoints/24/state') for f in (there, folder))
+  )
   images = np.random.default_rng(0).integers(0, 256, (3, 8, 8), np.uint8)
   np.testing.assert_array_equal(
     maskconnect_jax.load('s3://store/run').predict(images),
