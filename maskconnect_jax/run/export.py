@@ -70,7 +70,7 @@ def onnx(model: inference.Classifier) -> bytes:
   """Returns a model as ONNX: input 'images', output 'logits'.
 
   Raises:
-    InputError: the converter, jax2onnx, is missing.
+    InputError: the converter, jax2onnx, is missing or fails with this JAX.
   """
   with _silent():
     try:
@@ -78,15 +78,23 @@ def onnx(model: inference.Classifier) -> bytes:
     except ImportError as error:
       raise _missing(error, 'onnx') from error
     images = jax.ShapeDtypeStruct(('N', *model.image_shape), jnp.uint8)
-    with backend.without_platforms():
-      converted: Any = jax2onnx.to_onnx(
-        _logits_of(model),
-        [images],
-        model_name='maskconnect_jax',
-        opset=_OPSET,
-        input_names=['images'],
-        output_names=['logits'],
-      )
+    try:
+      with backend.without_platforms():
+        converted: Any = jax2onnx.to_onnx(
+          _logits_of(model),
+          [images],
+          model_name='maskconnect_jax',
+          opset=_OPSET,
+          input_names=['images'],
+          output_names=['logits'],
+        )
+    except Exception as error:  # whatever it meets inside a JAX it is not for
+      why = (str(error) or type(error).__name__).splitlines()[0]
+      raise InputError(
+        f'jax2onnx cannot convert the model with JAX {jax.__version__}'
+        f' ({why}); make a new environment, and there: pip install'
+        " 'maskconnect_jax[onnx]'"
+      ) from error
   return bytes(converted.SerializeToString())
 
 

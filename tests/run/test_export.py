@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -79,6 +80,25 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
     export.write(model, 'onnx', tmp_path / 'model.onnx')
   with pytest.raises(InputError, match='is a folder; give the name of a file'):
     export.write(model, 'stablehlo', tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_converter_for_another_jax_is_named(monkeypatch, tmp_path):
+  """As jax2onnx 0.13 fails with JAX 0.12."""
+
+  def to_onnx(*_, **__):
+    raise AttributeError(
+      "module 'jax._src.core' has no attribute 'ClosedJaxpr'"
+    )
+
+  model = maskconnect_jax.load(OLD / 'block')
+  monkeypatch.setitem(
+    sys.modules, 'jax2onnx', types.SimpleNamespace(to_onnx=to_onnx)
+  )
+  with pytest.raises(
+    InputError, match=r'with JAX [\d.]+ \(module .*\); make a'
+  ):
+    export.write(model, 'onnx', tmp_path / 'model.onnx')
   assert not list(tmp_path.iterdir())
 
 
