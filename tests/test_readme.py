@@ -18,6 +18,7 @@ import runpy
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import jax
@@ -25,9 +26,11 @@ import pytest
 from absl import flags as absl_flags
 from absl.testing import flagsaver
 
+import maskconnect_jax
 from maskconnect_jax import config as config_lib
 from maskconnect_jax import flags
 from maskconnect_jax.errors import InputError
+from maskconnect_jax.run import export
 from maskconnect_jax.study import sweep
 
 ROOT = Path(__file__).parents[1]
@@ -271,8 +274,28 @@ def test_every_error_that_the_docs_name_is_in_the_code():
 
 @pytest.mark.parametrize('name', OTHER_BLOCKS)
 def test_python_that_is_not_run_compiles(name):
-  """It needs the network or a package, or other tests run the same."""
+  """Slow tests run them: the next one, and that of tests/run/test_hub.py."""
   compile(OTHER_BLOCKS[name], name, 'exec')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'told', ["data.source = 'arrays'", 'import onnxruntime']
+)
+def test_python_that_takes_longer_runs(told, tmp_path, monkeypatch, finished):
+  (code,) = (code for code in OTHER_BLOCKS.values() if told in code)
+  monkeypatch.chdir(tmp_path)
+  if 'onnx' in told:
+    pytest.importorskip('jax2onnx')
+    export.write(
+      maskconnect_jax.load(finished.workdir), 'onnx', tmp_path / 'digits.onnx'
+    )
+  found: dict[str, Any] = {}
+  exec(compile(code, told, 'exec'), found)
+  if 'onnx' in told:
+    assert found['logits'].shape == (2, 10)
+  else:
+    assert (tmp_path / 'runs/mine/report.html').is_file()
 
 
 def test_wrong_commands_are_seen():
