@@ -64,12 +64,15 @@ ARROWS: dict[str, set[str]] = {
   'method.adapters': {'backend'},
   'method.connectivity': set(),
   'method.spec': {'limits'},
-  'run.checkpoint': {'files', 'run.storage', 'run.stored'},
+  'run.checkpoint': {
+    'files', 'run.model_arrays', 'run.storage', 'run.stored',
+  },
+  'run.model_arrays': {'run.storage', 'run.stored'},
   # What serves a model has neither the loop nor the data sets.
   'run.inference': {
     'config', 'drawing', 'files', 'limits', 'names', 'data.image_headers',
     'data.image_inputs', 'data.images', 'method', 'networks', 'run.augment',
-    'run.bucket', 'run.checkpoint', 'run.cores', 'run.distributed',
+    'run.bucket', 'run.cores', 'run.distributed', 'run.model_arrays',
     'run.model_record', 'run.snapshot', 'run.weights',
   },
   'run.snapshot': {
@@ -85,7 +88,7 @@ ARROWS: dict[str, set[str]] = {
 # Package -> the files that may import it: one of the checkpoints', the others
 # of extras, which are decided on in one place each.
 ONLY_IN = {
-  'orbax': {'run.checkpoint', 'run.storage'},
+  'orbax': {'run.checkpoint', 'run.model_arrays', 'run.storage'},
   'cv2': {'data.jpeg'},
   'datasets': {'data.hugging_face'},
   'pyarrow': {'data.hugging_face'},

@@ -1,4 +1,4 @@
-"""Checkpoints of a run and arrays of a model: the only file that calls Orbax.
+"""Checkpoints of a run, written and read by Orbax.
 
 `Checkpoints` keeps the newest N states of a run and the best one. It saves in
 the background. When the newest checkpoint is damaged, it loads the one before.
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import shutil
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,12 +18,11 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from maskconnect_jax import files
 from maskconnect_jax.errors import InputError
-from maskconnect_jax.run import storage, stored
+from maskconnect_jax.run import model_arrays, storage, stored
 
 P = TypeVar('P')
 
@@ -159,7 +157,7 @@ class Checkpoints:
         full disk; finished checkpoints stay.
     """
     self.wait()
-    arrays = jax.tree.map(_local, _as_dict(state))
+    arrays = jax.tree.map(model_arrays.whole, _as_dict(state))
     if not self._writes:
       self._written_by_the_first.append(step)
       return
@@ -177,7 +175,7 @@ class Checkpoints:
       custom_metadata={
         'schema': SCHEMA,
         'progress': dict(progress),
-        'digest': digest(arrays),
+        'digest': model_arrays.digest(arrays),
       },
     )
     self._saving = step, size, response
@@ -232,7 +230,9 @@ class Checkpoints:
       lambda x: jax.ShapeDtypeStruct(
         x.shape,
         x.dtype,
-        sharding=x.sharding if x.is_fully_addressable else _first_device(),
+        sharding=x.sharding
+        if x.is_fully_addressable
+        else model_arrays.first_device(),
       ),
       _as_dict(like),
     )
@@ -317,7 +317,7 @@ class Checkpoints:
     if 'progress' not in metadata:
       raise ValueError('its metadata is missing or damaged')
     # Orbax does not notice a changed byte in an array.
-    if digest(loaded) != metadata.get('digest'):
+    if model_arrays.digest(loaded) != metadata.get('digest'):
       raise ValueError('its arrays are not those that were saved')
     return loaded, metadata['progress']
 
@@ -339,26 +339,6 @@ class Checkpoints:
     raise unwritten
 
 
-def digest(arrays: Any) -> int:
-  """Returns a CRC-32 over the bytes of all arrays of a pytree."""
-  crc = 0
-  for leaf in jax.tree.leaves(arrays):
-    crc = zlib.crc32(np.asarray(leaf).tobytes(), crc)
-  return crc
-
-
-def _local(array: jax.Array) -> jax.Array | np.ndarray:
-  """Returns a whole array, as Orbax takes it from one of several processes.
-
-  All processes call it together, because each may hold a part of the array.
-  """
-  if jax.process_count() == 1:
-    return array
-  if array.is_fully_replicated:
-    return np.array(array.addressable_data(0))  # a copy: it may be donated
-  return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
 def _placed(array: jax.Array, like: jax.Array) -> jax.Array:
   """Returns an array that this process has whole on the devices of another."""
   if like.is_fully_addressable:
@@ -367,10 +347,6 @@ def _placed(array: jax.Array, like: jax.Array) -> jax.Array:
   return jax.make_array_from_callback(
     like.shape, like.sharding, lambda index: whole[index]
   )
-
-
-def _first_device() -> jax.sharding.Sharding:
-  return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -386,7 +362,7 @@ def read_state(folder: Path) -> dict[str, Any]:
   Raises:
     InputError: the checkpoint is missing or damaged, or cannot be read.
   """
-  sharding = _first_device()
+  sharding = model_arrays.first_device()
   stored.check_permissions(folder)
   with storage.Session(folder) as session, storage.quiet() as settle:
     try:
@@ -398,7 +374,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         found,
       )
       loaded = _numbered(session.call(ocp.load, session.path, own))
-      if digest(loaded) != stored.digest_of(folder):
+      if model_arrays.digest(loaded) != stored.digest_of(folder):
         raise ValueError('its arrays are not those that were saved')
       return loaded
     except Exception as error:  # a broken file makes Orbax raise anything
@@ -415,92 +391,6 @@ def _numbered(tree: Any) -> Any:
       for key, value in tree.items()
     }
   return list(map(_numbered, tree)) if isinstance(tree, list | tuple) else tree
-
-
-def save_arrays(folder: Path, arrays: dict[str, jax.Array]) -> None:
-  """Writes named arrays into a new folder, and waits until they are written.
-
-  Ctrl-C is raised after the arrays are written.
-
-  Args:
-    folder: the new folder.
-    arrays: the arrays by name.
-
-  Raises:
-    OSError: the arrays cannot be written, as on a full disk.
-    InputError: Orbax cannot take the path.
-  """
-  failure = None
-  arrays = jax.tree.map(_local, arrays)
-  with storage.Session(folder) as session:
-    try:
-      session.call(ocp.save, session.path, arrays)
-    except Exception as error:
-      failure = storage.os_error(error)
-      if failure is None:
-        raise
-    if failure:
-      with storage.quiet() as settle:
-        settle()
-  if failure:
-    raise failure
-
-
-def stored_arrays(folder: Path) -> dict[str, jax.ShapeDtypeStruct]:
-  """Returns shape and dtype of each array of `save_arrays`; reads no array.
-
-  Raises:
-    InputError: the folder is missing or damaged.
-  """
-  with storage.Session(folder) as session, storage.quiet() as settle:
-    try:
-      found: Any = session.call(ocp.metadata, session.path).metadata
-      return {
-        str(name): jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype)
-        for name, leaf in found.items()
-      }
-    except Exception as error:  # a broken file makes Orbax raise anything
-      damage = storage.first_line(error)
-      settle()
-  raise InputError(
-    f'{folder} is no whole set of arrays ({damage}); write it again with'
-    ' --mode=train'
-  )
-
-
-def load_arrays(
-  folder: Path, abstract: dict[str, jax.ShapeDtypeStruct]
-) -> dict[str, jax.Array]:
-  """Reads the arrays of `save_arrays` onto this process's first device.
-
-  Args:
-    folder: the folder that `save_arrays` wrote.
-    abstract: shape and dtype of each array, by name.
-
-  Raises:
-    InputError: the folder is missing or damaged, or holds other arrays.
-  """
-  sharding = _first_device()
-  own = {
-    name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-    for name, leaf in abstract.items()
-  }
-  other = ''
-  with storage.Session(folder) as session, storage.quiet() as settle:
-    try:
-      found = session.call(ocp.metadata, session.path).metadata
-      other = stored.difference(found, own)
-      if not other:
-        return session.call(ocp.load, session.path, own)
-    except Exception as error:  # a broken file makes Orbax raise anything
-      damage = storage.first_line(error)
-      settle()
-  if other:
-    raise InputError(f'{folder} {other} write it again with --mode=train')
-  raise InputError(
-    f'{folder} is no whole set of arrays ({damage}); write it again with'
-    ' --mode=train'
-  )
 
 
 def _as_dict(state: Any) -> dict[str, Any]:

@@ -29,9 +29,9 @@ from maskconnect_jax.networks import architectures, models
 from maskconnect_jax.run import (
   augment,
   bucket,
-  checkpoint,
   cores,
   distributed,
+  model_arrays,
   model_record,
   snapshot,
   weights,
@@ -93,11 +93,11 @@ def save(
     std=std,
     max_pixels=max_pixels,
     multi_label=multi_label,
-  ) | {'digest': checkpoint.digest(arrays)}
+  ) | {'digest': model_arrays.digest(arrays)}
   size = 2 * sum(array.nbytes for array in arrays.values())
   with files.replacing(folder, size) as temporary:
     temporary.mkdir(parents=True)
-    checkpoint.save_arrays(temporary / 'arrays', arrays)
+    model_arrays.save(temporary / 'arrays', arrays)
     weights.save(temporary / weights.NAME, arrays)
     for name, content in (extra or {}).items():
       (temporary / name).write_bytes(content)
@@ -146,8 +146,8 @@ def _load(folder: Path, step: int | str | None) -> Classifier:
     )
   record, frozen = model_record.read(path)
   place = folder / 'arrays'
-  stored_in: Any = checkpoint.stored_arrays
-  read: Any = checkpoint.load_arrays
+  stored_in: Any = model_arrays.stored_in
+  read: Any = model_arrays.load
   if not place.exists() and (folder / weights.NAME).exists():
     place = folder / weights.NAME
     stored_in, read = weights.stored, weights.load
@@ -169,7 +169,7 @@ def _load(folder: Path, step: int | str | None) -> Classifier:
   expected = _named_arrays(abstract)
   model_record.check_arrays(place, expected, stored)
   arrays = read(place, expected)
-  if checkpoint.digest(arrays) != record['digest']:
+  if model_arrays.digest(arrays) != record['digest']:
     raise InputError(
       f'{place} is damaged: not the arrays that were saved;'
       f' {model_record.REMEDY}'

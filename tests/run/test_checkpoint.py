@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from maskconnect_jax import config, files
-from maskconnect_jax.run import checkpoint, distributed
+from maskconnect_jax.run import checkpoint, distributed, model_arrays
 from maskconnect_jax.run.progress import Progress
 
 
@@ -284,24 +284,26 @@ def test_digest_is_that_of_the_bytes():
     np.float32(1.5).tobytes()
     + np.array([0, 0x3F80, 0x4000], np.uint16).tobytes()
   )
-  assert checkpoint.digest(tree) == zlib.crc32(content)
-  assert checkpoint.digest(tree | {'a': jnp.float32(2)}) != zlib.crc32(content)
+  assert model_arrays.digest(tree) == zlib.crc32(content)
+  assert model_arrays.digest(tree | {'a': jnp.float32(2)}) != zlib.crc32(
+    content
+  )
 
 
 def test_arrays_of_a_model(tmp_path):
   arrays = {'x/kernel': jnp.arange(6.0).reshape(2, 3), 'x/bias': jnp.ones(3)}
-  checkpoint.save_arrays(tmp_path / 'arrays', arrays)
+  model_arrays.save(tmp_path / 'arrays', arrays)
   abstract = jax.eval_shape(lambda: arrays)
-  loaded = checkpoint.load_arrays(tmp_path / 'arrays', abstract)
+  loaded = model_arrays.load(tmp_path / 'arrays', abstract)
   assert set(loaded) == set(arrays)
   for name, array in arrays.items():
     np.testing.assert_array_equal(loaded[name], array)
     assert loaded[name].devices() == {jax.devices()[0]}
   with pytest.raises(config.InputError, match='no whole set of arrays'):
-    checkpoint.load_arrays(tmp_path / 'nothing', abstract)
+    model_arrays.load(tmp_path / 'nothing', abstract)
   other = abstract | {'x/bias': jax.ShapeDtypeStruct((4,), jnp.float32)}
   with pytest.raises(config.InputError, match='another network .*x/bias'):
-    checkpoint.load_arrays(tmp_path / 'arrays', other)
+    model_arrays.load(tmp_path / 'arrays', other)
 
 
 def test_sixty_saves_leave_no_thread_and_no_descriptor(tmp_path):
@@ -345,9 +347,9 @@ def test_a_path_that_a_storage_library_misreads(
   loaded, _ = load(folder)
   assert_is(loaded, 7)
   model = tmp_path / name / 'arrays'
-  checkpoint.save_arrays(model, {'x': jnp.arange(3.0)})
+  model_arrays.save(model, {'x': jnp.arange(3.0)})
   one = {'x': jax.ShapeDtypeStruct((3,), jnp.float32)}
-  assert checkpoint.load_arrays(model, one)['x'].tolist() == [0, 1, 2]
+  assert model_arrays.load(model, one)['x'].tolist() == [0, 1, 2]
   # No link is left, and the files stand where a plain path would have them.
   assert list((tmp_path / 'temporary').iterdir()) == []
   shutil.copytree(folder / '7', tmp_path / 'copy')
@@ -358,12 +360,10 @@ def test_a_path_that_a_storage_library_misreads(
 def test_a_pattern_does_not_reach_into_a_neighbour(tmp_path):
   for name in ('axb', 'a?b'):  # the second matches both
     save(tmp_path / name, [(3 if name == 'axb' else 7, None)])
-  checkpoint.save_arrays(tmp_path / 'axb/m', {'x': jnp.zeros(3)})
-  checkpoint.save_arrays(tmp_path / 'a?b/m', {'y': jnp.ones(3)})
+  model_arrays.save(tmp_path / 'axb/m', {'x': jnp.zeros(3)})
+  model_arrays.save(tmp_path / 'a?b/m', {'y': jnp.ones(3)})
   one = {'y': jax.ShapeDtypeStruct((3,), jnp.float32)}
-  assert (
-    checkpoint.load_arrays(tmp_path / 'a?b/m', one)['y'].tolist() == [1] * 3
-  )
+  assert model_arrays.load(tmp_path / 'a?b/m', one)['y'].tolist() == [1] * 3
   assert_is(load(tmp_path / 'a?b')[0], 7)
 
 
@@ -579,7 +579,7 @@ def test_a_model_on_a_full_disk(small_disk, capfd):
   folder = small_disk('100k')
   arrays = {'x': jnp.asarray(np.random.default_rng(0).normal(size=(99, 999)))}
   with pytest.raises(OSError, match='No space left'):
-    checkpoint.save_arrays(folder / 'arrays', arrays)
+    model_arrays.save(folder / 'arrays', arrays)
   gc.collect()
   assert capfd.readouterr().err == ''
 
@@ -624,7 +624,7 @@ def test_ctrl_c_amid_a_write(milliseconds, tmp_path, capfd):
   def write():
     with files.replacing(path) as temporary:
       temporary.mkdir()
-      checkpoint.save_arrays(temporary / 'arrays', arrays)
+      model_arrays.save(temporary / 'arrays', arrays)
       signal.pause()  # were it faster than the signal
 
   with pytest.raises(KeyboardInterrupt), interrupted_after(milliseconds / 1e3):

@@ -21,7 +21,7 @@ from maskconnect_jax.data import datasets
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import topology
 from maskconnect_jax.networks import models
-from maskconnect_jax.run import checkpoint, inference, model_record
+from maskconnect_jax.run import inference, model_arrays, model_record
 
 DIGITS = np.rint(sklearn.datasets.load_digits().images * 255 / 16).astype(
   np.uint8
@@ -633,17 +633,17 @@ def test_arrays_of_another_network(folder):
   shutil.rmtree(folder / 'arrays')
   with pytest.raises(config.InputError, match='arrays is no whole set'):
     inference.load(folder)
-  checkpoint.save_arrays(folder / 'arrays', {'x': jnp.zeros(3)})
+  model_arrays.save(folder / 'arrays', {'x': jnp.zeros(3)})
   with pytest.raises(config.InputError, match='has no arrays of block 1'):
     inference.load(folder)
 
 
 def test_an_array_of_another_dtype_is_named(folder):
-  stored = checkpoint.stored_arrays(folder / 'arrays')
-  arrays = checkpoint.load_arrays(folder / 'arrays', stored)
+  stored = model_arrays.stored_in(folder / 'arrays')
+  arrays = model_arrays.load(folder / 'arrays', stored)
   arrays['head/bias'] = arrays['head/bias'].astype(jnp.float16)
   shutil.rmtree(folder / 'arrays')
-  checkpoint.save_arrays(folder / 'arrays', arrays)
+  model_arrays.save(folder / 'arrays', arrays)
   with pytest.raises(config.InputError, match='float16') as error:
     inference.load(folder)
   said = str(error.value)
