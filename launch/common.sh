@@ -2,9 +2,17 @@
 # shellcheck shell=bash
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# An active environment comes first: that of `make demo` has JAX for the CPU.
+# Conda's base is active in most shells, and nobody's choice.
 if [[ -z ${PYTHON:-} ]]; then
   PYTHON=python3
-  if [[ -x $ROOT/.venv/bin/python ]]; then PYTHON=$ROOT/.venv/bin/python; fi
+  ACTIVE=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+  if [[ ${VIRTUAL_ENV:-}${CONDA_DEFAULT_ENV:-} == base ]]; then ACTIVE=''; fi
+  if [[ -n $ACTIVE && -x $ACTIVE/bin/python ]]; then
+    PYTHON=$ACTIVE/bin/python
+  elif [[ -x $ROOT/.venv/bin/python ]]; then
+    PYTHON=$ROOT/.venv/bin/python
+  fi
 fi
 DRY_RUN=''
 ARGUMENTS=()

@@ -5,7 +5,8 @@
 #
 # All arguments but --dry-run go to python -m maskconnect_jax.main. With
 # CUDA_VISIBLE_DEVICES=0,1 it takes these GPUs alone. PYTHON names the
-# interpreter, by default .venv's, else python3.
+# interpreter, by default that of the active environment, else .venv's, else
+# python3. JAX for CUDA: pip install '.[cuda13]'.
 set -euo pipefail
 
 # shellcheck source=launch/common.sh

@@ -160,7 +160,12 @@ def run_describe() -> None:
   graph, workdir = flags.GRAPH.value, flags.WORKDIR.value
   if graph:
     describe.check_graph(graph)
-  print(describe.describe(_config(workdir), graph, workdir))
+  config = _config(workdir)
+  if workdir:
+    with bucket.reading(workdir, ['topology.json']) as folder:
+      print(describe.describe(config, graph, folder))
+  else:
+    print(describe.describe(config, graph))
   if graph:
     print(f'graph        {graph}')
 

@@ -199,6 +199,33 @@ def test_a_gpu_host_starts_one_process_for_all(bench, short, tmp_path):
   assert bench.called('nvidia-smi') == [['--list-gpus']]
 
 
+@pytest.mark.parametrize(
+  ('active', 'expected'),
+  [
+    ({'VIRTUAL_ENV': '{env}'}, '{env}/bin/python'),
+    ({'CONDA_PREFIX': '{env}', 'CONDA_DEFAULT_ENV': 'jax'}, '{env}/bin/python'),
+    ({'CONDA_PREFIX': '{env}', 'CONDA_DEFAULT_ENV': 'base'}, '{root}'),
+    ({'VIRTUAL_ENV': '{env}/none'}, '{root}'),
+    ({}, '{root}'),
+  ],
+  ids=['venv', 'conda', 'base', 'gone', 'none'],
+)
+def test_the_active_environment_comes_first(bench, active, expected, tmp_path):
+  """`make demo` puts JAX for the CPU alone into .venv."""
+  env = tmp_path / 'env'
+  (env / 'bin').mkdir(parents=True)
+  (env / 'bin' / 'python').symlink_to(sys.executable)
+  own = ROOT / '.venv/bin/python'
+  root = str(own if own.exists() else 'python3')
+  _, out, _ = bench.run(
+    'gpu.sh', '--dry-run', '--config=c', PYTHON='',
+    **{'VIRTUAL_ENV': '', 'CONDA_PREFIX': '', 'CONDA_DEFAULT_ENV': ''}
+    | {name: value.format(env=env) for name, value in active.items()},
+  )  # fmt: skip
+  python = expected.format(env=env, root=root)
+  assert out.startswith(f'env JAX_PLATFORMS=cuda {python} -m ')
+
+
 def test_slurm_trains_a_task_of_an_array(bench, short, tmp_path):
   code, _, err = bench.run(
     'slurm.sbatch', *short, SLURM_ARRAY_TASK_ID='3', SLURM_JOB_NUM_NODES='1',

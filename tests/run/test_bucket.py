@@ -315,6 +315,10 @@ def test_a_killed_run_goes_on_from_the_bucket_alone(
     table = start(f'--mode={mode}', '--workdirs=s3://store/runs')
     assert table.returncode == 0, table.stderr
     assert 'maskconnect-' not in table.stdout
+  graph = tmp_path / 'graph.dot'
+  told = start('--mode=describe', address, f'--graph={graph}')
+  assert told.returncode == 0, told.stderr
+  assert graph.read_text().startswith('digraph')
   sweep = start('--mode=sweep', f'--config={tiny}', address)
   assert sweep.returncode == 2
   assert '--mode=sweep writes to a folder' in sweep.stderr
