@@ -138,31 +138,38 @@ FIELDS: dict[str, Field] = {
   'data.std': Several(Number(1, 255), counts=(0, 1, 3)),
 }
 
-# Field -> (another field, value): the field does nothing unless the other has
-# this value.
-ONLY_WITH = {
-  'model.remat': ('connectivity.level', 'block'),
-  'model.drop_path': ('connectivity.level', 'block'),
-  'data.val_labels': ('data.source', 'folder'),
-  'data.image_column': ('data.source', 'hf'),
-  'data.label_column': ('data.source', 'hf'),
-  'connectivity.stem_source': ('connectivity.level', 'block'),
-  'connectivity.scale': ('connectivity.level', 'block'),
-  'connectivity.start': ('connectivity.level', 'block'),
-  'connectivity.adapter': ('connectivity.level', 'block'),
-  'connectivity.branch_identity': ('connectivity.level', 'branch'),
-  'connectivity.shuffled': ('connectivity.rule', 'fixed_given'),
-  'connectivity.live': ('connectivity.rule', 'fixed_random'),
-  'connectivity.gradient': ('connectivity.learner', 'draws'),
-  'connectivity.temperature': ('connectivity.learner', 'draws'),
-  'masks.optimizer': ('connectivity.learner', 'draws'),
-  'masks.learning_rate': ('connectivity.learner', 'draws'),
-  'masks.schedule': ('connectivity.learner', 'draws'),
-  'masks.momentum': ('connectivity.learner', 'draws'),
-  'optimizer.nesterov': ('optimizer.name', 'sgd'),
-  'data.randaugment': ('data.crop', 'resized'),
-  'data.class_weights': ('data.multi_label', False),
-}
+# Fields -> other fields and values, of which one must hold: the fields do
+# nothing otherwise.
+ONLY_WITH: dict[tuple[str, ...], dict[str, tuple[Any, ...]]] = {
+  (
+    'model.remat', 'model.drop_path', 'connectivity.stem_source',
+    'connectivity.scale', 'connectivity.start', 'connectivity.adapter',
+  ): {'connectivity.level': ('block',)},
+  ('connectivity.branch_identity',): {'connectivity.level': ('branch',)},
+  ('connectivity.shuffled',): {'connectivity.rule': ('fixed_given',)},
+  ('connectivity.live',): {'connectivity.rule': ('fixed_random',)},
+  (
+    'connectivity.gradient', 'connectivity.temperature', 'masks.optimizer',
+    'masks.learning_rate', 'masks.schedule', 'masks.momentum',
+  ): {'connectivity.learner': ('draws',)},
+  ('connectivity.initial', 'connectivity.initial_spread'): {
+    'connectivity.learner': ('draws', 'as_published')
+  },
+  ('connectivity.moments', 'connectivity.keep_readers'): {
+    'connectivity.learner': spec.NARROWING
+  },
+  ('connectivity.measuring',): {'connectivity.learner': ('measured', 'fisher')},
+  ('masks.momentum',): {'masks.optimizer': ('sgd',)},
+  ('optimizer.nesterov',): {'optimizer.name': ('sgd',)},
+  ('optimizer.steps_at',): {
+    'optimizer.schedule': ('step',), 'masks.schedule': ('step',)
+  },
+  ('data.val_labels',): {'data.source': ('folder',)},
+  ('data.image_column', 'data.label_column'): {'data.source': ('hf',)},
+  ('data.randaugment', 'data.crop_scale'): {'data.crop': ('resized',)},
+  ('data.pad',): {'data.crop': ('pad',)},
+  ('data.class_weights',): {'data.multi_label': (False,)},
+}  # fmt: skip
 
 # Fields of version 0.1.0 that were removed, and their defaults. A config with
 # the defaults means the same without them. docs/results_draws.md found
@@ -381,12 +388,21 @@ def check(config: ml_collections.ConfigDict) -> None:
       "config.connectivity.rule='fixed_given' and config.connectivity.topology,"
       ' the path of a topology.json, go together'
     )
-  for path, (other, value) in ONLY_WITH.items():
-    if given[path] != known[path] and given[other] != value:
-      raise InputError(
-        f'config.{path}={given[path]!r} is for config.{other}={value!r} alone,'
-        f' not for {given[other]!r}; leave it at {known[path]!r}'
-      )
+  for paths, others in ONLY_WITH.items():
+    if any(given[other] in values for other, values in others.items()):
+      continue
+    for path in paths:
+      if given[path] != known[path]:
+        needs = ' or '.join(
+          f'config.{other}={value!r}'
+          for other, values in others.items()
+          for value in values
+        )
+        found = ' and '.join(repr(given[other]) for other in others)
+        raise InputError(
+          f'config.{path}={given[path]!r} is for {needs} alone, not for'
+          f' {found}; leave it at {known[path]!r}'
+        )
   _check_data(config.data)
 
 

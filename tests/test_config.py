@@ -49,6 +49,13 @@ def test_two_ways_to_augment_exclude_each_other():
     config_lib.check(config)
 
 
+def test_the_smaller_share_of_a_crop_comes_first():
+  config = changed('data.crop_scale', (0.5, 0.1))
+  config.data.crop = 'resized'
+  with pytest.raises(config_lib.InputError, match='the smaller first'):
+    config_lib.check(config)
+
+
 def test_default_passes():
   config_lib.check(config_lib.default())
 
@@ -116,8 +123,17 @@ def changed(path, value):
     ('duration', '50%', "duration='50%' needs a unit"),
     ('connectivity.branch_identity', '1/C', "is for .*level='branch' alone"),
     ('connectivity.shuffled', True, "is for .*rule='fixed_given' alone"),
-    ('data.crop_scale', (0.5, 0.1), 'the smaller first'),
     ('data.randaugment', 2, "for .*crop='resized' alone, not for 'pad'"),
+    (
+      'data.crop_scale',
+      (0.5, 1.0),
+      "for .*crop='resized' alone, not for 'pad'",
+    ),
+    (
+      'connectivity.initial',
+      0.4,
+      "for .*learner='draws' or .*learner='as_published' alone, not for 'meas",
+    ),
     ('data.val_labels', 'x', "for .*source='folder' alone, not for 'digits'"),
     ('optimizer.name', 'adam', 'not one of sgd, adamw, lamb, lion'),
     ('model.drop_path', 1.0, r'must be a number in \[0, 1\)'),

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import (
   AbstractMesh,
   AxisType,
@@ -120,6 +121,27 @@ def meet(place: str) -> None:
     client, *_ = _service()
     name = f'maskconnect_jax/{next(_meetings)} {place}'
     client.wait_at_barrier(name, 1000 * _MEET_SECONDS)
+
+
+def check_same(step: int, *, in_folder: str) -> None:
+  """Checks that all processes found the same checkpoint; all call it.
+
+  Args:
+    step: at which this process begins.
+    in_folder: where it looked.
+
+  Raises:
+    InputError: they begin at different steps.
+  """
+  if jax.process_count() == 1:
+    return
+  found = multihost_utils.process_allgather(np.int64(step))
+  if len({*found.tolist()}) > 1:
+    raise InputError(
+      f'the processes found checkpoints of the steps {found.tolist()} in'
+      f' {in_folder}; all hosts must see one folder, or give an address in a'
+      ' bucket'
+    )
 
 
 @contextlib.contextmanager

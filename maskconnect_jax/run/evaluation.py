@@ -79,9 +79,9 @@ class Evaluator:
       network: the graph that `variables` belong to.
       variables: weights, masks and statistics.
       split: the examples.
-      draw_at: a training step. With it, each batch draws a mask from the real
-        mask r with that step's temperature. With None, the network takes its
-        topology, or the top K of r.
+      draw_at: a training step. With it, each batch takes a mask of that step:
+        drawn from the real mask r, or with sources that fade in. With None, the
+        network takes its topology, or the top K of r.
 
     Raises:
       InputError: a record is damaged and `config.data.skip_errors` is False;

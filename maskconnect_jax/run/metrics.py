@@ -279,14 +279,20 @@ class Throughput:
     """Starts the clock, at first or after a pause."""
     self._since = time.perf_counter()
 
-  def stop(self, images: int) -> float:
+  def stop(self, images: int, results: Any = None) -> float:
     """Stops the clock and adds the images done since `start`.
+
+    Args:
+      images: how many.
+      results: arrays that come of them. They are waited for, as a device may
+        still be at work on steps that the host has only handed over.
 
     Returns:
       Images per second since `start`; 0 if the clock was not running.
     """
     if self._since is None:
       return 0.0
+    jax.block_until_ready(results)
     elapsed = time.perf_counter() - self._since
     self._since = None
     self.images += images

@@ -209,7 +209,7 @@ def _differences(
 def cost_in_words(job: experiment.Experiment) -> str:
   """Returns a line on what measuring costs; '' if nothing is measured."""
   plan, stack = job.plan, job.model.stack
-  if not plan.measuring:
+  if not plan.moments or stack.spec.learner == 'random':
     return ''
   if stack.spec.learner == 'fisher':
     share = plan.measuring / plan.total

@@ -173,13 +173,13 @@ def make(config: ml_collections.ConfigDict, num_examples: int) -> Plan:
   def steps_of(text: str, name: str) -> int:
     return in_steps(text, total=total, name=f'config.{name}')
 
+  learned = config.connectivity.rule == 'learned'
   freeze = steps_of(config.connectivity.phase, 'connectivity.phase')
-  if not 1 <= freeze <= total:
+  if learned and not 1 <= freeze <= total:
     raise InputError(
       f'config.connectivity.phase={config.connectivity.phase!r} is {freeze}'
       f' steps; it must be between 1 and the {total} of the run'
     )
-  learned = config.connectivity.rule == 'learned'
   narrows = learned and config.connectivity.learner in NARROWING
   measuring = steps_of(config.connectivity.measuring, 'connectivity.measuring')
   return Plan(

@@ -166,3 +166,12 @@ class Run:
   history: metrics.MaskHistory
   bar: metrics.ProgressBar
   timed: int = 0
+
+  def stop_clock(self) -> float:
+    """Counts the steps since the clock was started, once they are done.
+
+    Returns:
+      Images per second in them; 0 if there are none.
+    """
+    images, self.timed = self.timed * self.job.config.batch_size, 0
+    return self.progress.clock.stop(images, self.state)

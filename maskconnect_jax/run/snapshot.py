@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from flax import nnx
 
@@ -175,6 +176,15 @@ def _network_in(
       raise InputError(f'{folder} is of another network than inputs.json says')
   model = nnx.merge(graph, *arrays)
   if model.topology is None:
+    stack = model.stack
+    mask = np.asarray(stack.mask())
+    if (
+      stack.spec.start == 'previous' and (mask == np.asarray(stack.valid)).all()
+    ):
+      raise InputError(
+        f'{folder} is from before the wiring first narrowed. It has no topology'
+        " yet: with start='previous' its sources still fade in"
+      )
     model = wiring.freeze(model, topology.from_mask(model.stack.mask()))
   pruned = wiring.prune(model)
   network, left = nnx.split(pruned)

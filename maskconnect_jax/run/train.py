@@ -189,6 +189,7 @@ def start(job: experiment.Experiment, workdir: Path, name: str) -> Run:
     )
   state, progress = loaded or (state, Progress())
   step = int(state.step)
+  distributed.check_same(step, in_folder=name)
   # Saved before the record of its step was written; that may be there or not.
   logged = step - (bool(progress.pending) and plan.records(step))
   if primary:
@@ -280,9 +281,12 @@ def loop(run: Run, traced: profile.Profile) -> int:
         train_step = take_step(run, upcoming, train_step)
         if line := traced.after(done, run.state):
           run.bar.say(line)
+      saved = done <= first
       if number := plan.moment(done):
-        run.progress.clock.stop(run.timed * run.job.config.batch_size)
-        run.timed = 0
+        run.stop_clock()
+        if jax.process_count() > 1 and not saved:
+          save(run, done)  # several processes see no signal in a moment
+          saved = True
         try:
           if line := narrow.narrow(run, number):
             run.bar.say(line)
@@ -292,7 +296,7 @@ def loop(run: Run, traced: profile.Profile) -> int:
       interrupted = run.preemption.requested(done)
       if not (interrupted or plan.records(done)):
         continue
-      interrupted = log(run, done, interrupted, saved=done <= first)
+      interrupted = log(run, done, interrupted, saved=saved)
       if interrupted:
         return interrupted
   return 0
@@ -316,8 +320,7 @@ def log(run: Run, done: int, interrupted: int, *, saved: bool) -> int:
   """
   plan = run.job.plan
   means = mean_of_steps(run.progress.pending, done)
-  rate = run.progress.clock.stop(run.timed * run.job.config.batch_size)
-  run.timed = 0
+  rate = run.stop_clock()
   if not saved and plan.saves(done) and plan.evaluates(done):
     save(run, done)
     saved = True
@@ -386,7 +389,14 @@ def record(
   }
   if job.plan.evaluates(done):
     watched, split = experiment.held_out(job)
-    scores = run.evaluate(run.recipe.network, run.state.variables(), split)
+    # The mask of the training step, where sources fade in.
+    fading = job.model.stack.spec.start == 'previous'
+    scores = run.evaluate(
+      run.recipe.network,
+      run.state.variables(),
+      split,
+      draw_at=done if fading else None,
+    )
     line |= scores.named(watched)
     accuracy = scores.headline
   run.progress.pending = []

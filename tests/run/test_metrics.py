@@ -8,6 +8,8 @@ import os
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -143,6 +145,23 @@ def test_throughput(monkeypatch):
   assert (clock.images, clock.seconds) == (400, 4.0)
   assert clock.images_per_second == 100.0
   assert metrics.Throughput().images_per_second == 0.0
+
+
+def test_throughput_waits_for_the_device():
+  """A step is only handed over when its call returns."""
+  long = jax.jit(
+    lambda x: jax.lax.fori_loop(0, 300, lambda _, x: x @ x * 1e-3, x)
+  )
+  x = jnp.ones((300, 300))
+  long(x).block_until_ready()  # compiles
+  start = time.perf_counter()
+  long(x).block_until_ready()
+  alone = time.perf_counter() - start
+  clock = metrics.Throughput()
+  clock.start()
+  result = long(x)
+  clock.stop(1, {'weights': result})
+  assert clock.seconds > 0.5 * alone
 
 
 def test_plain_lines(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Moments of a run whose wiring narrows, against networks frozen by hand."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -14,10 +15,14 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from maskconnect_jax.method import narrowing, topology, wiring
+import maskconnect_jax
+from maskconnect_jax import config as config_lib
+from maskconnect_jax.errors import InputError
+from maskconnect_jax.method import connectivity, narrowing, topology, wiring
 from maskconnect_jax.networks import architectures, models
 from maskconnect_jax.run import (
   describe,
+  experiment,
   measure,
   narrow,
   optimizer,
@@ -243,6 +248,7 @@ def small(tiny_config):
   tiny_config.connectivity.moments = 2
   tiny_config.connectivity.gradient = 'normalized'
   tiny_config.connectivity.temperature = 0.1
+  tiny_config.connectivity.initial_spread = 0.0
   tiny_config.masks.learning_rate = 1.0
   tiny_config.connectivity.batchnorm_batches = 1
   return tiny_config
@@ -280,6 +286,8 @@ def test_a_run_cut_at_a_moment_ends_with_the_same_bits(
   small, learner, tmp_path, arrays_in, capsys
 ):
   small.connectivity.learner = learner
+  if learner == 'as_published':
+    small.connectivity.moments = config_lib.default().connectivity.moments
   whole = train.train(small, tmp_path / 'whole')
   told = capsys.readouterr().err
   expected = end_of(tmp_path / 'whole', arrays_in)
@@ -364,3 +372,34 @@ def test_describe_tells_what_measuring_costs(small):
   ]
   assert line.startswith('measuring    2 moments, ')
   assert "% of the run's arithmetic" in line
+
+
+def test_sources_that_fade_in_are_evaluated_as_they_are_trained(
+  small, tmp_path
+):
+  """Early in the phase that is the ordinary network, not the mean of all."""
+  config = small
+  config.connectivity.learner, config.connectivity.start = (
+    'measured',
+    'previous',
+  )
+  config.duration, config.connectivity.phase = '4000 steps', '50%'
+  config.evaluate_every = '1 steps'
+  job = experiment.build(config)
+  run = train.start(job, tmp_path, 'here')
+  with contextlib.closing(run.checkpoints), contextlib.closing(run.writer):
+    train.record(run, 1, {'loss': 1.0, 'accuracy': 0.0}, 0.0)
+    train.save(run, 1)
+  told = json.loads((tmp_path / 'metrics.jsonl').read_text())['test_loss']
+  _, split = experiment.held_out(job)
+  losses = {}
+  for rule in ('prev', 'all'):
+    wired = topology.from_mask(
+      getattr(connectivity, f'fixed_{rule}')(job.model.stack.valid)
+    )
+    network, *_ = train_state.split(wiring.freeze(job.model, wired))
+    losses[rule] = run.evaluate(network, run.state.variables(), split).loss
+  assert abs(losses['all'] - losses['prev']) > 1e-3
+  assert abs(told - losses['prev']) < 0.1 * abs(losses['all'] - losses['prev'])
+  with pytest.raises(InputError, match='before the wiring first narrowed'):
+    maskconnect_jax.load(tmp_path)

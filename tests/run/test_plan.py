@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from maskconnect_jax import config as config_lib
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method.spec import WiringSpec
 from maskconnect_jax.run import plan
@@ -152,3 +153,12 @@ def test_a_duration_of_more_digits_than_a_float_has():
 def test_a_per_cent_of_nothing():
   with pytest.raises(InputError, match='cannot be a per cent'):
     plan.to_steps('50%', batch_size=1, num_examples=1)
+
+
+def test_a_fixed_rule_needs_no_phase():
+  config = config_lib.default()
+  config.duration, config.connectivity.rule = '1 steps', 'fixed_prev'
+  assert plan.make(config, num_examples=1000).freeze == 0
+  config.connectivity.rule = 'learned'
+  with pytest.raises(InputError, match="phase='25%' is 0 steps"):
+    plan.make(config, num_examples=1000)
