@@ -167,7 +167,6 @@ ONLY_WITH: dict[tuple[str, ...], dict[str, tuple[Any, ...]]] = {
   ('data.val_labels',): {'data.source': ('folder',)},
   ('data.image_column', 'data.label_column'): {'data.source': ('hf',)},
   ('data.randaugment', 'data.crop_scale'): {'data.crop': ('resized',)},
-  ('data.pad',): {'data.crop': ('pad',)},
   ('data.class_weights',): {'data.multi_label': (False,)},
 }  # fmt: skip
 

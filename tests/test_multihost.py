@@ -48,6 +48,15 @@ def command(tiny, workdir, data, *more, **environment):
   )  # fmt: skip
 
 
+def joining(port, process):
+  return {
+    'JAX_CPU_COLLECTIVES_IMPLEMENTATION': 'gloo',
+    'JAX_COORDINATOR_ADDRESS': f'localhost:{port}',
+    'JAX_NUM_PROCESSES': '2',
+    'JAX_PROCESS_ID': str(process),
+  }
+
+
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(tiny, tmp_path, arrays_in):
   rng = np.random.default_rng(0)
@@ -61,15 +70,7 @@ def test_two_processes_train_what_one_trains(tiny, tmp_path, arrays_in):
       Image.fromarray(pixels).save(path)
   data, port = tmp_path / 'data', free_port()
   both = [
-    command(
-      tiny,
-      tmp_path / 'both',
-      data,
-      JAX_CPU_COLLECTIVES_IMPLEMENTATION='gloo',
-      JAX_COORDINATOR_ADDRESS=f'localhost:{port}',
-      JAX_NUM_PROCESSES='2',
-      JAX_PROCESS_ID=str(process),
-    )
+    command(tiny, tmp_path / 'both', data, **joining(port, process))
     for process in range(2)
   ]
   outputs = [process.communicate(timeout=280)[0] for process in both]
@@ -100,6 +101,18 @@ def test_two_processes_train_what_one_trains(tiny, tmp_path, arrays_in):
     np.testing.assert_allclose(
       array, states[1][name], rtol=1e-3, atol=1e-4, err_msg=name
     )
+
+  # Going on, where the second host does not see the first one's folder.
+  port = free_port()
+  apart = [
+    command(tiny, tmp_path / name, data, **joining(port, process))
+    for process, name in enumerate(('both', 'elsewhere'))
+  ]
+  outputs = [process.communicate(timeout=100)[0] for process in apart]
+  assert [process.returncode for process in apart] == [2, 2], outputs
+  for output in outputs:
+    assert 'found checkpoints of the steps [24, 0]' in output
+    assert 'Traceback' not in output
 
 
 @pytest.mark.slow
@@ -132,10 +145,7 @@ def test_what_is_wrong_on_one_host_ends_all(bad, more, says, tiny, tmp_path):
         tmp_path / 'run',
         tmp_path / 'data',
         *(extra if process == bad else []),
-        JAX_CPU_COLLECTIVES_IMPLEMENTATION='gloo',
-        JAX_COORDINATOR_ADDRESS=f'localhost:{port}',
-        JAX_NUM_PROCESSES='2',
-        JAX_PROCESS_ID=str(process),
+        **joining(port, process),
       )
     )
   outputs = [process.communicate(timeout=100)[0] for process in started]
