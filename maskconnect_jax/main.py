@@ -36,6 +36,7 @@ if __name__ == '__main__':  # before JAX is imported, which takes seconds
 import contextlib
 import gc
 import json
+import logging as standard_logging
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -341,6 +342,10 @@ def run() -> None:
   """Entry point: bad input is one line on stderr and exit status 2."""
   logging.set_verbosity(logging.WARNING)
   logging.use_absl_handler()
+  # Without the date, thread and line of code that absl puts before a message.
+  logging.get_absl_handler().setFormatter(
+    standard_logging.Formatter('%(levelname)s: %(message)s')
+  )
   compilation_cache.use()
   # The objects of imports stay for ever. Without this, the collector's search
   # through them would take a fifth of the time that tracing a step takes.
