@@ -232,7 +232,7 @@ def traced(job: experiment.Experiment) -> Any:
     ),
     jax.ShapeDtypeStruct((size,), np.int32, sharding=sharding),
   )
-  # As train.compile_step does.
+  # As loop.compile_step does.
   step = jax.jit(steps.train_step, static_argnums=0, donate_argnums=1)
   return step.trace(job.recipe, state, *batch)
 

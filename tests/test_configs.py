@@ -16,8 +16,8 @@ from maskconnect_jax.run import (
   describe,
   distributed,
   experiment,
+  loop,
   metrics,
-  train,
   train_state,
 )
 from maskconnect_jax.study import sweep
@@ -140,7 +140,7 @@ def test_config(name, data_of, reduced, capsys):
   )
   batches = experiment.training_batches(job).starting_at(0)
   batch = next(batches)
-  step = train.compile_step(job.recipe, state, batch, metrics.ProgressBar(2, 0))
+  step = loop.compile_step(job.recipe, state, batch, metrics.ProgressBar(2, 0))
   before = jax.device_get(state.weights)
   for _ in range(2):
     state, values = step(state, *batch)

@@ -135,7 +135,7 @@ def _is_step(values: Any) -> bool:
 
 @dataclasses.dataclass
 class Run:
-  """A run in memory: `train.start` makes it, `train.loop` takes its steps.
+  """A run in memory: `train.start` makes it, `loop.loop` takes its steps.
 
   Attributes:
     workdir: the folder that everything is written to.

@@ -22,6 +22,7 @@ from maskconnect_jax.run import (
   evaluation,
   export,
   inference,
+  loop,
   objective,
   scores,
   train,
@@ -454,9 +455,9 @@ def test_a_run_learns_both_labels(tmp_path, cli, monkeypatch):
   for at in (20, 70, None):
     with monkeypatch.context() as patch:
       if at:
-        taken = train.take_step
+        taken = loop.take_step
         patch.setattr(
-          train,
+          loop,
           'take_step',
           lambda run, *rest, at=at, taken=taken: (
             _stop() if int(run.state.step) == at else taken(run, *rest)

@@ -23,6 +23,7 @@ from maskconnect_jax.networks import architectures, models
 from maskconnect_jax.run import (
   describe,
   experiment,
+  loop,
   measure,
   narrow,
   optimizer,
@@ -388,8 +389,8 @@ def test_sources_that_fade_in_are_evaluated_as_they_are_trained(
   job = experiment.build(config)
   run = train.start(job, tmp_path, 'here')
   with contextlib.closing(run.checkpoints), contextlib.closing(run.writer):
-    train.record(run, 1, {'loss': 1.0, 'accuracy': 0.0}, 0.0)
-    train.save(run, 1)
+    loop.record(run, 1, {'loss': 1.0, 'accuracy': 0.0}, 0.0)
+    loop.save(run, 1)
   told = json.loads((tmp_path / 'metrics.jsonl').read_text())['test_loss']
   _, split = experiment.held_out(job)
   losses = {}

@@ -23,6 +23,7 @@ from maskconnect_jax import config
 from maskconnect_jax.run import (
   evaluation,
   experiment,
+  loop,
   train,
   train_state,
 )
@@ -427,7 +428,7 @@ def breaking(monkeypatch):
   """Makes the next run's step put a NaN into its loss or into the weights."""
 
   def break_(what, at):
-    real = train.compile_step
+    real = loop.compile_step
 
     def compile_step(*arguments):
       compiled = real(*arguments)
@@ -444,7 +445,7 @@ def breaking(monkeypatch):
 
       return step
 
-    monkeypatch.setattr(train, 'compile_step', compile_step)
+    monkeypatch.setattr(loop, 'compile_step', compile_step)
 
   return break_
 
@@ -504,7 +505,7 @@ def test_mean_of_the_steps_since_the_last_line():
     {'loss': jnp.float32(loss), 'accuracy': jnp.float32(accuracy)}
     for loss, accuracy in ((1, 0.5), (2, 0.25), (6, 0))
   ]
-  assert train.mean_of_steps(values, 10) == {'loss': 3, 'accuracy': 0.25}
+  assert loop.mean_of_steps(values, 10) == {'loss': 3, 'accuracy': 0.25}
   values[1]['loss'] = jnp.float32(math.inf)
-  with pytest.raises(train.NotFinite, match='loss is not finite at step 9'):
-    train.mean_of_steps(values, 10)
+  with pytest.raises(loop.NotFinite, match='loss is not finite at step 9'):
+    loop.mean_of_steps(values, 10)
