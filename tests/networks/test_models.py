@@ -579,7 +579,9 @@ def test_real_masks_are_not_counted_as_parameters():
   assert mask.dtype == jnp.float32
 
 
-@pytest.mark.parametrize('rule', ['learned', 'fixed_all'])
+@pytest.mark.parametrize(
+  'rule', ['learned', pytest.param('fixed_all', marks=pytest.mark.slow)]
+)
 def test_blocks_computed_again_change_nothing_but_the_memory(rule):
   x, key = images(), jax.random.key(0)
 
