@@ -73,12 +73,20 @@ def optimized():
 
 
 @pytest.mark.parametrize('name', BLOCKS)
-def test_python_block_runs(name, tmp_path, monkeypatch, finished, optimized):
+def test_python_block_runs(
+  name, tmp_path, monkeypatch, finished, optimized, capsys
+):
   (tmp_path / 'runs').mkdir()
   (tmp_path / 'runs' / 'digits').symlink_to(finished.workdir)
   (tmp_path / 'docs').symlink_to(ROOT / 'docs')
   monkeypatch.chdir(tmp_path)
   exec(compile(BLOCKS[name], name, 'exec'), {})
+  if name.startswith('results.md'):
+    # The comments at the end are what is printed, from docs/results alone.
+    told = re.search(r'((?:^# .*\n)+)\Z', BLOCKS[name], re.MULTILINE)
+    printed = capsys.readouterr().out.splitlines()
+    assert told
+    assert '; '.join(re.findall('# (.*)', told[1])) == '; '.join(printed)
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
