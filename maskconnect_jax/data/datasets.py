@@ -326,6 +326,9 @@ def load(
   dataset = (_lazy if decoded_later else _in_memory)(source, data)
   dataset = dataclasses.replace(dataset, identity=source.identity)
   if data.validation:
+    # The test images are evaluated after the last step alone. A label among
+    # them that is no class must not end the run there.
+    dataset.test.read_labels()
     rest, held = _evenly('validation', dataset.train, data.validation)
     dataset = dataclasses.replace(dataset, train=rest, validation=held)
   if data.train_images:

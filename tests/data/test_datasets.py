@@ -182,6 +182,23 @@ def test_labels_that_only_the_records_hold(monkeypatch, wrong):
   assert dataset.train.training_example(2, rng)[1] == 1
 
 
+def test_test_labels_are_read_before_a_run_that_tests_at_its_end():
+  data = config.default().data
+  data.update(LATER)
+  source = sources.open_source(data)
+  last = len(source) - 1
+
+  def read(i):
+    record, label = source.read(i)
+    return record, label if i < last else 10
+
+  given = dataclasses.replace(source, read=read, labels=None)
+  assert len(datasets.load(data, given).test) == 360
+  data.validation = 100
+  with pytest.raises(config.InputError, match='an image with the label 10;'):
+    datasets.load(data, given)
+
+
 @pytest.mark.parametrize('name', ['digits', 'idx', 'folder', 'table'])
 def test_labels_in_memory_cost_no_read(tmp_path, monkeypatch, name):
   data = config.default().data
