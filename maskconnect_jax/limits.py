@@ -21,6 +21,7 @@ MAX_WEIGHTS = 10_000_000_000  # 40 GB
 MAX_CHANNELS = 1_024  # of an image
 MAX_CLASSES = 1_000_000
 MAX_SIDE = 8_192  # pixels of height or width of the network's input
+MAX_PIXELS = 1_000_000_000  # that an image may have which a model decodes
 MAX_FAN_IN = 2**31 - 1  # a block with fewer sources takes all of them
 
 

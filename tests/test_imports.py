@@ -26,7 +26,10 @@ FOLDERS: dict[str, set[str]] = {
     'command', 'config', 'data.image_files', 'data.mini_imagenet', 'files',
     'flags', 'names', 'run', 'serve', 'signals', 'study',
   },
-  'serve': {'files', 'names', 'signals', 'run.cores', 'run.inference'},
+  'serve': {
+    'files', 'names', 'signals', 'data.image_headers', 'run.cores',
+    'run.inference',
+  },
   'study': {
     'config', 'command', 'fields', 'files', 'signals', 'run', 'figures',
     'method.connectivity', 'method.spec', 'method.topology',

@@ -387,8 +387,19 @@ def test_finished_run_trains_nothing(
   def never(*arguments):
     raise AssertionError('a step was compiled')
 
+  def killed(*arguments, **more):
+    raise MemoryError
+
   monkeypatch.setattr(train, 'compile_step', never)
+  with monkeypatch.context() as patch:
+    patch.setattr(train.finish, 'draw_confusion', killed)
+    with pytest.raises(MemoryError):
+      train.train(tiny_config, workdir)
+  # A picture costs no model; without a summary all of it is written again.
+  assert (workdir / 'model' / 'model.json').exists()
+  assert not (workdir / 'summary.json').exists()
   result = train.train(tiny_config, workdir)
+  assert (workdir / 'figures' / 'confusion.png').exists()
   timed = {'batch_seconds': 0, 'batch_seconds_pruned': 0}
   assert result.summary | timed == finished.summary | timed
   assert_same_end(workdir)

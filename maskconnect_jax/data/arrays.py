@@ -54,6 +54,7 @@ def of(data: Sequence[Any], *, multi_label: bool = False) -> Source:
       name='data',
       digest=fingerprint.of_arrays([*pixels, several]),
       multi_label=True,
+      labels=several,
     )
   for name, own, of_them in (
     ('labels', labels, pixels[0]),
@@ -94,6 +95,8 @@ def of(data: Sequence[Any], *, multi_label: bool = False) -> Source:
     channels=pixels[0].shape[-1],
     name='data',
     digest=fingerprint.of_arrays([*pixels, *numbers]),
+    # uint64 beside int64 would become float64.
+    labels=np.concatenate([own.astype(np.int64) for own in numbers]),
   )
 
 

@@ -92,12 +92,21 @@ class LazySplit:
     return len(self.chosen)
 
   def read_labels(self) -> np.ndarray:
-    """Returns the labels, as `Split` has them; reads every record for them."""
+    """Returns the labels, as `Split` has them.
+
+    Every record is read for them, unless the data source holds them in memory.
+
+    Raises:
+      InputError: a label that is read is no class.
+    """
+    if self.source.labels is not None:
+      return self.source.labels[self.chosen].astype(self.blank_label.dtype)
     numbers = tqdm.tqdm(
       self.chosen, 'reading labels', delay=2, leave=False, disable=None
     )
     return np.array(
-      [self.source.read(int(i))[1] for i in numbers], self.blank_label.dtype
+      [self._label(self.source.read(int(i))[1]) for i in numbers],
+      self.blank_label.dtype,
     )
 
   @property
@@ -161,19 +170,20 @@ class LazySplit:
 
     Raises:
       InputError: the record is damaged and `skip_errors` is off, or 100 records
-        in a row are damaged.
+        in a row are damaged, or the label is no class.
     """
     damaged = -1
     for number in range(i, i + _TRIES):
       number = int(self.chosen[number % len(self)])
-      record, label = self.source.read(number)
+      record, found = self.source.read(number)
+      label = self._label(found)
       try:
         image = self.augment(record, rng)
       except InputError as error:
         self._complain(error)
         damaged = number
       else:
-        return image, self._label(label), np.int64(damaged)
+        return image, label, np.int64(damaged)
     raise InputError(
       f'{self.source.name}: {_TRIES} damaged images in a row; get the set again'
     )
@@ -186,15 +196,16 @@ class LazySplit:
       damaged record has an image of zeros.
 
     Raises:
-      InputError: the record is damaged and `skip_errors` is off.
+      InputError: the record is damaged and `skip_errors` is off, or the label
+        is no class.
     """
-    record, label = self.source.read(int(self.chosen[i]))
+    record, found = self.source.read(int(self.chosen[i]))
+    label = self._label(found)  # not within `try`: it is no damaged image
     try:
-      return self.decode(record), self._label(label), True
+      return self.decode(record), label, True
     except InputError as error:
       self._complain(error)
-      blank = np.zeros(self.image_shape, np.uint8)
-      return blank, self._label(label), False
+      return np.zeros(self.image_shape, np.uint8), label, False
 
   @functools.cached_property
   def image_shape(self) -> tuple[int, ...]:
@@ -203,6 +214,17 @@ class LazySplit:
     return self.decode(square).shape
 
   def _label(self, label: sources.Label) -> np.ndarray:
+    """Returns a record's label as an array, and checks that it is a class.
+
+    Otherwise a label of -1 would train as no class at all, and one beyond the
+    classes would give a loss of NaN.
+    """
+    count = len(self.source.classes)
+    if not self.source.multi_label and not 0 <= label < count:
+      raise InputError(
+        f'{self.source.name} has an image with the label {label}; its'
+        f' {count} classes need labels from 0 to {count - 1}'
+      )
     return np.asarray(label, self.blank_label.dtype)
 
   def _complain(self, error: InputError) -> None:
@@ -304,6 +326,9 @@ def load(
   dataset = (_lazy if decoded_later else _in_memory)(source, data)
   dataset = dataclasses.replace(dataset, identity=source.identity)
   if data.validation:
+    # The test images are evaluated after the last step alone. A label among
+    # them that is no class must not end the run there.
+    dataset.test.read_labels()
     rest, held = _evenly('validation', dataset.train, data.validation)
     dataset = dataclasses.replace(dataset, train=rest, validation=held)
   if data.train_images:
@@ -326,7 +351,9 @@ def _lazy(source: Source, data: ml_collections.ConfigDict) -> Dataset:
       f'{source.name} is decoded as it is needed, and so needs one size for'
       ' all images; set config.data.image_size, such as 224'
     )
-  if len(source.classes) < 2 and not source.multi_label:
+  if source.labels is not None:
+    _check_labels(source, *np.split(source.labels, [source.num_train]))
+  elif len(source.classes) < 2:  # a label that is read later is checked then
     raise InputError(
       f'{source.name} has images of one class only; at least 2 are needed'
     )
@@ -403,16 +430,14 @@ def _in_memory(source: Source, data: ml_collections.ConfigDict) -> Dataset:
     raise _none_decodes(source, 'training', errors[:lost])
   if num_train == len(labels):
     raise _none_decodes(source, 'test', errors[lost:])
-  dataset = Dataset(
+  _check_labels(source, labels[:num_train], labels[num_train:])
+  return Dataset(
     train=Split(pixels[:num_train], labels[:num_train]),
     validation=None,
     test=Split(pixels[num_train:], labels[num_train:]),
     classes=source.classes,
     skipped=len(errors),
   )
-  if not source.multi_label:
-    _check_labels(dataset, source.name)
-  return dataset
 
 
 def _none_decodes(source: Source, what: str, errors: list[str]) -> InputError:
@@ -422,24 +447,35 @@ def _none_decodes(source: Source, what: str, errors: list[str]) -> InputError:
   )
 
 
-def _check_labels(dataset: Dataset, name: str) -> None:
-  """Raises InputError for a data set that no classifier can be trained on."""
-  known = np.unique(dataset.train.read_labels())
-  if len(dataset.classes) < 2 or len(known) < 2:
-    raise InputError(
-      f'{name} has training images of one class only'
-      f' ({names.distinct(dataset.classes[known[0]])}); at least 2 are needed'
-    )
-  last = len(dataset.classes) - 1
+def _check_labels(source: Source, train: np.ndarray, test: np.ndarray) -> None:
+  """Raises InputError for a data set that no classifier can be trained on.
+
+  Of several labels an image nothing is checked here; see
+  `sources.check_several`.
+
+  Args:
+    source: the data source.
+    train: int [N], the labels of the training images.
+    test: int [M], those of the test images.
+  """
+  if source.multi_label:
+    return
+  known, last = np.unique(train), len(source.classes) - 1
   if known[0] < 0 or known[-1] > last:
     raise InputError(
-      f'{name} has training labels from {known[0]} to {known[-1]};'
+      f'{source.name} has training labels from {known[0]} to {known[-1]};'
       f' its {last + 1} classes need labels from 0 to {last}'
     )
-  if len(odd := np.setdiff1d(dataset.test.read_labels(), known)):
+  if not last or len(known) < 2:
     raise InputError(
-      f'{name} has test images with labels {odd.tolist()}, of which'
-      ' there are no training images; both need the same classes'
+      f'{source.name} has training images of one class only'
+      f' ({names.distinct(source.classes[known[0]])}); at least 2 are needed'
+    )
+  if len(odd := np.setdiff1d(test, known)):
+    more = f' and {len(odd) - 5} more' if len(odd) > 5 else ''
+    raise InputError(
+      f'{source.name} has test images with labels {odd[:5].tolist()}{more}, of'
+      ' which there are no training images; both need the same classes'
     )
 
 

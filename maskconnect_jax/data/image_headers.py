@@ -6,13 +6,14 @@ and for prediction alike.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import math
 import os
 import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
@@ -37,6 +38,10 @@ _TYPES = {
 }
 
 
+class TooLargeError(config.InputError):
+  """An image has more pixels than are allowed; it was not decoded."""
+
+
 def open_header(
   file: BinaryIO,
   *,
@@ -59,7 +64,7 @@ def open_header(
 
   Raises:
     UnidentifiedImageError: the file is an image of none of the formats.
-    InputError: the image has more than `max_pixels`.
+    TooLargeError: the image has more than `max_pixels`.
   """
   Image.preinit()
   # Some of Pillow's readers check the size again, against Pillow's bound.
@@ -83,9 +88,7 @@ def open_header(
     if math.prod(image.size) > max_pixels:
       width, height = image.size
       image.close()
-      raise config.InputError(
-        too_large(f'its {width}x{height} pixels', max_pixels)
-      )
+      raise TooLargeError(too_large(f'its {width}x{height} pixels', max_pixels))
     return image
   raise UnidentifiedImageError
 
@@ -101,6 +104,24 @@ def too_large(what: str, max_pixels: int) -> str:
     f'{what} are more than config.data.max_pixels={max_pixels}; save it'
     ' smaller, or allow more'
   )
+
+
+@contextlib.contextmanager
+def lower_bound_of_pillow(max_pixels: int) -> Iterator[None]:
+  """Lowers Pillow's own bound, which holds for the whole process.
+
+  Pillow decodes the image inside an icon while it reads the icon's header. It
+  refuses one of more than twice its own bound, and nothing else does.
+
+  Args:
+    max_pixels: the bound; one that is lower stays.
+  """
+  before = Image.MAX_IMAGE_PIXELS
+  Image.MAX_IMAGE_PIXELS = min(before or max_pixels, max_pixels)
+  try:
+    yield
+  finally:
+    Image.MAX_IMAGE_PIXELS = before
 
 
 @functools.cache

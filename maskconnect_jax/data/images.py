@@ -83,7 +83,7 @@ def decode(
 
   Raises:
     InputError: the file is missing, no regular file, truncated, no image, or
-      too large. The message names the file.
+      too large (`image_headers.TooLargeError`). The message names the file.
   """
   if isinstance(path_or_file, (str, os.PathLike)):
     name = names.one_line(path_or_file)
@@ -99,13 +99,13 @@ def decode(
     with open(path_or_file, 'rb') as file:
       return _decode(file, channels, size, resize, max_pixels)
   except config.InputError as error:
-    raise config.InputError(f'{name}: {error}') from error
+    raise type(error)(f'{name}: {error}') from error
   except UnidentifiedImageError as error:
     raise config.InputError(
       f'{name} is not an image that Pillow can read; replace or remove it'
     ) from error
   except Image.DecompressionBombError as error:  # an image inside the file
-    raise config.InputError(
+    raise image_headers.TooLargeError(
       f'{name}: {image_headers.too_large("an image in it", max_pixels)}'
     ) from error
   except Exception as error:

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import ml_collections
 import numpy as np
+from absl import logging
 
 from maskconnect_jax import names
 from maskconnect_jax.config import given_path
@@ -27,6 +28,8 @@ from maskconnect_jax.data import (
 )
 from maskconnect_jax.data.photographs import Record
 from maskconnect_jax.errors import InputError
+
+_HELD_OUT = ('test', 'validation')  # TFDS: the first with classes is tested on
 
 # A class index; of a multi-label set bool [classes], whether an image has each.
 Label: TypeAlias = int | np.ndarray
@@ -45,6 +48,8 @@ class Source:
     name: the data set's name in a message: the field that chose it.
     digest: see `fingerprint.Identity`.
     multi_label: whether a record has any number of the classes, not one.
+    labels: the labels of all records, int [N], or bool [N, classes] if
+      `multi_label`; None: they lie in the records, which must be read for them.
   """
 
   read: Callable[[int], tuple[Record, Label]]
@@ -55,6 +60,7 @@ class Source:
   name: str
   digest: Callable[[], str] = str
   multi_label: bool = False
+  labels: np.ndarray | None = None
 
   def __len__(self) -> int:
     return self.num_train + self.num_test
@@ -110,6 +116,7 @@ def _digits(data: ml_collections.ConfigDict) -> Source:
     channels=1,
     name=_name_of(data),
     digest=fingerprint.of_arrays([pixels[order], bunch.target[order]]),
+    labels=bunch.target[order],
   )
 
 
@@ -142,6 +149,7 @@ def _idx(data: ml_collections.ConfigDict) -> Source:
     channels=1,
     name=_name_of(data),
     digest=fingerprint.of_arrays([*pixels, *labels]),
+    labels=np.concatenate(labels),
   )
 
 
@@ -325,6 +333,7 @@ def _of_paths(
     name=_name_of(data),
     digest=digest,
     multi_label=several,
+    labels=labels,
   )
 
 
@@ -362,15 +371,12 @@ def _tfds(data: ml_collections.ConfigDict) -> Source:
     ) from error
   name = f'config.data.name={data.name!r}'
   builder = _tfds_builder(tfds, data, folder)
-  splits = set(builder.info.splits)
-  held_out = (
-    'validation'
-    if splits & {'test', 'validation'} == {'validation'}
-    else 'test'
-  )
-  if splits and not splits >= {'train', held_out}:
+  known = set(builder.info.splits)
+  # A set that is not prepared has no splits yet.
+  held_out = [each for each in _HELD_OUT if each in known or not known]
+  if known and not (held_out and 'train' in known):
     raise InputError(
-      f'{name} has the splits {sorted(splits)}; it needs'
+      f'{name} has the splits {sorted(known)}; it needs'
       ' train, and test or validation'
     )
   features = builder.info.features
@@ -382,11 +388,11 @@ def _tfds(data: ml_collections.ConfigDict) -> Source:
       " no features 'image' and 'label'"
     )
   try:
-    train, test = (
+    train, *tests = (
       builder.as_data_source(
         split, decoders={'image': tfds.decode.SkipDecoding()}
       )
-      for split in ('train', held_out)
+      for split in ('train', *held_out)
     )
   except (AssertionError, NotImplementedError, ValueError) as error:
     # Reading a set needs no TensorFlow, but preparing it does.
@@ -398,7 +404,15 @@ def _tfds(data: ml_collections.ConfigDict) -> Source:
       '.download_and_prepare()"'
     ) from error
 
-  infos = [builder.info.splits[split] for split in ('train', held_out)]
+  chosen, test = _labelled(name, dict(zip(held_out, tests, strict=True)))
+  if unused := sorted(known - {'train', chosen}):
+    logging.warning(
+      '%s: the splits %s are not used; config.data.validation holds out'
+      ' training images',
+      name,
+      ', '.join(map(names.one_line, unused)),
+    )
+  infos = [builder.info.splits[split] for split in ('train', chosen)]
   described = [
     f'{info.shard_lengths} {info.num_bytes}'.encode() for info in infos
   ]
@@ -415,6 +429,29 @@ def _tfds(data: ml_collections.ConfigDict) -> Source:
     channels=1 if features['image'].shape[-1] == 1 else 3,
     name=_name_of(data),
     digest=lambda: fingerprint.of_parts(described),
+  )
+
+
+def _labelled(name: str, parts: dict[str, Any]) -> tuple[str, Any]:
+  """Returns the first split whose classes are known, and its name.
+
+  TFDS gives the label -1 to every image of a split whose classes are secret,
+  such as `test` of imagenet2012.
+
+  Args:
+    name: the set's name in a message.
+    parts: the records of each split that could be tested on, by its name.
+
+  Raises:
+    InputError: there is no such split.
+  """
+  for split, records in parts.items():
+    label = records[0].get('label') if len(records) else 0
+    if label is not None and int(label) >= 0:
+      return split, records
+  raise InputError(
+    f'{name} has no classes for its images of {" and ".join(parts)}: their'
+    ' labels are -1; prepare a set whose test or validation images have classes'
   )
 
 
@@ -461,6 +498,7 @@ def _hugging_face(data: ml_collections.ConfigDict) -> Source:
         part.described(), part.labels.tolist(), strict=True
       )
     ),
+    labels=np.concatenate([train.labels, test.labels]),
   )
 
 

@@ -327,6 +327,21 @@ def from_shares(tree: Any, sharding: NamedSharding) -> Any:
   )
 
 
+def union(numbers: set[int]) -> set[int]:
+  """Returns the numbers that any process has; all processes call it together.
+
+  Args:
+    numbers: those of this process, each in [0, 2**31).
+  """
+  own = np.array(sorted(numbers), np.int32)
+  if jax.process_count() == 1:
+    return numbers
+  counts = multihost_utils.process_allgather(np.int32(len(own)))
+  filled = np.pad(own, (0, counts.max() - len(own)), constant_values=-1)
+  found = np.asarray(multihost_utils.process_allgather(filled))
+  return set(found[found >= 0].tolist())
+
+
 def check_batch_size(batch_size: int) -> None:
   """Checks that a batch splits evenly over all devices.
 

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from maskconnect_jax import config as config_lib
-from maskconnect_jax import names
+from maskconnect_jax import limits, names
 from maskconnect_jax.data import arrays, datasets
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import topology
@@ -278,7 +278,8 @@ def served_as(job: Experiment) -> dict[str, Any]:
     'resize': job.config.data.eval_resize,
     'mean': job.recipe.mean,
     'std': job.recipe.std,
-    'max_pixels': job.config.data.max_pixels,
+    # A run may decode larger images than a model that others load.
+    'max_pixels': min(job.config.data.max_pixels, limits.MAX_PIXELS),
     'multi_label': job.config.data.multi_label,
   }
 

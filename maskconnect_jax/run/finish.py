@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from maskconnect_jax import files, names
+from maskconnect_jax.data import datasets
 from maskconnect_jax.figures import confusion, dynamics, masks, page
 from maskconnect_jax.figures import topology as topology_picture
 from maskconnect_jax.method import connectivity, wiring
@@ -20,6 +22,7 @@ from maskconnect_jax.method.topology import BranchTopology, Topology
 from maskconnect_jax.networks import cost
 from maskconnect_jax.run import (
   card,
+  distributed,
   experiment,
   inference,
   metrics,
@@ -29,6 +32,10 @@ from maskconnect_jax.run import (
   train_state,
 )
 from maskconnect_jax.run.progress import Run
+
+# Classes of a confusion matrix that is drawn. Of C classes a picture takes
+# several arrays [C, C]: gigabytes for ten thousand, and no cell could be seen.
+_MOST_CLASSES = 1_000
 
 
 def at_freeze(run: Run) -> str:
@@ -79,9 +86,11 @@ def finish(run: Run) -> tuple[dict[str, Any], Any]:
     f'test_{metric}_pruned': run.evaluate(network, tuple(kept), test).headline,
     'num_test_examples': tested.count,
   }
+  measured = [(test, tested)]
   if validation := job.dataset.validation:
     held = run.evaluate(run.recipe.network, variables, validation)
     accuracies |= held.named('validation')
+    measured.append((validation, held))
   if lost := [
     name
     for name, value in accuracies.items()
@@ -92,14 +101,13 @@ def finish(run: Run) -> tuple[dict[str, Any], Any]:
       ' diverged. Try a lower config.optimizer.learning_rate or a longer'
       ' config.optimizer.warmup'
     )
-  damaged = len(run.progress.damaged) + len(test) - tested.count
   summary = (
     summarize(
       job,
       frozen,
       pruned,
       accuracies,
-      job.dataset.skipped + damaged,
+      job.dataset.skipped + damaged(run.progress.damaged, measured),
       run.progress.clock,
     )
     | batch_times(run, (run.recipe.network, variables), (network, tuple(kept)))
@@ -109,10 +117,25 @@ def finish(run: Run) -> tuple[dict[str, Any], Any]:
   shown = run.evaluate.examples(network, tuple(kept), test)
   if not jax.process_index():
     report.write_examples(run.workdir, *shown)
-    if isinstance(tested, scores.OneClass):
-      draw_confusion(run.workdir, job, tested)
-  write(run.workdir, job, frozen, pruned, summary, run.history)
+    write(run.workdir, job, frozen, pruned, summary, run.history, tested)
   return summary, pruned
+
+
+def damaged(
+  trained: set[int],
+  measured: Sequence[tuple[datasets.Split | datasets.LazySplit, scores.Scores]],
+) -> int:
+  """Returns how many images were found damaged while the run decoded them.
+
+  All processes call it together.
+
+  Args:
+    trained: numbers of the training images that this process found damaged.
+    measured: splits, and the scores of them, which leave out damaged images.
+  """
+  return len(distributed.union(trained)) + sum(
+    len(split) - found.count for split, found in measured
+  )
 
 
 def summarize(
@@ -220,10 +243,14 @@ def write(
   pruned: Any,
   summary: dict[str, Any],
   history: metrics.MaskHistory,
+  tested: scores.Scores,
 ) -> None:
   """Writes model, masks, topology, pictures, page and, last, the summary.
 
-  Of several processes the first one writes.
+  The summary marks a finished run: without it, the same command writes all of
+  it again. The model card holds the picture of the topology, so that is drawn
+  before the model is written; all that can wait comes after the model. Of
+  several processes the first one calls it.
 
   Args:
     workdir: the run's folder.
@@ -232,12 +259,11 @@ def write(
     pruned: the network after pruning.
     summary: from `summarize`.
     history: the real masks at the logged steps.
+    tested: the scores on the test images after fine-tuning.
 
   Raises:
     InputError: a file cannot be written, as on a full disk.
   """
-  if jax.process_index():
-    return
   draw_figures(workdir, job.config, frozen, history)
   about = card.text(
     job.config,
@@ -254,6 +280,13 @@ def write(
   )
   history.save()
   files.write_json(workdir / 'topology.json', frozen.topology.to_dict())
+  if isinstance(tested, scores.OneClass):
+    draw_confusion(
+      workdir / 'figures' / 'confusion',
+      tested,
+      job.dataset.classes,
+      title=f'{job.config.model.name}, after fine-tuning',
+    )
   report.write(workdir, summary=summary)
   files.write_json(workdir / 'summary.json', summary)
 
@@ -317,19 +350,27 @@ def draw_figures(
 
 
 def draw_confusion(
-  workdir: Path, job: experiment.Experiment, tested: scores.OneClass
+  path: Path, tested: scores.OneClass, classes: Sequence[str], *, title: str
 ) -> None:
-  """Draws figures/confusion: which classes are taken for which."""
-  classes = job.dataset.classes
+  """Draws which classes are taken for which, unless the classes are too many.
+
+  Args:
+    path: the picture, without a suffix.
+    tested: the scores on the test images.
+    classes: name of each class.
+    title: the headline, one line.
+  """
+  if len(classes) > _MOST_CLASSES:
+    return
   counts = np.zeros((len(classes), len(classes)), np.int64)
   label, taken, count = tested.confused.T
   counts[label, taken] = count
   figure = confusion.confusion_figure(
     counts,
     [names.one_line(name) for name in classes],
-    title=f'{job.config.model.name}, after fine-tuning',
+    title=title,
   )
-  page.save(figure, workdir / 'figures' / 'confusion')
+  page.save(figure, path)
 
 
 def table(summary: dict[str, Any], workdir: Path | str) -> str:

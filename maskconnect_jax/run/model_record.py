@@ -39,7 +39,9 @@ class Preprocessing(msgspec.Struct):
   mean: list[Annotated[float, msgspec.Meta(ge=-1e6, le=1e6)]]
   std: list[Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)]]
   resize: Annotated[int, msgspec.Meta(ge=0, le=limits.MAX_SIDE)] = 0
-  max_pixels: Annotated[int, msgspec.Meta(ge=1)] = image_headers.MAX_PIXELS
+  max_pixels: Annotated[int, msgspec.Meta(ge=1, le=limits.MAX_PIXELS)] = (
+    image_headers.MAX_PIXELS
+  )
 
 
 class Record(msgspec.Struct):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import dataclasses
 import json
 import time
@@ -30,6 +31,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from maskconnect_jax import files, names
+from maskconnect_jax.data import image_headers
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.run import cores, inference
 from maskconnect_jax.serve import page
@@ -38,6 +40,7 @@ from maskconnect_jax.serve.batcher import Batcher, BusyError
 # An answer that leaves a part of the body unread ends the connection. Otherwise
 # a slow client could hold it.
 _CLOSE = {'connection': 'close'}
+_DECODERS = 4  # images that are decoded at a time: each may take 0.2 GB
 _PATHS = ('/', '/health', '/metrics', '/predict')
 
 
@@ -48,6 +51,7 @@ class Limits:
   Attributes:
     body_bytes: of the body of a request.
     images: in a request.
+    pixels: of an image; fewer if the model's own bound is lower.
     batch: images in a forward pass.
     waiting: images that wait for a forward pass.
     head_seconds: in which the head of a request must arrive.
@@ -59,6 +63,7 @@ class Limits:
 
   body_bytes: int = 16 * 2**20
   images: int = 32
+  pixels: int = 32_000_000
   batch: int = 32
   waiting: int = 512
   head_seconds: float = 10
@@ -99,7 +104,14 @@ class Service:
   """
 
   def __init__(self, model: inference.Classifier, limits: Limits) -> None:
-    self._model = model
+    shape = model.record['preprocessing']
+    own = shape.get('max_pixels', image_headers.MAX_PIXELS)
+    self._pixels = min(own, limits.pixels)
+    # The model's bound is for its owner's images, this one for anyone's.
+    self._model = copy.copy(model)
+    self._model.record = model.record | {
+      'preprocessing': shape | {'max_pixels': self._pixels}
+    }
     self._limits = limits
     self._name = str(model.record['architecture']['name'])
     self._metrics = Metrics()
@@ -110,8 +122,11 @@ class Service:
       observe=self._metrics.batches.observe,
     )
     self._metrics.waiting.set_function(lambda: len(self._batcher.waiting))
-    # Decoding releases Python's lock. More threads would only take memory.
-    self._decoders = ThreadPoolExecutor(cores.available(), 'decode')
+    # Decoding releases Python's lock. More threads than cores would only take
+    # memory; and small files may be images that take much of it.
+    self._decoders = ThreadPoolExecutor(
+      min(cores.available(), _DECODERS), 'decode'
+    )
     starlette = Starlette(
       routes=[
         Route('/', self._page),
@@ -126,7 +141,7 @@ class Service:
 
   @contextlib.asynccontextmanager
   async def _lifespan(self, _: Any) -> AsyncIterator[None]:
-    with self._decoders:
+    with self._decoders, image_headers.lower_bound_of_pillow(self._pixels):
       async with self._batcher.running():
         yield
 
@@ -226,6 +241,10 @@ class Service:
   def _decoded(self, name: str, content: bytes) -> Any:
     try:
       return self._model.prepare(content)
+    except image_headers.TooLargeError as error:
+      raise InputError(
+        f'{name} has more than {self._pixels:,} pixels; send it smaller'
+      ) from error
     except InputError as error:
       why = str(error).removeprefix('the image').lstrip(': ')
       raise InputError(f'{name}: {why}') from error

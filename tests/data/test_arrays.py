@@ -35,6 +35,37 @@ def test_digits_as_arrays_are_the_digits():
   assert digest() != arrays.of((changed, *given[1:])).identity.digest()
 
 
+def test_labels_are_at_hand():
+  for labels in (LABELS, LABELS.astype(np.uint64), LABELS.astype(str)):
+    source = arrays.of((IMAGES, labels, IMAGES[:3], labels[:3]))
+    assert source.labels.dtype == np.int64
+    assert source.labels.tolist() == [*LABELS, *LABELS[:3]]
+  given = (IMAGES, SEVERAL, IMAGES[:3], SEVERAL[:3])
+  source = arrays.of(given, multi_label=True)
+  np.testing.assert_array_equal(source.labels[8:], SEVERAL[:3])
+  data = config.default().data
+  data.image_size, data.trivialaugment = 4, True
+  found = datasets.load(data, source).train.read_labels()
+  assert found.dtype == bool
+  np.testing.assert_array_equal(found, SEVERAL)
+
+
+@pytest.mark.parametrize(
+  ('last', 'tested', 'says'),
+  [
+    (-1, 0, 'training labels from -1 to 1'),
+    (1, -1, r'test images with labels \[-1\]'),
+    (1, 7, r'test images with labels \[7\]'),
+  ],
+)
+def test_a_set_that_is_decoded_later_has_its_labels_checked(last, tested, says):
+  data = config.default().data
+  data.image_size, data.trivialaugment = 4, True
+  source = arrays.of((IMAGES, [*LABELS[:7], last], IMAGES[:1], [tested]))
+  with pytest.raises(config.InputError, match=says):
+    datasets.load(data, source)
+
+
 def test_names_become_classes():
   names = np.array(['dog', 'cat'])[LABELS]
   source = arrays.of((IMAGES, names, IMAGES[:3], names[:3].tolist()))

@@ -125,22 +125,107 @@ def test_image_size_resizes():
   )
 
 
-@pytest.mark.parametrize(('first', 'last'), [(-1, 1), (0, 2)])
-def test_labels_beyond_the_classes(monkeypatch, first, last):
-  labels = [first, 1, last] * 2
-  source = sources.Source(
-    lambda i: (np.zeros((2, 2, 1), np.uint8), labels[i]),
+def source_of(labels, *, at_hand):
+  """Three training records and the test records, with these labels."""
+  return sources.Source(
+    lambda i: (np.zeros((2, 2, 1), np.uint8), int(labels[i])),
     num_train=3,
-    num_test=3,
+    num_test=len(labels) - 3,
     classes=('a', 'b'),
     channels=1,
     name='it',
+    labels=np.array(labels) if at_hand else None,
   )
+
+
+# Of a set that is decoded while training.
+LATER = {'trivialaugment': True, 'image_size': 8, 'skip_errors': True}
+
+
+@pytest.mark.parametrize('fields', [{}, LATER])
+@pytest.mark.parametrize(
+  ('labels', 'says'),
+  [
+    ([-1, 1, 1, 0], 'training labels from -1 to 1; its 2 classes'),
+    ([-1, -1, -1, 0], 'training labels from -1 to -1; its 2 classes'),
+    ([0, 1, 2, 0], 'training labels from 0 to 2; its 2 classes'),
+    ([1, 1, 1, 1], r'one class only \(b\)'),
+    ([0, 1, 0, 2], r'test images with labels \[2\], of which'),
+    ([0, 1, 0, *range(2, 99)], r'labels \[2, 3, 4, 5, 6\] and 92 more, of'),
+  ],
+)
+def test_labels_beyond_the_classes(monkeypatch, fields, labels, says):
+  source = source_of(labels, at_hand=True)
   monkeypatch.setattr(sources, 'open_source', lambda data: source)
-  with pytest.raises(
-    config.InputError, match=f'from {first} to {last}; its 2 classes'
+  with pytest.raises(config.InputError, match=says) as error:
+    load(**fields)
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('wrong', [-1, 2])
+def test_labels_that_only_the_records_hold(monkeypatch, wrong):
+  labels = [0, wrong, 1, 0, wrong]
+  source = source_of(labels, at_hand=False)
+  monkeypatch.setattr(sources, 'open_source', lambda data: source)
+  dataset = load(**LATER)
+  rng = np.random.default_rng(0)
+  for read in (
+    dataset.train.read_labels,
+    lambda: dataset.train.training_example(1, rng),
+    lambda: dataset.test.evaluation_example(1),
   ):
-    load()
+    with pytest.raises(
+      config.InputError,
+      match=rf'^it has an image with the label {wrong}; its 2 .* from 0 to 1$',
+    ):
+      read()
+  assert dataset.train.training_example(2, rng)[1] == 1
+
+
+def test_test_labels_are_read_before_a_run_that_tests_at_its_end():
+  data = config.default().data
+  data.update(LATER)
+  source = sources.open_source(data)
+  last = len(source) - 1
+
+  def read(i):
+    record, label = source.read(i)
+    return record, label if i < last else 10
+
+  given = dataclasses.replace(source, read=read, labels=None)
+  assert len(datasets.load(data, given).test) == 360
+  data.validation = 100
+  with pytest.raises(config.InputError, match='an image with the label 10;'):
+    datasets.load(data, given)
+
+
+@pytest.mark.parametrize('name', ['digits', 'idx', 'folder', 'table'])
+def test_labels_in_memory_cost_no_read(tmp_path, monkeypatch, name):
+  data = config.default().data
+  data.source, data.dir, data.image_size = name, str(tmp_path), 4
+  data.trivialaugment = True
+  if name == 'idx':
+    write_mnist(tmp_path)
+  else:
+    written = write_folder(tmp_path)
+  if name == 'table':
+    lines = [f'{p},{p.parts[-2]},{p.parts[-3]}' for p in written]
+    path = tmp_path / 'all.csv'
+    path.write_text('\n'.join(['path,label,split', *lines]))
+    data.dir = str(path)
+  source = sources.open_source(data)
+  expected = [source.read(i)[1] for i in range(len(source))]
+
+  def read(i):
+    raise AssertionError(f'record {i} is read')
+
+  # No record is read to draw the validation images, either.
+  data.validation = {'digits': 20, 'idx': 3}.get(name, 2)
+  dataset = datasets.load(data, dataclasses.replace(source, read=read))
+  for part in (dataset.train, dataset.validation, dataset.test):
+    found = part.read_labels()
+    assert found.dtype == np.int32
+    assert found.tolist() == [expected[i] for i in part.chosen]
 
 
 def test_unknown_source_is_named():
@@ -731,8 +816,11 @@ def png(array):
   return file
 
 
-def prepare(root, arrays, features=None):
-  """Prepares a real TFDS set 'shapes'; example i has class i % 2."""
+def prepare(root, arrays, features=None, secret=()):
+  """Prepares a real TFDS set 'shapes'; example i has class i % 2.
+
+  In the splits that `secret` names, every label is -1.
+  """
   features = features or {
     'image': tfds.features.Image(shape=(None, None, None)),
     'label': tfds.features.ClassLabel(names=['disc', 'square']),
@@ -752,7 +840,8 @@ def prepare(root, arrays, features=None):
 
     def _generate_examples(self, split):
       for i, array in enumerate(arrays[split]):
-        example = {'image': png(array), 'label': i % 2}
+        label = -1 if split in secret else i % 2
+        example = {'image': png(array), 'label': label}
         yield i, {name: example[name] for name in features}
 
   builder = Shapes(data_dir=str(root), file_format='array_record')
@@ -784,6 +873,42 @@ def test_tfds(tmp_path, test, channels):
     actual = zip(split.images, split.labels, strict=True)
     assert {a.tobytes(): label for a, label in actual} == expected
     assert len(split) == len(arrays[name])
+
+
+@pytest.mark.parametrize(
+  ('secret', 'tested', 'unused'),
+  [((), 3, 'validation'), (('test',), 4, 'test')],
+)
+def test_tfds_test_images_have_classes(
+  tmp_path, caplog, secret, tested, unused
+):
+  """As of imagenet2012, whose test images have the label -1."""
+  arrays = {
+    name: RNG.integers(0, 256, (count, 4, 4, 3), np.uint8)
+    for name, count in (('train', 6), ('validation', 4), ('test', 3))
+  }
+  prepare(tmp_path, arrays, secret=secret)
+  with caplog.at_level(logging.WARNING, 'absl'):
+    dataset = load(source='tfds', name='shapes', dir=str(tmp_path))
+  assert dataset.test.labels.min() == 0
+  used = {3: 'test', 4: 'validation'}[tested]
+  assert {image.tobytes() for image in dataset.test.images} == {
+    image.tobytes() for image in arrays[used]
+  }
+  (record,) = caplog.records
+  assert f"name='shapes': the splits {unused} are not used" in (
+    record.getMessage()
+  )
+
+
+def test_tfds_set_whose_classes_are_secret(tmp_path):
+  arrays = [np.zeros((4, 4, 3), np.uint8)] * 4
+  prepare(tmp_path, {'train': arrays, 'test': arrays}, secret=('test',))
+  with pytest.raises(
+    config.InputError, match='no classes for its images of test: their labels'
+  ) as error:
+    load(source='tfds', name='shapes', dir=str(tmp_path))
+  assert '\n' not in str(error.value)
 
 
 def test_tfds_images_of_different_sizes(tmp_path):

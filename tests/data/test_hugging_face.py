@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from maskconnect_jax import config
-from maskconnect_jax.data import datasets
+from maskconnect_jax.data import datasets, hugging_face
 from maskconnect_jax.run.train import train
 
 CLASSES = ('ant', 'bee')
@@ -115,6 +115,23 @@ def test_photographs_are_streamed_as_those_of_a_folder_are(saved, tmp_path):
       for each in (actual, expected)
     )
     np.testing.assert_array_equal(ours[0], theirs[0])
+
+
+def test_labels_are_at_hand(saved, tmp_path, monkeypatch):
+  """Else each start would fetch every image, as of all ImageNet."""
+  root = write_folder(tmp_path / 'files')
+  of_folder(root).save_to_disk(tmp_path / 'set')
+  of_paths(root.glob('train/*/*')).save_to_disk(tmp_path / 'one')
+  fields = {'image_size': 16, 'crop': 'resized', 'validation': 2}
+  for name in ('set', 'one'):
+    given = {'source': 'hf', 'dir': str(tmp_path / name), **fields}
+    dataset = load(**given)
+    source = dataset.train.source
+    expected = [source.read(i)[1] for i in dataset.train.chosen]
+    assert source.read(len(source) - 1)[1] == source.labels[-1]
+    with monkeypatch.context() as patch:
+      patch.setattr(hugging_face.Rows, 'read', None)
+      assert load(**given).train.read_labels().tolist() == expected
 
 
 def test_one_split_is_divided_as_a_folder_of_classes_is(saved, tmp_path):

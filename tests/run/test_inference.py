@@ -21,7 +21,12 @@ from maskconnect_jax.data import datasets
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import topology
 from maskconnect_jax.networks import models
-from maskconnect_jax.run import inference, model_arrays, model_record
+from maskconnect_jax.run import (
+  experiment,
+  inference,
+  model_arrays,
+  model_record,
+)
 
 DIGITS = np.rint(sklearn.datasets.load_digits().images * 255 / 16).astype(
   np.uint8
@@ -502,6 +507,12 @@ def test_the_bound_on_pixels_goes_with_the_model(model, folder):
   )
 
 
+def test_a_run_stores_a_bound_that_a_model_may_have(tiny_config):
+  tiny_config.data.max_pixels = 2 * 10**9
+  job = experiment.build(tiny_config)
+  assert experiment.served_as(job)['max_pixels'] == 10**9
+
+
 def test_classes_of_any_name_are_stored_and_read_back(folder):
   classes = [os.fsdecode(b'k\xfche%d' % i) for i in range(8)] + ['a\n', 'é']
   path = folder / 'model.json'
@@ -565,6 +576,10 @@ def at(*path, to):
     (at('preprocessing', to=None), 'preprocessing: expected object, got null'),
     (at('preprocessing', 'height', to=10**6), 'height: expected int <= 8192'),
     (at('preprocessing', 'width', to=0), 'width: expected int >= 1'),
+    (
+      at('preprocessing', 'max_pixels', to=10**9 + 1),
+      'max_pixels: expected int <= 1000000000',
+    ),
     (at('preprocessing', 'width', to=8.0), 'width: expected int, got float'),
     (at('preprocessing', 'channels', to=2), 'channels: invalid enum value 2'),
     (at('preprocessing', 'channels', to=3), '3 channels, but 1|in_channels'),

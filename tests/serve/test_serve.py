@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import copy
 import hashlib
 import http.client
 import io
@@ -10,6 +11,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -24,6 +26,7 @@ import sklearn.datasets
 from PIL import Image
 
 import maskconnect_jax
+from maskconnect_jax.run import cores, inference
 from maskconnect_jax.serve import server
 from maskconnect_jax.serve.app import Limits
 
@@ -148,6 +151,14 @@ def bomb(side):
   )
 
 
+def icon(content):
+  """An ICO of 8 x 8 pixels by its header, which holds a PNG."""
+  return (
+    struct.pack('<3H4B2H2I', 0, 1, 1, 8, 8, 0, 0, 1, 8, len(content), 22)
+    + content
+  )
+
+
 GOOD = png(DIGITS[0])
 
 
@@ -157,7 +168,8 @@ GOOD = png(DIGITS[0])
     ({'body': b''}, 400, 'the image is empty; send an image file'),
     ({'body': b'{"image": 1}'}, 400, 'not an image that Pillow can read'),
     ({'body': GOOD[:-30]}, 400, 'is damaged or cut short'),
-    ({'body': bomb(100_000)}, 400, '100000x100000 pixels'),
+    ({'body': bomb(6_000)}, 400, 'image has more than 32,000,000 pixels; send'),
+    ({'body': icon(bomb(9_000))}, 400, 'image has more than 32,000,000 pix'),
     ({'body': bytes(20_001)}, 413, 'the body has more than 20,000 bytes'),
     ({'body': iter([bytes(9_000)] * 3)}, 413, 'more than 20,000 bytes'),
     ({'form': []}, 400, 'the form holds no file'),
@@ -186,6 +198,45 @@ def test_bad_input_is_refused_in_one_line(request_, status, says, port):
   assert '\n' not in error
   assert headers['content-type'] == 'application/json'
   assert ask(port, body=GOOD)[0] == 200
+
+
+def test_a_lower_bound_of_the_model_holds(model):
+  own = copy.copy(model)
+  shape = model.record['preprocessing']
+  own.record = model.record | {'preprocessing': shape | {'max_pixels': 63}}
+  before = Image.MAX_IMAGE_PIXELS
+  with served(own, SHORT) as port:
+    body, headers = form(('a.png', GOOD))
+    status, _, content = ask(port, body=body, **headers)
+  assert status == 400
+  says = 'a.png has more than 63 pixels; send it smaller'
+  assert json.loads(content) == {'error': says}
+  assert before == Image.MAX_IMAGE_PIXELS  # of the process
+  assert model.prepare(GOOD).shape == (8, 8, 1)  # not of the service
+
+
+def test_few_images_are_decoded_at_a_time(model, monkeypatch):
+  """However many cores there are: each image may take much memory."""
+  monkeypatch.setattr(cores, 'available', lambda: 64)
+  lock, running, most = threading.Lock(), 0, 0
+  prepare = inference.Classifier.prepare
+
+  def counted(self, content):
+    nonlocal running, most
+    with lock:
+      running += 1
+      most = max(most, running)
+    time.sleep(0.05)
+    found = prepare(self, content)
+    with lock:
+      running -= 1
+    return found
+
+  monkeypatch.setattr(inference.Classifier, 'prepare', counted)
+  body, headers = form(*[('a.png', GOOD)] * 12)
+  with served(model, Limits(batch=1)) as port:
+    assert ask(port, body=body, **headers)[0] == 200
+  assert most == 4
 
 
 def test_no_image_may_wait_where_none_may(model):
