@@ -118,7 +118,7 @@ FIELDS: dict[str, Field] = {
   'data.validation': whole(0),
   'data.train_images': whole(0),
   'data.skip_errors': Switch(),
-  'data.max_pixels': whole(1),
+  'data.max_pixels': whole(1, limits.MAX_PIXELS),
   'data.memory_gb': Number(0, 1e9),
   'data.threads': whole(1),
   'data.workers': whole(0, 1024),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from maskconnect_jax import limits
 from maskconnect_jax.data import fingerprint, sources
 from maskconnect_jax.data.sources import Source
 from maskconnect_jax.errors import InputError
@@ -74,7 +75,12 @@ def of(data: Sequence[Any], *, multi_label: bool = False) -> Source:
     raise InputError('labels and test_labels must both be numbers or names')
   numbers = [labels, test_labels]
   if labels.dtype.kind != 'U':
-    classes = tuple(map(str, range(int(labels.max(initial=0)) + 1)))
+    if (largest := int(labels.max(initial=0))) >= limits.MAX_CLASSES:
+      raise InputError(
+        f'labels go up to {largest}; there may be {limits.MAX_CLASSES:,}'
+        ' classes, numbered from 0'
+      )
+    classes = tuple(map(str, range(largest + 1)))
   else:
     classes = tuple(np.unique(labels).tolist())
     if odd := sorted(set(test_labels.tolist()) - set(classes)):

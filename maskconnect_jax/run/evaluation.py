@@ -310,7 +310,8 @@ def _in_order(
       )
     return record, numbers[label]
 
-  return dataclasses.replace(source, read=read, classes=classes)
+  # The labels in memory index the other order.
+  return dataclasses.replace(source, read=read, classes=classes, labels=None)
 
 
 def _listed(odd: list[str]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 
 from maskconnect_jax import config as config_lib
-from maskconnect_jax import limits, names
+from maskconnect_jax import names
 from maskconnect_jax.data import arrays, datasets
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import topology
@@ -278,8 +278,7 @@ def served_as(job: Experiment) -> dict[str, Any]:
     'resize': job.config.data.eval_resize,
     'mean': job.recipe.mean,
     'std': job.recipe.std,
-    # A run may decode larger images than a model that others load.
-    'max_pixels': min(job.config.data.max_pixels, limits.MAX_PIXELS),
+    'max_pixels': job.config.data.max_pixels,
     'multi_label': job.config.data.multi_label,
   }
 

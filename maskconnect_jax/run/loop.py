@@ -223,7 +223,10 @@ def save(run: Run, done: int, accuracy: float | None = None) -> None:
     InputError: the checkpoint cannot be written, for example on a full disk.
   """
   check_finite(run.state, done)
-  run.progress.damaged |= run.batches.damaged
+  # A process knows of those that it decoded; the first one writes all.
+  run.progress.damaged = distributed.union(
+    run.progress.damaged | run.batches.damaged
+  )
   run.history.save()
   run.checkpoints.save(done, run.state, run.progress.to_json(), accuracy)
 

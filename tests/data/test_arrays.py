@@ -85,6 +85,7 @@ def test_names_become_classes():
       r'labels are int64 \[7\], but there are 8',
     ),
     ((IMAGES, LABELS / 2, *DATA[2:]), 'labels are float64'),
+    ((IMAGES, LABELS + 10**9, *DATA[2:]), 'labels go up to 10000000'),
     (
       (*DATA[:2], IMAGES[:3, ..., :1], LABELS[:3]),
       'channels and test_images 1',
