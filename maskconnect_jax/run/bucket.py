@@ -335,7 +335,7 @@ def _whole_files(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _is_whole(name: str) -> bool:
-  # `files.temporary_of`, `locks`, and Orbax's unfinished checkpoints.
+  # Those of `files.replacing` and `locks`, and Orbax's unfinished checkpoints.
   return name[0] != '.' and '.orbax-checkpoint-tmp' not in name
 
 

@@ -211,19 +211,16 @@ def _same(one: str, other: str) -> bool:
 def remove_leftovers(folder: Path, names: Iterable[str] | None = None) -> None:
   """Removes files that killed processes left half written.
 
-  Only the holder of the folder's lock may call this.
-
   Args:
     folder: the workdir of a run or of a sweep.
     names: names of the files that are written there; None: those of a run.
   """
   written = {*_FOLDERS, *FILES} if names is None else set(names)
-  for name in written:
-    files.remove(files.temporary_of(folder / name))
+  files.remove_leftovers(folder, written.__contains__)
   if names is None:
-    for path in (folder / 'figures').glob('.*.tmp'):
-      if re.fullmatch(r'\.\w+\.(png|svg)(\.\d+)?\.tmp', path.name):
-        files.remove(path)
+    # Earlier versions put the number of the process behind a figure's name.
+    figure = re.compile(r'\w+\.(png|svg)(\.\d+)?')
+    files.remove_leftovers(folder / 'figures', figure.fullmatch)
 
 
 def read_inputs(workdir: Path) -> dict[str, Any] | None:
