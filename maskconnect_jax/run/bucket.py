@@ -21,7 +21,7 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +86,20 @@ def mirrored(workdir: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def reading(
-  workdir: str | Path, names: Collection[str], *, flag: str = '--workdir'
+  workdir: str | Path,
+  names: Collection[str],
+  *,
+  more: Callable[[Path, list[int]], Iterable[str]] | None = None,
+  flag: str = '--workdir',
 ) -> Iterator[Path]:
   """Yields a local folder with the named files of a workdir, to be read.
 
   Args:
     workdir: an address, or a path, which is yielded as it is.
     names: names of files and folders, at any depth; the others are left out.
+    more: for an address. It is given the local folder with these files, and the
+      steps of the whole checkpoints in the bucket, in rising order. It returns
+      the folders to fetch as well, such as 'checkpoints/24'.
     flag: for the message of a path that no file can have.
 
   Raises:
@@ -108,8 +115,21 @@ def reading(
     folder = Path(temporary, *mirror.address.partition('://')[2].split('/'))
     with _named({folder: mirror.address}):
       folder.mkdir(parents=True)
-      mirror.fetch(folder, names)
+      there = _without_cut_checkpoints(mirror.names())
+      mirror.copy(folder, (n for n in there if {*n.split('/')} & {*names}))
+      for part in more(folder, whole_checkpoints(there)) if more else ():
+        mirror.copy(folder, (n for n in there if n.startswith(f'{part}/')))
       yield folder
+
+
+def whole_checkpoints(names: Collection[str]) -> list[int]:
+  """Returns the steps of the whole checkpoints among names, in rising order."""
+  parts = [name.split('/') for name in names if name.endswith(f'/{_COUNTS}')]
+  return sorted(
+    int(step)
+    for first, step, *rest in parts
+    if first == 'checkpoints' and step.isdigit() and rest == [_COUNTS]
+  )
 
 
 def _folder_of_copies() -> Path:
@@ -192,38 +212,54 @@ class _Mirror:
       self._system.pipe_file(probe, b'')
       self._system.rm_file(probe)
 
-  def fetch(self, folder: Path, names: Collection[str] = ()) -> None:
-    """Copies objects into a new folder.
+  def names(self) -> list[str]:
+    """Returns the names of the objects, in order.
+
+    Raises:
+      InputError: the bucket cannot be read.
+    """
+    with self._failing('read'):
+      self._system.invalidate_cache()
+      found = [
+        path.removeprefix(f'{self._root}/')
+        for path in self._system.find(self._root)
+      ]
+    # Objects may have any name; one with a dot is another process's probe.
+    return sorted(
+      name
+      for name in found
+      if all(part and part[0] != '.' for part in name.split('/'))
+    )
+
+  def fetch(self, folder: Path) -> None:
+    """Copies all that a run needs to go on into a new folder.
+
+    Checkpoints that are not whole are left out, and the next `push` deletes
+    them.
 
     Args:
       folder: an empty folder.
-      names: names of files and folders that are copied; (): all that a run
-        needs to go on. Checkpoints that are not whole are then left out, and
-        the next `push` deletes them.
 
     Raises:
       InputError: the bucket cannot be read, or the folder cannot be written.
     """
-    with self._failing('read'):
-      self._system.invalidate_cache()
-      there = {
-        path.removeprefix(f'{self._root}/')
-        for path in self._system.find(self._root)
-      }
-    wanted = []
-    for name in sorted(there):
-      parts = name.split('/')
-      # Objects may have any name; one with a dot is another process's probe.
-      if '' in parts or any(part[0] == '.' for part in parts):
-        continue
-      if names:
-        wanted += [name] if {*parts} & {*names} else []
-      elif parts[0] == 'checkpoints' and len(parts) > 2:
-        self._known[name] = ()
-        whole = f'checkpoints/{parts[1]}/{_COUNTS}' in there
-        wanted += [name] if whole else []
-      elif parts[0] not in _NOT_FETCHED:
-        wanted.append(name)
+    there = [
+      name
+      for name in self.names()
+      if name.partition('/')[0] not in _NOT_FETCHED
+    ]
+    wanted = _without_cut_checkpoints(there)
+    self._known = dict.fromkeys(there, ())
+    self.copy(folder, wanted)
+    self._known |= {name: _state(folder / name) for name in wanted}
+
+  def copy(self, folder: Path, names: Iterable[str]) -> None:
+    """Copies objects into a folder.
+
+    Raises:
+      InputError: the bucket cannot be read, or the folder cannot be written.
+    """
+    wanted = [*names]
     try:
       for name in wanted:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -234,7 +270,6 @@ class _Mirror:
         [f'{self._root}/{name}' for name in wanted],
         [str(folder / name) for name in wanted],
       )
-    self._known |= {name: _state(folder / name) for name in wanted}
 
   @contextlib.contextmanager
   def following(self, folder: Path) -> Iterator[None]:
@@ -320,6 +355,16 @@ class _Mirror:
         f'{self.address} cannot be {done} ({storage.first_line(error)}); check'
         ' the address, and the credentials of this machine'
       ) from error
+
+
+def _without_cut_checkpoints(names: Collection[str]) -> list[str]:
+  """Leaves out what was sent of a checkpoint before its sending was cut."""
+  there = {*names}
+  return [
+    name
+    for name in names
+    if (group := _checkpoint_of(name)) == name or f'{group}/{_COUNTS}' in there
+  ]
 
 
 def _whole_files(folder: Path) -> dict[str, tuple[int, ...]]:

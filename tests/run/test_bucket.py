@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -19,7 +20,7 @@ from moto.server import ThreadedMotoServer
 
 import maskconnect_jax
 from maskconnect_jax.errors import InputError
-from maskconnect_jax.run import bucket, locks
+from maskconnect_jax.run import bucket, inference, locks
 
 ROOT = Path(__file__).parents[2]
 WHOLE = '_CHECKPOINT_METADATA'
@@ -187,6 +188,73 @@ def test_a_bucket_that_is_lost_loses_nothing(s3):
   kept = Path(str(told.value).partition(' are in ')[2].partition(',')[0])
   assert (kept / 'config.json').read_text() == 'kept'
   s3.create_bucket(Bucket='store')
+
+
+@pytest.fixture
+def cut(s3, finished):
+  """The address of the tiny run as it was before its model was written.
+
+  Of its checkpoints three are there, and the end of a fourth is missing.
+  """
+  for path in finished.workdir.rglob('*'):
+    name = path.relative_to(finished.workdir).as_posix()
+    sent = re.match(
+      r'(config|inputs|checkpoints/accuracies)\.json|checkpoints/(8|12|16|20)/',
+      name,
+    )
+    if path.is_file() and sent and name != f'checkpoints/20/{WHOLE}':
+      s3.upload_file(str(path), 'store', f'run/{name}')
+  return 's3://store/run'
+
+
+def accuracies(workdir):
+  return {
+    record['step']: record['test_accuracy']
+    for record in records(workdir / 'metrics.jsonl')
+    if 'test_accuracy' in record
+  }
+
+
+def test_a_run_in_a_bucket_that_is_not_finished(cut, finished):
+  """The newest checkpoint, that of a step and the best; each fetched alone."""
+  measured = accuracies(finished.workdir)
+  best = max((8, 16), key=lambda step: (measured[step], step))
+  for step, number in ((None, 16), (12, 12), ('best', best)):
+    model = maskconnect_jax.load(cut, step=step)
+    theirs = maskconnect_jax.load(finished.workdir, step=number)
+    assert model.topology == theirs.topology
+    assert_same_arrays(
+      *(
+        {name: np.asarray(array) for name, array in each.arrays.items()}
+        for each in (model, theirs)
+      )
+    )
+    with inference.reading(cut, step) as folder:
+      data = {path.parts for path in folder.glob('checkpoints/*/state/**/*')}
+      assert {parts[len(folder.parts) + 1] for parts in data} == {str(number)}
+
+
+@pytest.mark.parametrize(
+  ('step', 'says'),
+  [
+    (20, r's3://store/run/checkpoints has .* step 20; those there: 8, 12, 16$'),
+    ('bets', "^step='bets' is neither"),
+  ],
+)
+def test_checkpoints_that_are_not_in_the_bucket(cut, step, says):
+  with pytest.raises(InputError, match=says):
+    maskconnect_jax.load(cut, step=step)
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_that_is_not_finished_is_evaluated(
+  cut, finished, cli
+):
+  there = cli('--mode=evaluate', f'--workdir={cut}')
+  assert there.code == 0, there.err
+  assert json.loads(there.out)['test_accuracy'] == pytest.approx(
+    accuracies(finished.workdir)[16]
+  )
 
 
 @pytest.mark.parametrize(
