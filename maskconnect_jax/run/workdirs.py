@@ -120,6 +120,27 @@ def keep_version(config: ml_collections.ConfigDict, workdir: Path) -> None:
     config.model.version = config_lib.stored(workdir).model.version
 
 
+def are_of_one_run(one: Path, other: Path) -> bool:
+  """Whether two workdirs are of equal configs, images and given topologies.
+
+  Fields that tell no runs apart may differ, and the images may have moved.
+  """
+  try:
+    ours, theirs = (
+      config_lib.essential(config_lib.stored(each)) for each in (one, other)
+    )
+  except InputError:
+    return False
+  known = [read_inputs(each) for each in (one, other)]
+  made_from = [
+    record and (record['data'], record['topology']) for record in known
+  ]
+  left_out = PLACES if None not in known else ()
+  return made_from[0] == made_from[1] and all(
+    ours[name] == theirs[name] for name in ours if name not in left_out
+  )
+
+
 def has_steps(workdir: Path) -> bool:
   """Whether a run has saved a checkpoint or a summary in this workdir."""
   return (workdir / 'summary.json').exists() or any(
