@@ -162,11 +162,15 @@ def test_in_which_order_objects_come_and_go(s3, tmp_path, monkeypatch):
   ours.push(tmp_path)
   assert told == []  # nothing has changed
   shutil.rmtree(tmp_path / 'checkpoints/4')
-  write(tmp_path, checkpoint(8))
+  write(tmp_path, {'checkpoints/accuracies.json': '', **checkpoint(8)})
+  write(tmp_path, checkpoint(12))
   ours.push(tmp_path)
   assert told == [
+    ('p', 'checkpoints/accuracies.json'),
     ('p', 'checkpoints/8/a'),
     ('p', f'checkpoints/8/{WHOLE}'),
+    ('p', 'checkpoints/12/a'),
+    ('p', f'checkpoints/12/{WHOLE}'),
     ('r', f'checkpoints/4/{WHOLE}'),
     ('r', 'checkpoints/4/a'),
   ]
