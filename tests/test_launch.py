@@ -188,19 +188,15 @@ def test_what_is_missing_is_named(
 
 
 @pytest.mark.parametrize(
-  ('script', 'first', 'environment'),
+  ('script', 'first', 'environment', 'workdir'),
   [
-    ('gpu.sh', [], {}),
-    ('local_hosts.sh', ['2'], {}),
-    ('slurm.sbatch', [], {'SLURM_ARRAY_TASK_ID': '3'}),
-    ('tpu_pod.sh', ['mine'], TPU),
-    ('xpk.sh', ['mine'], {'CLUSTER': 'c', 'TPU': 'v5'}),
+    ('gpu.sh', [], {}, ['--workdir', 'd']),
+    ('local_hosts.sh', ['2'], {}, ['--workdir', 'd']),
+    ('slurm.sbatch', [], {'SLURM_ARRAY_TASK_ID': '3'}, ['--workdir', 'd']),
+    ('slurm.sbatch', [], {'SLURM_ARRAY_TASK_ID': '3'}, ['-workdir=d']),
+    ('tpu_pod.sh', ['mine'], TPU, ['-workdir=gs://b/run']),
+    ('xpk.sh', ['mine'], {'CLUSTER': 'c', 'TPU': 'v5'}, ['-workdir', 'd']),
   ],
-)
-@pytest.mark.parametrize(
-  'workdir',
-  [['--workdir', 'gs://b/run'], ['-workdir', 'd'], ['-workdir=gs://b/run']],
-  ids=['space', 'dash', 'dash='],
 )
 def test_a_workdir_that_a_launcher_would_overlook(
   bench, script, first, environment, workdir
