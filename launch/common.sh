@@ -35,10 +35,19 @@ take_dry_run() {
   done
 }
 
+# Refuses forms of --workdir that the program takes and the launchers overlook.
 need_arguments() {
+  local argument
   if (($# == 0)); then
     fail "give the arguments of the run, such as --config=configs/cifar10.py --workdir=runs/cifar10"
   fi
+  for argument in "$@"; do
+    case $argument in
+      --workdir | -workdir | -workdir=*)
+        fail "give the workdir as one argument, --workdir=DIR, not as $argument"
+        ;;
+    esac
+  done
 }
 
 # Prints the extras that a workdir in a bucket needs, each after a comma.

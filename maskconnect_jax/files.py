@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import hashlib
+import itertools
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import socket
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +26,18 @@ _MAX_JSON = 2**26  # bytes; 1,000 blocks with every source need 2**24
 
 # Errors that mean a full disk or quota, not a wrong path.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+# A temporary name: that of the file, then the machine, the process and the
+# number of the write. Earlier versions wrote .NAME.tmp in every process.
+_TEMPORARY = re.compile(
+  r'\.(?P<name>.+?)'
+  r'(\.(?P<machine>[0-9a-f]{8})-(?P<process>\d{1,9})-\d+)?\.tmp',
+  re.DOTALL,
+)
+# After this a file of another machine's process counts as left behind.
+_PATIENCE = 86_400.0  # seconds
+_numbers = itertools.count()
+_being_written: set[str] = set()  # temporary names of this process
 
 
 def check_output(path: Path) -> None:
@@ -49,6 +67,10 @@ def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
   The block writes a file or a folder at the temporary path. It then appears as
   `path` in one step. If the block raises, the old `path` stays unchanged.
 
+  Several processes and threads may replace a file at once: each has a temporary
+  path of its own, and the last one wins. Only one at a time may replace a
+  folder. What killed processes left of this path is removed first.
+
   Args:
     path: of the file or folder.
     size: bytes that the block writes; the message names them if the disk is
@@ -61,10 +83,13 @@ def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
     InputError: the file cannot be written, because of a full or read-only disk,
       a missing permission, or a folder in the place of a file.
   """
-  temporary, old = temporary_of(path), path.with_name(f'.{path.name}.old')
+  own = f'{_machine()}-{os.getpid()}-{next(_numbers)}'
+  temporary = path.with_name(f'.{path.name}.{own}.tmp')
+  old = path.with_name(f'.{path.name}.old')
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    remove(temporary)  # a killed run may have left it
+    remove_leftovers(path.parent, lambda name: name == path.name)
+    _being_written.add(temporary.name)
     try:
       yield temporary
       if temporary.is_dir():  # a folder can only be renamed to a free name
@@ -73,13 +98,63 @@ def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
       remove(temporary)
+      _being_written.discard(temporary.name)
   except OSError as error:
     raise unwritten(path, error, size) from error
 
 
-def temporary_of(path: Path) -> Path:
-  """Returns the path that `replacing` yields, the same in every process."""
-  return path.with_name(f'.{path.name}.tmp')
+def remove_leftovers(folder: Path, written: Callable[[str], Any]) -> None:
+  """Removes what killed processes left half written; living ones keep theirs.
+
+  Whether a process of another machine lives is not known. What it left is
+  removed when it was not touched for a day.
+
+  Args:
+    folder: the folder of the files; may be missing.
+    written: whether a file or folder of this name is one that `replacing`
+      writes there. Others keep their temporary files.
+
+  Raises:
+    OSError: a leftover cannot be removed.
+  """
+  for path in folder.glob('.*.tmp'):
+    found = _TEMPORARY.fullmatch(path.name)
+    if found and written(found['name']) and not _is_being_written(path, found):
+      with contextlib.suppress(FileNotFoundError):  # another was faster
+        remove(path)
+
+
+def _is_being_written(path: Path, found: re.Match[str]) -> bool:
+  if found['process'] is None:
+    return False
+  if found['machine'] != _machine() or os.name != 'posix':
+    try:
+      return time.time() - path.lstat().st_mtime < _PATIENCE
+    except FileNotFoundError:
+      return True  # it took its place just now
+  process = int(found['process'])
+  if process == os.getpid():  # an earlier one may have had the same number
+    return path.name in _being_written
+  try:
+    os.kill(process, 0)  # asks only whether it lives
+  except ProcessLookupError:
+    return False
+  except PermissionError:  # it is another user's
+    return True
+  return True
+
+
+@functools.cache
+def _machine() -> str:
+  """Returns eight digits for where the numbers of processes hold.
+
+  Containers of one host name may each count their processes for themselves.
+  """
+  space = ''
+  with contextlib.suppress(OSError):  # not on Linux
+    space = os.readlink('/proc/self/ns/pid')
+  name = f'{socket.gethostname()} {space}'.encode('utf-8', 'replace')
+  return hashlib.sha256(name).hexdigest()[:8]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -136,11 +136,11 @@ def run_train() -> None:
 
 
 def run_evaluate() -> None:
-  """Prints the scores of a finished model on its test images, as JSON.
+  """Prints the scores of a model on its test images, as JSON.
 
   With --json, also those of each class.
   """
-  with bucket.reading(the_workdir(), inference.READS) as workdir:
+  with inference.reading(the_workdir(), also=['config.json']) as workdir:
     config = flags.CONFIG.value or config_lib.stored(workdir)
     config_lib.check(config)
     cores.use(cores.for_batches(config.eval_batch_size, config.data))

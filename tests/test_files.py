@@ -3,6 +3,11 @@
 import json
 import math
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +80,79 @@ def test_what_a_killed_run_left_is_not_in_the_way(tmp_path):
     (temporary / 'whole').write_text('')
   assert [child.name for child in path.iterdir()] == ['whole']
   assert list(tmp_path.iterdir()) == [path]
+
+
+ROOT = Path(__file__).parents[1]
+# Begins to write and tells so; then writes one file over and over, or waits.
+WRITER = """
+import sys, time
+from pathlib import Path
+from maskconnect_jax import files
+
+path, letter = Path(sys.argv[1]), sys.argv[2]
+with files.replacing(path) as temporary:
+  temporary.write_text('half')
+  print(temporary, flush=True)
+  sys.stdin.readline()
+until = time.monotonic() + 0.5
+while time.monotonic() < until:
+  files.write_text(path, letter * 200_000)
+"""
+
+
+def writer(path, letter):
+  process = subprocess.Popen(
+    [sys.executable, '-c', WRITER, str(path), letter],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+    cwd=ROOT,
+  )
+  return process, Path(process.stdout.readline().strip())
+
+
+def test_two_processes_write_one_file(tmp_path):
+  path = tmp_path / 'report.html'
+  (one, first), (other, second) = writer(path, 'a'), writer(path, 'b')
+  assert first.exists()
+  assert second.exists()
+  for process in (one, other):
+    process.stdin.write('\n')
+    process.stdin.flush()
+  seen = set()
+  while one.poll() is None or other.poll() is None:
+    if path.exists() and (text := path.read_text()) != 'half':
+      assert text in ('a' * 200_000, 'b' * 200_000)
+      seen.add(text[0])
+  for process in (one, other):
+    process.communicate()
+  assert (one.returncode, other.returncode) == (0, 0)
+  assert seen == {'a', 'b'}
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_leftovers_are_those_of_processes_that_are_gone(tmp_path):
+  path = tmp_path / 'table.csv'
+  (alive, kept), (killed, left) = writer(path, 'a'), writer(path, 'b')
+  killed.kill()
+  killed.communicate()
+  other = [
+    tmp_path / f'.table.csv.{"0" * 8}-{number}-0.tmp' for number in (1, 2)
+  ]  # of another machine
+  for file in other:
+    file.touch()
+  os.utime(other[0], (time.time() - 90_000,) * 2)
+  mine = tmp_path / f'.other.csv.{left.name.rpartition(".csv.")[2]}'
+  mine.touch()
+  (tmp_path / '.table.csv.tmp').touch()  # of an earlier version
+  files.remove_leftovers(tmp_path, lambda name: name == 'table.csv')
+  assert {*tmp_path.iterdir()} == {kept, other[1], mine}
+  files.write_text(path, 'c')
+  assert {*tmp_path.iterdir()} == {path, kept, other[1], mine}
+  alive.send_signal(signal.SIGKILL)
+  alive.communicate()
+  files.write_text(path, 'd')
+  assert {*tmp_path.iterdir()} == {path, other[1], mine}
 
 
 def test_outputs_that_can_be(tmp_path):

@@ -187,6 +187,41 @@ def test_what_is_missing_is_named(
   assert len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+  ('script', 'first', 'environment', 'workdir'),
+  [
+    ('gpu.sh', [], {}, ['--workdir', 'd']),
+    ('local_hosts.sh', ['2'], {}, ['--workdir', 'd']),
+    ('slurm.sbatch', [], {'SLURM_ARRAY_TASK_ID': '3'}, ['--workdir', 'd']),
+    ('slurm.sbatch', [], {'SLURM_ARRAY_TASK_ID': '3'}, ['-workdir=d']),
+    ('tpu_pod.sh', ['mine'], TPU, ['-workdir=gs://b/run']),
+    ('xpk.sh', ['mine'], {'CLUSTER': 'c', 'TPU': 'v5'}, ['-workdir', 'd']),
+  ],
+)
+def test_a_workdir_that_a_launcher_would_overlook(
+  bench, script, first, environment, workdir
+):
+  code, out, err = bench.run(
+    script, '--dry-run', *first, '--config=c.py', *workdir, **environment
+  )
+  assert (code, out) == (2, '')
+  assert err == (
+    'error: give the workdir as one argument, --workdir=DIR, not as'
+    f' {workdir[0]}\n'
+  )
+
+
+@pytest.mark.parametrize('workdir', [[], ['--workdir='], ['--workdirs=a']])
+def test_tasks_of_an_array_need_a_workdir(bench, workdir):
+  code, out, err = bench.run(
+    'slurm.sbatch', '--dry-run', '--config=c.py', *workdir,
+    SLURM_ARRAY_TASK_ID='3',
+  )  # fmt: skip
+  assert (code, out) == (2, '')
+  assert err.startswith('error: give --workdir=DIR; each task of the array')
+  assert len(err.splitlines()) == 1
+
+
 def test_a_gpu_host_starts_one_process_for_all(bench, short, tmp_path):
   """The stand-in for Python shows what it was given: there is no GPU here."""
   shown = tmp_path / 'shown'

@@ -2,28 +2,23 @@
 
 A run works in a local folder. It is fetched from the bucket at the start, and
 whatever has changed in it goes to the bucket every few seconds and at the end.
-Then the local folder is removed, so the bucket alone says where a run goes on,
-on any machine. Of several processes each fetches a folder of its own; the first
-one writes, and sends what it wrote.
-
-Objects of a bucket are whole or not there, but a checkpoint is many objects.
-So the object without which a checkpoint does not count goes up last and is
-deleted first. Logs go up before checkpoints, so the log in the bucket reaches
-as far as each checkpoint there.
+Once all is there, the local folder is removed, so the bucket alone says where a
+run goes on, on any machine. A folder that stayed holds what a cut run did not
+send; the next start on this machine sends it first. Of several processes each
+fetches a folder of its own; the first one writes, and sends what it wrote.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import os
 import re
+import shutil
 import tempfile
-import threading
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 from absl import logging
@@ -31,14 +26,15 @@ from absl import logging
 from maskconnect_jax import files
 from maskconnect_jax.config import given_path
 from maskconnect_jax.errors import InputError
-from maskconnect_jax.run import compilation_cache, distributed, locks, storage
+from maskconnect_jax.run import compilation_cache, distributed, locks, workdirs
+from maskconnect_jax.run.mirror import (
+  Mirror,
+  whole_checkpoints,
+  whole_files,
+  without_cut_checkpoints,
+)
 
-SECONDS = 15.0  # between looks at what has changed in the local folder
-
-# Scheme -> (the module that fsspec needs for it, the extra that installs it).
-_SCHEMES = {'gs': ('gcsfs', 'gcs'), 's3': ('s3fs', 's3')}
-_COUNTS = '_CHECKPOINT_METADATA'  # without it a checkpoint does not count
-_NOT_FETCHED = ('tensorboard', 'profile')  # a run only adds files there
+KEPT_DAYS = 30  # for which what cannot be sent any more is kept
 
 
 def is_address(path: str | os.PathLike[str]) -> bool:
@@ -56,43 +52,124 @@ def mirrored(workdir: str | Path) -> Iterator[Path]:
   Raises:
     InputError: a package is missing, or the bucket cannot be read or written;
       then nothing was written. Or another process of this machine uses the
-      address. Or the last files could not be sent; the message names the folder
-      that then holds all files. An InputError raised inside names the address
+      address. Or the last files could not be sent; the message names the local
+      folder, which then stays. An InputError raised inside names the address
       instead of the local folder.
   """
   if not is_address(workdir):
     yield given_path(workdir, '--workdir')
     return
-  mirror = _Mirror(str(workdir))
+  mirror = Mirror(str(workdir))
   name = hashlib.sha256(mirror.address.encode()).hexdigest()[:16]
   if number := jax.process_index():  # it may share the machine with the first
     name += f'-{number}'
   home = _folder_of_copies() / name
   folder = home / mirror.address.rpartition('/')[2]
   places = {folder: mirror.address, home: mirror.address}
-  with _named(places), locks.locked(home):
-    files.remove(folder)  # a killed run left it
-    folder.mkdir()
-    try:
-      if not number:
+  with contextlib.ExitStack() as stack:
+    stack.callback(_remove_if_empty, home)
+    with _named(places):
+      stack.enter_context(locks.locked(home))
+      if number:
+        stack.callback(files.remove, folder)
+      else:
         mirror.check_writable()
-      mirror.fetch(folder)
-      distributed.meet('fetched')  # before the first one sends anything
-      with contextlib.nullcontext() if number else mirror.following(folder):
-        yield folder
-    finally:
+        _remove_expired(home.parent)
+        _send_what_is_left(mirror.address, folder)
       files.remove(folder)
+      distributed.meet('sent')  # before the others fetch
+      with files.replacing(folder) as fresh, _named({fresh: mirror.address}):
+        fresh.mkdir()
+        mirror.fetch(fresh)
+      distributed.meet('fetched')  # before the first one sends anything
+    if not number:
+      stack.enter_context(mirror.following(folder))
+    with _named(places):
+      yield folder
+
+
+def _send_what_is_left(address: str, folder: Path) -> None:
+  """Sends what a run that was cut on this machine did not send.
+
+  That is done if its newest checkpoint is newer than that in the bucket, or its
+  results are missing there. If the bucket has another run by now, or none, the
+  folder is renamed, since its checkpoints may be the only ones.
+
+  Args:
+    address: of the run.
+    folder: the local folder that the run left; may be missing.
+
+  Raises:
+    InputError: the bucket cannot be read or written; the folder stays.
+  """
+  left = whole_files(folder)
+  if not (steps := whole_checkpoints(left)):
+    return
+  mirror = Mirror(address)
+  there = mirror.names()
+  with reading(address, ('config.json', 'inputs.json')) as theirs:
+    same = workdirs.are_of_one_run(folder, theirs)
+  if same and _reached(left) > _reached(there):
+    logging.warning(
+      '%s: the last run on this machine was cut before all was sent; sending it'
+      ' now, up to the checkpoint of step %d',
+      address,
+      steps[-1],
+    )
+    mirror.add(folder, there)
+  elif not same:
+    kept = folder.parents[1] / (
+      f'{folder.name}.unsent-{time.strftime("%Y%m%d-%H%M%S")}-{os.getpid()}'
+    )
+    folder.rename(kept)
+    os.utime(kept)
+    logging.warning(
+      '%s does not hold the run that was cut on this machine after step %d; its'
+      ' files are kept in %s, which is a workdir, for %d days',
+      address,
+      steps[-1],
+      kept,
+      KEPT_DAYS,
+    )
+
+
+def _reached(names: Collection[str]) -> tuple[int, bool]:
+  """Returns how far a run with these files is; more is greater."""
+  return max(whole_checkpoints(names), default=0), 'summary.json' in names
+
+
+def _remove_expired(folder: Path) -> None:
+  """Removes what was kept and not touched for KEPT_DAYS."""
+  for path in folder.glob('*.unsent-*-*-*'):
+    # Somebody may have gone on in it since.
+    with contextlib.suppress(OSError):  # another process is faster
+      touched = max(p.lstat().st_mtime for p in (path, *path.rglob('*')))
+      if time.time() - touched > KEPT_DAYS * 86_400:
+        logging.warning('removing %s, kept for %d days', path, KEPT_DAYS)
+        shutil.rmtree(path)
+
+
+def _remove_if_empty(folder: Path) -> None:
+  with contextlib.suppress(OSError):  # it holds what was not sent
+    folder.rmdir()
 
 
 @contextlib.contextmanager
 def reading(
-  workdir: str | Path, names: Collection[str], *, flag: str = '--workdir'
+  workdir: str | Path,
+  names: Collection[str],
+  *,
+  more: Callable[[Path, list[int]], Iterable[str]] | None = None,
+  flag: str = '--workdir',
 ) -> Iterator[Path]:
   """Yields a local folder with the named files of a workdir, to be read.
 
   Args:
     workdir: an address, or a path, which is yielded as it is.
     names: names of files and folders, at any depth; the others are left out.
+    more: for an address. It is given the local folder with these files, and the
+      steps of the whole checkpoints in the bucket, in rising order. It returns
+      the folders to fetch as well, such as 'checkpoints/24'.
     flag: for the message of a path that no file can have.
 
   Raises:
@@ -102,13 +179,16 @@ def reading(
   if not is_address(workdir):
     yield given_path(workdir, flag)
     return
-  mirror = _Mirror(str(workdir))
+  mirror = Mirror(str(workdir))
   with tempfile.TemporaryDirectory(prefix='maskconnect-') as temporary:
     # The end of the address, because reports name runs by it.
     folder = Path(temporary, *mirror.address.partition('://')[2].split('/'))
     with _named({folder: mirror.address}):
       folder.mkdir(parents=True)
-      mirror.fetch(folder, names)
+      there = without_cut_checkpoints(mirror.names())
+      mirror.copy(folder, (n for n in there if {*n.split('/')} & {*names}))
+      for part in more(folder, whole_checkpoints(there)) if more else ():
+        mirror.copy(folder, (n for n in there if n.startswith(f'{part}/')))
       yield folder
 
 
@@ -140,223 +220,3 @@ def _named(places: dict[Path, str]) -> Iterator[None]:
     yield
   except InputError as error:
     raise InputError(named(str(error), places)) from error
-
-
-class _Mirror:
-  """A folder in a bucket, and which of its objects a local folder has.
-
-  Attributes:
-    address: without a slash at its end.
-  """
-
-  def __init__(self, address: str) -> None:
-    """Opens the file system; neither reads nor writes.
-
-    Args:
-      address: gs://BUCKET/FOLDER or s3://BUCKET/FOLDER.
-
-    Raises:
-      InputError: the address names no folder, or a package is missing.
-    """
-    self.address = address.rstrip('/')
-    scheme, _, path = self.address.partition('://')
-    bucket, _, name = path.partition('/')
-    if not (bucket and name) or {'', '.', '..'} & {*path.split('/')}:
-      raise InputError(
-        f'{address!r} names no folder in a bucket; give one such as'
-        f' {scheme}://{bucket or "bucket"}/run'
-      )
-    module, extra = _SCHEMES[scheme]
-    if importlib.util.find_spec(module) is None:
-      raise InputError(
-        f'{self.address} needs the package {module}: pip install'
-        f" 'maskconnect_jax[{extra}]'"
-      )
-    import fsspec
-
-    with self._failing('opened'):
-      self._system: Any = fsspec.filesystem(scheme, use_listings_cache=False)
-    self._root = path
-    # Name of each object that the local folder has, or that is to be deleted ->
-    # the state of the local file when it was equal to the object.
-    self._known: dict[str, tuple[int, ...]] = {}
-
-  def check_writable(self) -> None:
-    """Writes and deletes an empty object.
-
-    Raises:
-      InputError: the bucket is not there, or refuses it.
-    """
-    probe = f'{self._root}/.writable'
-    with self._failing('written'):
-      self._system.pipe_file(probe, b'')
-      self._system.rm_file(probe)
-
-  def fetch(self, folder: Path, names: Collection[str] = ()) -> None:
-    """Copies objects into a new folder.
-
-    Args:
-      folder: an empty folder.
-      names: names of files and folders that are copied; (): all that a run
-        needs to go on. Checkpoints that are not whole are then left out, and
-        the next `push` deletes them.
-
-    Raises:
-      InputError: the bucket cannot be read, or the folder cannot be written.
-    """
-    with self._failing('read'):
-      self._system.invalidate_cache()
-      there = {
-        path.removeprefix(f'{self._root}/')
-        for path in self._system.find(self._root)
-      }
-    wanted = []
-    for name in sorted(there):
-      parts = name.split('/')
-      # Objects may have any name; one with a dot is another process's probe.
-      if '' in parts or any(part[0] == '.' for part in parts):
-        continue
-      if names:
-        wanted += [name] if {*parts} & {*names} else []
-      elif parts[0] == 'checkpoints' and len(parts) > 2:
-        self._known[name] = ()
-        whole = f'checkpoints/{parts[1]}/{_COUNTS}' in there
-        wanted += [name] if whole else []
-      elif parts[0] not in _NOT_FETCHED:
-        wanted.append(name)
-    try:
-      for name in wanted:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-      raise files.unwritten(folder, error) from error
-    with self._failing('read'):
-      self._system.get(
-        [f'{self._root}/{name}' for name in wanted],
-        [str(folder / name) for name in wanted],
-      )
-    self._known |= {name: _state(folder / name) for name in wanted}
-
-  @contextlib.contextmanager
-  def following(self, folder: Path) -> Iterator[None]:
-    """Sends what changes in a folder, every few seconds and at the end.
-
-    What cannot be sent is told of once, and tried again later.
-
-    Args:
-      folder: as `fetch` left it.
-
-    Raises:
-      InputError: at the end, the bucket does not take the last files. They are
-        in a folder beside this one, which the message names.
-    """
-    over, failed = threading.Event(), False
-
-    def follow() -> None:
-      nonlocal failed
-      while not over.wait(SECONDS):
-        try:
-          self.push(folder)
-        except InputError as error:
-          if not failed:
-            logging.warning('%s; trying again', error)
-          failed = True
-        else:
-          failed = False
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    clean = False
-    try:
-      yield
-      clean = True
-    finally:
-      over.set()
-      thread.join()
-      try:
-        self.push(folder)
-      except InputError as error:
-        # Not below this address's own folder, whose name messages replace.
-        kept = folder.parents[1] / f'{folder.name}.unsent-{os.getpid()}'
-        folder.rename(kept)
-        message = f'{error}; all files are in {kept}, which is a workdir'
-        if clean:
-          raise InputError(message) from error
-        logging.warning('%s', message)  # the error inside says what ended it
-
-  def push(self, folder: Path) -> None:
-    """Sends the files that have changed, then deletes those that are gone.
-
-    Raises:
-      InputError: the bucket cannot be written.
-    """
-    here = _whole_files(folder)
-    vanished: set[str] = set()
-    with self._failing('written'):
-      for name in sorted(here, key=_turn):
-        group = _checkpoint_of(name)
-        if here[name] == self._known.get(name) or group in vanished:
-          continue
-        try:
-          self._system.put_file(str(folder / name), f'{self._root}/{name}')
-        except FileNotFoundError:
-          if (folder / name).exists():  # no: the bucket is gone
-            raise
-          vanished.add(group)  # the run deletes its older checkpoints
-        else:
-          self._known[name] = here[name]
-      gone = self._known.keys() - here.keys()
-      for name in sorted(gone, key=_turn, reverse=True):
-        with contextlib.suppress(FileNotFoundError):
-          self._system.rm_file(f'{self._root}/{name}')
-        del self._known[name]
-
-  @contextlib.contextmanager
-  def _failing(self, done: str) -> Iterator[None]:
-    """Turns any error into an InputError; each file system has its own."""
-    try:
-      yield
-    except Exception as error:
-      raise InputError(
-        f'{self.address} cannot be {done} ({storage.first_line(error)}); check'
-        ' the address, and the credentials of this machine'
-      ) from error
-
-
-def _whole_files(folder: Path) -> dict[str, tuple[int, ...]]:
-  """Returns the files that are not being written, and the state of each."""
-  found = {}
-  for path, folders, names in os.walk(folder):
-    folders[:] = [name for name in folders if _is_whole(name)]
-    for name in filter(_is_whole, names):
-      file = Path(path, name)
-      if state := _state(file):
-        found[file.relative_to(folder).as_posix()] = state
-  return found
-
-
-def _is_whole(name: str) -> bool:
-  # `files.temporary_of`, `locks`, and Orbax's unfinished checkpoints.
-  return name[0] != '.' and '.orbax-checkpoint-tmp' not in name
-
-
-def _state(file: Path) -> tuple[int, ...]:
-  """Returns what changes with a file's content; () if it is gone."""
-  try:
-    now = file.stat()
-  except FileNotFoundError:
-    return ()
-  return now.st_ino, now.st_mtime_ns, now.st_size
-
-
-def _checkpoint_of(name: str) -> str:
-  parts = name.split('/')
-  return '/'.join(parts[:2]) if parts[0] == 'checkpoints' else name
-
-
-def _turn(name: str) -> tuple[int, str, bool, str]:
-  """Sorts names by when they go up; they are deleted in the reverse order."""
-  first, *rest = name.split('/')
-  order = ('config.json', '', 'checkpoints', 'model', 'summary.json')
-  place = order.index(first) if first in order else 1
-  last = bool(rest) and rest[-1] in (_COUNTS, 'model.json')
-  return place, _checkpoint_of(name) if place == 2 else '', last, name

@@ -8,6 +8,7 @@ preprocessing. It and one of the two others are all that is needed to predict.
 
 from __future__ import annotations
 
+import contextlib
 import html
 import itertools
 import math
@@ -41,7 +42,7 @@ K = TypeVar('K')
 
 BATCH = 256
 # What `load` reads: names of files and folders, of a workdir or a model folder.
-READS = ('config.json', 'model', 'model.json', 'arrays', weights.NAME)
+_READS = ('inputs.json', 'model', 'model.json', 'arrays', weights.NAME)
 _BATCH_BYTES = 2**26  # most bytes of a batch's images as uint8
 
 
@@ -124,16 +125,44 @@ def load(folder: str | Path, step: int | str | None = None) -> Classifier:
     InputError: the folder holds no whole model, or no such checkpoint, or
       cannot be read.
   """
-  with bucket.reading(folder, READS) as there:
+  if step not in (None, 'best') and type(step) is not int:
+    raise InputError(
+      f"step={limits.shown(step)} is neither 'best' nor a whole number"
+    )
+  with reading(folder, step) as there:
     return _load(there, step)
+
+
+def reading(
+  folder: str | Path, step: int | str | None = None, also: Sequence[str] = ()
+) -> contextlib.AbstractContextManager[Path]:
+  """Yields a local folder that holds what `load` reads.
+
+  Of an address it fetches the model, or the one checkpoint that is loaded, and
+  not the others.
+
+  Args:
+    folder: see `load`.
+    step: see `load`.
+    also: names of more files to fetch, such as 'config.json'.
+
+  Raises:
+    InputError: see `load`.
+  """
+
+  def chosen(local: Path, steps: list[int]) -> list[str]:
+    if step is None and not (steps and _has_no_model(local)):
+      return []
+    number = snapshot.choose(local / 'checkpoints', steps, step)[0]
+    return [f'checkpoints/{number}']
+
+  names = _READS if step is None else ('inputs.json',)
+  measured = snapshot.MEASURED if step == 'best' else ()
+  return bucket.reading(folder, (*names, *measured, *also), more=chosen)
 
 
 def _load(folder: Path, step: int | str | None) -> Classifier:
   if step is not None or _is_unfinished(folder):
-    if step not in (None, 'best') and type(step) is not int:
-      raise InputError(
-        f"step={limits.shown(step)} is neither 'best' nor a whole number"
-      )
     return Classifier(*snapshot.read(folder, step))
   if (folder / 'model' / 'model.json').is_file():  # a workdir
     folder /= 'model'
@@ -185,11 +214,15 @@ def _load(folder: Path, step: int | str | None) -> Classifier:
 
 def _is_unfinished(folder: Path) -> bool:
   """Whether this is the workdir of a run without a model, with checkpoints."""
-  finished = (folder / 'model' / 'model.json').is_file()
-  begun = (folder / 'inputs.json').is_file() and any(
+  return _has_no_model(folder) and any(
     path.name.isdigit() for path in (folder / 'checkpoints').glob('[0-9]*')
   )
-  return begun and not finished
+
+
+def _has_no_model(folder: Path) -> bool:
+  """Whether this is the workdir of a run that is not finished."""
+  finished = (folder / 'model' / 'model.json').is_file()
+  return not finished and (folder / 'inputs.json').is_file()
 
 
 def _named_arrays(model: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ and a run that is under way is not disturbed.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,10 @@ from maskconnect_jax.method import topology, wiring
 from maskconnect_jax.method.wiring import RealMask
 from maskconnect_jax.networks import models
 from maskconnect_jax.run import checkpoint, model_record, stored
+
+# Names of the files and folders with the accuracies of checkpoints. Earlier
+# versions kept each in a folder in its checkpoint.
+MEASURED = (checkpoint.ACCURACIES, 'metrics')
 
 
 def description(
@@ -96,13 +100,36 @@ def read(
   """
   record = _record_of(workdir)
   folder = workdir / 'checkpoints'
+  steps = [
+    int(path.name) for path in folder.glob('[0-9]*') if path.name.isdigit()
+  ]
+  chosen = choose(folder, steps, step)
+  for number in chosen:
+    try:
+      return _network_in(folder / str(number), record)
+    except InputError as error:
+      if number == chosen[-1]:
+        raise
+      logging.warning('%s; trying the one before', error)
+  raise AssertionError
+
+
+def choose(
+  folder: Path, steps: Iterable[int], step: int | str | None
+) -> list[int]:
+  """Returns the steps whose checkpoints to try, the first one first.
+
+  Args:
+    folder: the folder of the checkpoints; for 'best' it holds at least what
+      MEASURED names.
+    steps: those that have a checkpoint.
+    step: see `read`.
+
+  Raises:
+    InputError: there is no such checkpoint.
+  """
   known = stored.accuracies(folder / checkpoint.ACCURACIES)
-  accuracies = {
-    int(path.name): known.get(int(path.name), _accuracy(path))
-    for path in folder.glob('[0-9]*')
-    if path.name.isdigit()
-  }
-  there = ', '.join(map(str, sorted(accuracies))) or 'none'
+  accuracies = {n: known.get(n, _accuracy(folder / str(n))) for n in steps}
   if step is None:
     chosen = sorted(accuracies, reverse=True)
   elif step == 'best':
@@ -112,17 +139,11 @@ def read(
     chosen = [n for n in accuracies if n == step]
   if not chosen:
     which = 'a measured accuracy' if step == 'best' else f'step {step}'
+    there = ', '.join(map(str, sorted(accuracies))) or 'none'
     raise InputError(
       f'{folder} has no checkpoint of {which}; those there: {there}'
     )
-  for number in chosen:
-    try:
-      return _network_in(folder / str(number), record)
-    except InputError as error:
-      if number == chosen[-1]:
-        raise
-      logging.warning('%s; trying the one before', error)
-  raise AssertionError
+  return chosen
 
 
 def _record_of(workdir: Path) -> dict[str, Any]:

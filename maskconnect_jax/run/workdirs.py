@@ -120,6 +120,27 @@ def keep_version(config: ml_collections.ConfigDict, workdir: Path) -> None:
     config.model.version = config_lib.stored(workdir).model.version
 
 
+def are_of_one_run(one: Path, other: Path) -> bool:
+  """Whether two workdirs are of equal configs, images and given topologies.
+
+  Fields that tell no runs apart may differ, and the images may have moved.
+  """
+  try:
+    ours, theirs = (
+      config_lib.essential(config_lib.stored(each)) for each in (one, other)
+    )
+  except InputError:
+    return False
+  known = [read_inputs(each) for each in (one, other)]
+  made_from = [
+    record and (record['data'], record['topology']) for record in known
+  ]
+  left_out = PLACES if None not in known else ()
+  return made_from[0] == made_from[1] and all(
+    ours[name] == theirs[name] for name in ours if name not in left_out
+  )
+
+
 def has_steps(workdir: Path) -> bool:
   """Whether a run has saved a checkpoint or a summary in this workdir."""
   return (workdir / 'summary.json').exists() or any(
@@ -211,19 +232,16 @@ def _same(one: str, other: str) -> bool:
 def remove_leftovers(folder: Path, names: Iterable[str] | None = None) -> None:
   """Removes files that killed processes left half written.
 
-  Only the holder of the folder's lock may call this.
-
   Args:
     folder: the workdir of a run or of a sweep.
     names: names of the files that are written there; None: those of a run.
   """
   written = {*_FOLDERS, *FILES} if names is None else set(names)
-  for name in written:
-    files.remove(files.temporary_of(folder / name))
+  files.remove_leftovers(folder, written.__contains__)
   if names is None:
-    for path in (folder / 'figures').glob('.*.tmp'):
-      if re.fullmatch(r'\.\w+\.(png|svg)(\.\d+)?\.tmp', path.name):
-        files.remove(path)
+    # Earlier versions put the number of the process behind a figure's name.
+    figure = re.compile(r'\w+\.(png|svg)(\.\d+)?')
+    files.remove_leftovers(folder / 'figures', figure.fullmatch)
 
 
 def read_inputs(workdir: Path) -> dict[str, Any] | None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import boto3
@@ -18,8 +20,9 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 import maskconnect_jax
+from maskconnect_jax import config as config_lib
 from maskconnect_jax.errors import InputError
-from maskconnect_jax.run import bucket, locks
+from maskconnect_jax.run import bucket, inference, locks, mirror
 
 ROOT = Path(__file__).parents[2]
 WHOLE = '_CHECKPOINT_METADATA'
@@ -132,7 +135,7 @@ def test_in_which_order_objects_come_and_go(s3, tmp_path, monkeypatch):
   told = []
 
   def record(kind):
-    real = getattr(bucket._Mirror('s3://store/run')._system, kind)
+    real = getattr(mirror.Mirror('s3://store/run')._system, kind)
 
     def call(*args):
       told.append((kind[0], args[-1].removeprefix('store/run/')))
@@ -140,12 +143,12 @@ def test_in_which_order_objects_come_and_go(s3, tmp_path, monkeypatch):
 
     return call
 
-  mirror = bucket._Mirror('s3://store/run')
+  ours = mirror.Mirror('s3://store/run')
   for kind in ('put_file', 'rm_file'):
-    monkeypatch.setattr(mirror._system, kind, record(kind))
+    monkeypatch.setattr(ours._system, kind, record(kind))
   write(tmp_path, {'summary.json': '', 'model/model.json': '', 'model/z': ''})
   write(tmp_path, {'metrics.jsonl': '', 'config.json': '', **checkpoint(4)})
-  mirror.push(tmp_path)
+  ours.push(tmp_path)
   assert told == [
     ('p', 'config.json'),
     ('p', 'metrics.jsonl'),
@@ -156,21 +159,25 @@ def test_in_which_order_objects_come_and_go(s3, tmp_path, monkeypatch):
     ('p', 'summary.json'),
   ]
   told.clear()
-  mirror.push(tmp_path)
+  ours.push(tmp_path)
   assert told == []  # nothing has changed
   shutil.rmtree(tmp_path / 'checkpoints/4')
-  write(tmp_path, checkpoint(8))
-  mirror.push(tmp_path)
+  write(tmp_path, {'checkpoints/accuracies.json': '', **checkpoint(8)})
+  write(tmp_path, checkpoint(12))
+  ours.push(tmp_path)
   assert told == [
+    ('p', 'checkpoints/accuracies.json'),
     ('p', 'checkpoints/8/a'),
     ('p', f'checkpoints/8/{WHOLE}'),
+    ('p', 'checkpoints/12/a'),
+    ('p', f'checkpoints/12/{WHOLE}'),
     ('r', f'checkpoints/4/{WHOLE}'),
     ('r', 'checkpoints/4/a'),
   ]
 
 
 def test_what_changes_goes_up_meanwhile(s3, monkeypatch):
-  monkeypatch.setattr(bucket, 'SECONDS', 0.05)
+  monkeypatch.setattr(mirror, 'SECONDS', 0.05)
   with bucket.mirrored('s3://store/run') as folder:
     write(folder, {'metrics.jsonl': 'a line\n'})
     waiter = s3.get_waiter('object_exists')
@@ -178,15 +185,196 @@ def test_what_changes_goes_up_meanwhile(s3, monkeypatch):
     waiter.wait(Bucket='store', Key='run/metrics.jsonl')
 
 
+def a_run(*steps, seed=0):
+  """The files of a run with checkpoints; the log tells the newest one."""
+  config = config_lib.default()
+  config.seed = seed
+  texts = {'config.json': config.to_json(), 'metrics.jsonl': f'{steps[-1]}\n'}
+  for step in steps:
+    texts |= checkpoint(step)
+  return texts
+
+
+def kept_of(text):
+  return Path(re.search(r' in (/\S+?),', text)[1])
+
+
 def test_a_bucket_that_is_lost_loses_nothing(s3):
+  with bucket.mirrored('s3://store/run') as folder:
+    write(folder, a_run(4))
+  there = {key: content(s3, key) for key in keys(s3)}
   work = bucket.mirrored('s3://store/run')
-  write(work.__enter__(), {'config.json': 'kept'})
+  write(work.__enter__(), a_run(4, 8))
+  for key in there:
+    s3.delete_object(Bucket='store', Key=key)
   s3.delete_bucket(Bucket='store')
   with pytest.raises(InputError, match='cannot be written .*all files') as told:
     work.__exit__(None, None, None)
-  kept = Path(str(told.value).partition(' are in ')[2].partition(',')[0])
-  assert (kept / 'config.json').read_text() == 'kept'
+  assert '\n' not in str(told.value)
+  kept = kept_of(str(told.value))
+  assert (kept / 'checkpoints/8/a').read_text() == 'abc'
+  with pytest.raises(InputError, match='cannot be written'):
+    bucket.mirrored('s3://store/run').__enter__()
+  assert (kept / 'checkpoints/8/a').read_text() == 'abc'
   s3.create_bucket(Bucket='store')
+  for key, body in there.items():
+    s3.put_object(Bucket='store', Key=key, Body=body)
+  with bucket.mirrored('s3://store/run') as folder:
+    assert (folder / 'checkpoints/8/a').read_text() == 'abc'
+  assert not kept.parent.exists()
+
+
+def test_what_a_killed_run_did_not_send_is_sent_first(s3, caplog):
+  with bucket.mirrored('s3://store/run') as folder:
+    write(folder, a_run(4, 8))
+  write(folder, a_run(8, 12, 100))  # as a process that was killed leaves it
+  write(folder, {'checkpoints/8/a': 'of other names and bytes'})
+  write(folder, {'checkpoints/104.orbax-checkpoint-tmp/a': ''})
+  with bucket.mirrored('s3://store/run') as again:
+    assert again == folder
+    assert 'sending it now, up to the checkpoint of step 100' in caplog.text
+    steps = {path.name for path in (folder / 'checkpoints').iterdir()}
+    assert steps == {'4', '8', '12', '100'}
+    assert (folder / 'checkpoints/8/a').read_text() == 'abc'
+    assert (folder / 'metrics.jsonl').read_text() == '100\n'
+  assert not folder.parent.exists()
+  # Its last checkpoint is there, and its results are not.
+  write(folder, a_run(100) | {'summary.json': '{}'})
+  with bucket.mirrored('s3://store/run'):
+    assert content(s3, 'run/summary.json') == b'{}'
+
+
+def test_a_bucket_that_is_ahead_stays_as_it_is(s3, caplog):
+  with bucket.mirrored('s3://store/run') as folder:
+    write(folder, a_run(4, 12))
+  write(folder, a_run(4, 8))
+  with bucket.mirrored('s3://store/run'):
+    steps = {path.name for path in (folder / 'checkpoints').iterdir()}
+    assert steps == {'4', '12'}
+    assert (folder / 'metrics.jsonl').read_text() == '12\n'
+  assert not [r for r in caplog.records if r.levelname == 'WARNING']
+  assert not list(folder.parents[1].iterdir())
+
+
+@pytest.mark.parametrize(
+  'there', [a_run(12, seed=1), {}], ids=['other', 'none']
+)
+def test_an_unsent_run_that_is_not_that_of_the_bucket_is_kept(
+  there, s3, caplog
+):
+  with bucket.mirrored('s3://store/run') as folder:
+    write(folder, there)
+  before = keys(s3)
+  write(folder, a_run(4, 24))
+  with bucket.mirrored('s3://store/run'):
+    names = {p.relative_to(folder).as_posix() for p in folder.rglob('*.*')}
+    assert names == {name for name in there if '.' in name}
+  assert keys(s3) == before
+  assert 'was cut on this machine after step 24' in caplog.text
+  kept = kept_of(caplog.text)
+  assert (kept / 'checkpoints/24/a').read_text() == 'abc'
+  # It stays as long as it is used, and for a month.
+  old = time.time() - 31 * 86_400
+  for path in (kept, *kept.rglob('*')):
+    os.utime(path, (old, old))
+  os.utime(kept / 'config.json')
+  with bucket.mirrored('s3://store/run'):
+    assert kept.exists()
+  os.utime(kept / 'config.json', (old, old))
+  with bucket.mirrored('s3://store/run'):
+    assert not kept.exists()
+  assert f'removing {kept}' in caplog.text
+
+
+@pytest.mark.parametrize('clean', [True, False])
+def test_an_interrupt_while_the_last_files_go_up(
+  clean, s3, monkeypatch, caplog
+):
+  def interrupted(*_):
+    raise KeyboardInterrupt
+
+  def run():
+    with bucket.mirrored('s3://store/run') as folder:
+      write(folder, a_run(4, 8))
+      system = mirror.Mirror('s3://store/run')._system
+      monkeypatch.setattr(system, 'put_file', interrupted)
+      if not clean:
+        raise ValueError
+
+  with bucket.mirrored('s3://store/run') as folder:
+    write(folder, a_run(4))
+  with pytest.raises(KeyboardInterrupt):
+    run()
+  assert kept_of(caplog.text) == folder
+  assert (folder / 'checkpoints/8/a').read_text() == 'abc'
+  monkeypatch.undo()
+
+
+@pytest.fixture
+def cut(s3, finished):
+  """The address of the tiny run as it was before its model was written.
+
+  Of its checkpoints three are there, and the end of a fourth is missing.
+  """
+  for path in finished.workdir.rglob('*'):
+    name = path.relative_to(finished.workdir).as_posix()
+    sent = re.match(
+      r'(config|inputs|checkpoints/accuracies)\.json|checkpoints/(8|12|16|20)/',
+      name,
+    )
+    if path.is_file() and sent and name != f'checkpoints/20/{WHOLE}':
+      s3.upload_file(str(path), 'store', f'run/{name}')
+  return 's3://store/run'
+
+
+def accuracies(workdir):
+  return {
+    record['step']: record['test_accuracy']
+    for record in records(workdir / 'metrics.jsonl')
+    if 'test_accuracy' in record
+  }
+
+
+def test_a_run_in_a_bucket_that_is_not_finished(cut, finished):
+  """The newest checkpoint, that of a step and the best; each fetched alone."""
+  measured = accuracies(finished.workdir)
+  best = max((8, 16), key=lambda step: (measured[step], step))
+  for step, number in ((None, 16), (12, 12), ('best', best)):
+    model = maskconnect_jax.load(cut, step=step)
+    theirs = maskconnect_jax.load(finished.workdir, step=number)
+    assert model.topology == theirs.topology
+    assert_same_arrays(
+      *(
+        {name: np.asarray(array) for name, array in each.arrays.items()}
+        for each in (model, theirs)
+      )
+    )
+    with inference.reading(cut, step) as folder:
+      data = {path.parts for path in folder.glob('checkpoints/*/state/**/*')}
+      assert {parts[len(folder.parts) + 1] for parts in data} == {str(number)}
+
+
+@pytest.mark.parametrize(
+  ('step', 'says'),
+  [
+    (20, r's3://store/run/checkpoints has .* step 20; those there: 8, 12, 16$'),
+    ('bets', "^step='bets' is neither"),
+  ],
+)
+def test_checkpoints_that_are_not_in_the_bucket(cut, step, says):
+  with pytest.raises(InputError, match=says):
+    maskconnect_jax.load(cut, step=step)
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_that_is_not_finished_is_evaluated(
+  cut, finished, cli
+):
+  there = cli('--mode=evaluate', f'--workdir={cut}')
+  assert there.code == 0, there.err
+  assert json.loads(there.out)['test_accuracy'] == pytest.approx(
+    accuracies(finished.workdir)[16]
+  )
 
 
 @pytest.mark.parametrize(
@@ -227,16 +415,20 @@ def test_a_missing_package_is_named(address, extra, monkeypatch):
 
 
 # Runs the command line, but kills itself (kill -9) once step 14 is written, and
-# all of that is in the bucket.
+# all of that is in the bucket; or with 'unsent' what came before step 6 alone.
 COMMAND = """
 import os, signal, sys, time
 from maskconnect_jax import main
-from maskconnect_jax.run import bucket, metrics
+from maskconnect_jax.run import metrics, mirror
 
-bucket.SECONDS = 0.1
+mirror.SECONDS = 0.1
 
 def write(self, step, *rest, real=metrics.MetricsWriter.write):
   real(self, step, *rest)
+  if 'unsent' in os.environ and step == 6:
+    time.sleep(5)
+    mirror.SECONDS = 1e6
+    time.sleep(5)
   if 'kill' in os.environ and step == 14:
     time.sleep(5)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -322,6 +514,27 @@ def test_a_killed_run_goes_on_from_the_bucket_alone(
   sweep = start('--mode=sweep', f'--config={tiny}', address)
   assert sweep.returncode == 2
   assert '--mode=sweep writes to a folder' in sweep.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_from_what_was_not_sent(
+  s3, tiny, finished, arrays_in, tmp_path
+):
+  address = '--workdir=s3://store/run'
+  first = start(f'--config={tiny}', address, kill='', unsent='')
+  assert first.returncode == -signal.SIGKILL, first.stderr
+  assert f'run/checkpoints/4/{WHOLE}' in keys(s3)
+  assert f'run/checkpoints/8/{WHOLE}' not in keys(s3)
+  second = start(address)
+  assert second.returncode == 0, second.stderr
+  assert 'up to the checkpoint of step 12' in second.stderr
+  assert 'going on from step 12 of 24 in s3://store/run' in second.stderr
+  there, whole = copied(s3, 'run/', tmp_path / 'copy'), finished.workdir
+  assert records(there / 'metrics.jsonl') == records(whole / 'metrics.jsonl')
+  assert_same_arrays(
+    *(arrays_in(f / 'checkpoints/24/state') for f in (there, whole))
+  )
+  assert not list((tmp_path / 'cache/maskconnect_jax/buckets').iterdir())
 
 
 @pytest.mark.slow

@@ -159,6 +159,37 @@ def test_leftovers_of_killed_processes(tmp_path):
   )
 
 
+def test_two_workdirs_of_one_run(config, tmp_path):
+  one, other = tmp_path / 'one', tmp_path / 'other'
+  inputs = {
+    'schema': workdirs.INPUTS_SCHEMA,
+    'data': {'train': 9, 'test': 3, 'classes': ['a'], 'digest': 'd'},
+    'topology': None,
+  }
+  assert not workdirs.are_of_one_run(one, other)
+  for folder in (one, other):
+    workdirs.write_config(config, folder)
+  assert workdirs.are_of_one_run(one, other)
+  workdirs.write_inputs(inputs, one)
+  assert not workdirs.are_of_one_run(one, other)
+  workdirs.write_inputs(inputs | {'resizer': 'pillow'}, other)
+  with config.unlocked():
+    config.data.dir, config.log_every = 'moved', '7 steps'
+    workdirs.write_config(config, other)
+    assert workdirs.are_of_one_run(one, other)
+    for folder in (one, other):
+      (folder / 'inputs.json').unlink()
+    assert not workdirs.are_of_one_run(one, other)  # what is in 'moved'?
+    for folder, topology in ((one, 'x'), (other, 'y')):
+      workdirs.write_inputs(inputs | {'topology': topology}, folder)
+    assert not workdirs.are_of_one_run(one, other)
+    workdirs.write_inputs(inputs | {'topology': 'x'}, other)
+    assert workdirs.are_of_one_run(one, other)
+    config.seed += 1
+    workdirs.write_config(config, other)
+    assert not workdirs.are_of_one_run(one, other)
+
+
 def test_somebody_elses_table(tmp_path):
   path = tmp_path / 'table.csv'
   workdirs.check_is_table(path)
