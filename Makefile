@@ -35,7 +35,8 @@ test: $(VENV)/.installed-test  ## the test suite; ARGS='-k resume'
 
 .PHONY: slow
 slow: $(VENV)/.installed-test  ## the tests that take minutes each
-	@$(VPYTHON) -m pytest -n 2 --dist loadfile -m slow $(ARGS)
+	@$(VPYTHON) -m pytest -n 2 --dist loadfile -m slow \
+	  -o faulthandler_timeout=900 $(ARGS)
 
 .PHONY: notebooks
 notebooks: $(VENV)/.installed-notebooks  ## run the notebooks, from a wheel
