@@ -124,6 +124,7 @@ def changed(path, value):
     ('connectivity.branch_identity', '1/C', "is for .*level='branch' alone"),
     ('connectivity.shuffled', True, "is for .*rule='fixed_given' alone"),
     ('data.randaugment', 2, "for .*crop='resized' alone, not for 'pad'"),
+    ('data.max_pixels', 2 * 10**9, r'whole number in \[1, 1000000000\]'),
     (
       'data.crop_scale',
       (0.5, 1.0),

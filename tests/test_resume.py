@@ -15,7 +15,7 @@ from PIL import Image
 
 from maskconnect_jax import config, signals
 from maskconnect_jax.networks import architectures
-from maskconnect_jax.run import locks, metrics, train
+from maskconnect_jax.run import locks, loop, metrics, train
 from maskconnect_jax.run.preemption import Preemption
 
 # Runs the command line, but kills itself (kill -9) right after the line of a
@@ -390,7 +390,7 @@ def test_finished_run_trains_nothing(
   def killed(*arguments, **more):
     raise MemoryError
 
-  monkeypatch.setattr(train, 'compile_step', never)
+  monkeypatch.setattr(loop, 'compile_step', never)
   with monkeypatch.context() as patch:
     patch.setattr(train.finish, 'draw_confusion', killed)
     with pytest.raises(MemoryError):
@@ -469,6 +469,7 @@ def test_another_config_is_refused(tiny, tmp_path, finished, cli):
     f'--config={tiny}',
     f'--workdir={finished.workdir}',
     '--config.seed=1',
+    '--config.optimizer.schedule=step',
     '--config.optimizer.steps_at=("10%",)',
   )
   assert ran.code == 2

@@ -22,7 +22,6 @@ from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import topology
 from maskconnect_jax.networks import models
 from maskconnect_jax.run import (
-  experiment,
   inference,
   model_arrays,
   model_record,
@@ -505,12 +504,6 @@ def test_the_bound_on_pixels_goes_with_the_model(model, folder):
   np.testing.assert_array_equal(
     inference.load(folder).predict([digit]), model.predict([digit])
   )
-
-
-def test_a_run_stores_a_bound_that_a_model_may_have(tiny_config):
-  tiny_config.data.max_pixels = 2 * 10**9
-  job = experiment.build(tiny_config)
-  assert experiment.served_as(job)['max_pixels'] == 10**9
 
 
 def test_classes_of_any_name_are_stored_and_read_back(folder):
