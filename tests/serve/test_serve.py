@@ -59,7 +59,7 @@ def model(finished):
 def served(model, limits):
   """Yields the port of a service in a thread."""
   begun = threading.Event()
-  with socket.create_server(('127.0.0.1', 0)) as listening:
+  with server.listen('127.0.0.1', 0) as listening:
     port = listening.getsockname()[1]
     running = server.of(model, limits, begun.set)
     thread = threading.Thread(target=running.run, args=([listening],))
@@ -86,6 +86,19 @@ def ask(port, method='POST', path='/predict', body=None, **headers):
     connection.request(method, path, body, headers)
     answer = connection.getresponse()
     return answer.status, answer.headers, answer.read()
+
+
+def test_no_answer_waits_for_an_acknowledgement(port):
+  """A second request of a connection would, for 40 ms at least."""
+  connection = http.client.HTTPConnection('127.0.0.1', port, timeout=30)
+  seconds = []
+  with contextlib.closing(connection):
+    for _ in range(10):
+      start = time.perf_counter()
+      connection.request('POST', '/predict', GOOD)
+      assert connection.getresponse().read()
+      seconds.append(time.perf_counter() - start)
+  assert min(seconds[1:]) < 0.03
 
 
 def form(*parts, boundary='xyz'):
