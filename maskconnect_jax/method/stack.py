@@ -318,10 +318,8 @@ class _Outputs:
 
   def static_sum(self, picked: Sequence[int], scale: float) -> jax.Array:
     """Returns the picked sources' scaled sum, in the newest output's shape."""
-    width = self.outputs[-1].shape[-1]
-    return static_sum(
-      [adapters.zero_pad_channels(self._take(i), width) for i in picked], scale
-    )
+    features = self.outputs[-1].shape[-1]
+    return static_sum([self._take(i) for i in picked], scale, features)
 
   def masked_sum(self, valid: Sequence[bool], weights: jax.Array) -> jax.Array:
     """Returns the sum that a block reads, of the newest output's shape.

@@ -114,7 +114,7 @@ def test_the_bfloat16_sum_is_accumulated_in_float32():
   total = masked_sum(jnp.ones((3, 2)), sources)
   assert total.dtype == jnp.float32
   np.testing.assert_array_equal(total, 258)
-  total = static_sum(sources, 1.0)
+  total = static_sum(sources, 1.0, sources[0].shape[-1])
   assert total.dtype == jnp.bfloat16
   np.testing.assert_array_equal(total.astype(jnp.float32), 258)
 
@@ -142,10 +142,12 @@ def test_the_bfloat16_weights_gradient_is_accumulated_in_float32():
 @pytest.mark.parametrize(('count', 'scale'), [(1, 0.5), (3, 1), (3, 1 / 3)])
 def test_static_sum_is_the_scaled_sum(count, scale):
   sources = np.random.default_rng(0).normal(size=(count, 2, 5))
-  total = static_sum(list(jnp.asarray(sources, jnp.float32)), scale)
+  total = static_sum(
+    list(jnp.asarray(sources, jnp.float32)), scale, sources.shape[-1]
+  )
   np.testing.assert_allclose(total, sources.sum(0) * scale, atol=1e-6)
 
 
 def test_one_source_of_scale_1_is_returned_untouched():
   source = jnp.ones((2, 3))
-  assert static_sum([source], 1.0) is source
+  assert static_sum([source], 1.0, source.shape[-1]) is source
