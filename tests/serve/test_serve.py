@@ -397,3 +397,21 @@ def test_a_port_that_is_taken_is_one_line(cli, finished, port):
   assert ran.code == 2
   assert f'--port={port} cannot be listened at: Address already' in ran.err
   assert ran.err.count('\n') == 1
+
+
+@pytest.mark.slow
+def test_ten_thousand_requests_of_64_clients(model):
+  def client(number):
+    connection = http.client.HTTPConnection('127.0.0.1', port, timeout=60)
+    right = 0
+    with contextlib.closing(connection):
+      for _ in range(10_000 // 64 + (number < 10_000 % 64)):
+        connection.request('POST', '/predict', GOOD)
+        answer = connection.getresponse()
+        (row,) = json.loads(answer.read())['predictions']
+        right += (answer.status, row['class']) == (200, expected)
+    return right
+
+  expected = model.classes[model.predict(DIGITS[:1])[0].argmax()]
+  with served(model, Limits()) as port, ThreadPoolExecutor(64) as pool:
+    assert sum(pool.map(client, range(64))) == 10_000
