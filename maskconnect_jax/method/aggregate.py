@@ -40,6 +40,31 @@ def masked_sum(
   return backend.sum_in_parts(_traced_once, weights, sources)
 
 
+def sum_of_widths(
+  rows: Sequence[jax.Array],
+  groups: Sequence[Sequence[jax.Array]],
+  features: int,
+) -> jax.Array:
+  """Returns the sum of sources of several widths, each times its weight.
+
+  Zero channels are appended to the sum of each width.
+
+  Args:
+    rows: the weights of each group, see `masked_sum`.
+    groups: the sources of one width each, [batch, ..., C] with C at most
+      `features`.
+    features: channels of the sum.
+
+  Returns:
+    [batch, ..., features], in the dtype of `masked_sum`.
+  """
+  sums = [
+    backend.append_zero_channels(masked_sum(row, group), features)
+    for row, group in zip(rows, groups, strict=True)
+  ]
+  return sum(sums[1:], start=sums[0])
+
+
 @jax.custom_vjp
 def _sum(weights: jax.Array, sources: tuple[jax.Array, ...]) -> jax.Array:
   exact = _exact(sources[0].dtype)
@@ -96,7 +121,7 @@ def static_sum(
 
   One source with scale 1 is returned unchanged. So Fixed-Prev equals the
   ordinary network to the bit. A CPU takes the sums of `masked_sum`, with which
-  Fixed-Random's step of resnet38 takes 0.9 of the time.
+  Fixed-Random's step of resnet38 takes 0.84 to 0.87 of the time.
 
   Args:
     sources: the y_i, at least one array, [batch, ..., C_i] with C_i at most
@@ -118,12 +143,12 @@ def static_sum(
     return backend.scaled_sum(exact, scale).astype(dtype)
 
   def cpu(*sources: jax.Array) -> jax.Array:
-    parts = []
-    for width in sorted({y.shape[-1] for y in sources}):
-      own = [y for y in sources if y.shape[-1] == width]
-      shape = len(own), own[0].shape[0]
-      part = masked_sum(jnp.full(shape, scale, _exact(dtype)), own)
-      parts.append(backend.append_zero_channels(part, features))
-    return sum(parts[1:], start=parts[0]).astype(dtype)
+    widths = sorted({y.shape[-1] for y in sources})
+    groups = [[y for y in sources if y.shape[-1] == w] for w in widths]
+    rows = [
+      jnp.full((len(own), own[0].shape[0]), scale, _exact(dtype))
+      for own in groups
+    ]
+    return sum_of_widths(rows, groups, features).astype(dtype)
 
   return backend.by_platform(cpu=cpu, default=default)(*sources)

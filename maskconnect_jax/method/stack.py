@@ -14,7 +14,7 @@ from flax import nnx
 from maskconnect_jax import backend, limits
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import adapters, connectivity
-from maskconnect_jax.method.aggregate import masked_sum, static_sum
+from maskconnect_jax.method.aggregate import static_sum, sum_of_widths
 from maskconnect_jax.method.spec import REMATS, WiringSpec
 from maskconnect_jax.method.topology import BranchTopology, Topology
 from maskconnect_jax.method.wiring import Wiring
@@ -334,13 +334,12 @@ class _Outputs:
     groups = [
       [i for i, y in taken.items() if y.shape[-1] == width] for width in widths
     ]
-    sums = []
-    for row, group in zip(
-      backend.rows_of(weights, groups), groups, strict=True
-    ):
-      total = masked_sum(row, [taken[i] for i in group])
-      sums.append(backend.append_zero_channels(total, newest.shape[-1]))
-    return sum(sums[1:], start=sums[0]).astype(newest.dtype)
+    total = sum_of_widths(
+      backend.rows_of(weights, groups),
+      [[taken[i] for i in group] for group in groups],
+      newest.shape[-1],
+    )
+    return total.astype(newest.dtype)
 
   def _take(self, i: int) -> jax.Array:
     """Returns source i in the newest output's shape, or with fewer channels."""

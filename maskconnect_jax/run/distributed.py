@@ -333,9 +333,9 @@ def union(numbers: set[int]) -> set[int]:
   Args:
     numbers: those of this process, each in [0, 2**31).
   """
-  own = np.array(sorted(numbers), np.int32)
   if jax.process_count() == 1:
     return numbers
+  own = np.array(sorted(numbers), np.int32)
   counts = multihost_utils.process_allgather(np.int32(len(own)))
   filled = np.pad(own, (0, counts.max() - len(own)), constant_values=-1)
   found = np.asarray(multihost_utils.process_allgather(filled))

@@ -206,7 +206,7 @@ def _network_in(
         f'{folder} is from before the wiring first narrowed. It has no topology'
         " yet: with start='previous' its sources still fade in"
       )
-    model = wiring.freeze(model, topology.from_mask(model.stack.mask()))
+    model = wiring.freeze(model, topology.from_mask(mask))
   pruned = wiring.prune(model)
   network, left = nnx.split(pruned)
   frozen = {'topology': pruned.topology.to_dict()}

@@ -154,14 +154,16 @@ def test_throughput_waits_for_the_device():
   )
   x = jnp.ones((300, 300))
   long(x).block_until_ready()  # compiles
-  start = time.perf_counter()
-  long(x).block_until_ready()
-  alone = time.perf_counter() - start
+  alone = []
+  for _ in range(3):
+    start = time.perf_counter()
+    long(x).block_until_ready()
+    alone.append(time.perf_counter() - start)
   clock = metrics.Throughput()
   clock.start()
   result = long(x)
   clock.stop(1, {'weights': result})
-  assert clock.seconds > 0.5 * alone
+  assert clock.seconds > 0.5 * min(alone)
 
 
 def test_plain_lines(monkeypatch, capsys):
