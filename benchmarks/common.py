@@ -273,7 +273,9 @@ def library_bytes(program: str) -> int:
     for name, kind in re.findall(r'(%[\w.-]+) = \(?(\w+\[[\d,]*\])', program)
   }
   calls = re.findall(
-    r'(%[\w.-]+) = .* custom-call\(([^)]*)\).* custom_call_target="__', program
+    r'(%[\w.-]+) = .* custom-call\(([^)]*)\)'
+    r'.* custom_call_target="(?:__|maskconnect)',
+    program,
   )
   return sum(
     size[name]

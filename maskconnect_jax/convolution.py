@@ -1,13 +1,15 @@
-"""Convolutions in the form from which XLA compiles the fastest program.
+"""Convolutions in the form that is fastest on each platform.
 
 `conv` takes each convolution of the networks. A GPU and a TPU have libraries
-for it. XLA's CPU compiler has fast matrix products, and convolutions that are
-fast for 32 output channels and more. So on a CPU
+for it. On a CPU XLA computes many of them at half the speed that the cores
+have. So on a CPU
 
 - a 1x1 convolution is a matrix product, and so is that of images of fewer
   pixels than the kernel,
-- with 16 output channels or fewer, neighbouring pixels are computed together,
-- groups of channels are bundled to 16 channels at least.
+- the others are those of convolution.cc if `native` is on (`run.native`
+  compiles them), and groups of channels are bundled to 16 channels at least,
+- without them, with 16 output channels or fewer, neighbouring pixels are
+  computed together.
 
 All forms are equal up to rounding. Their figures stand in docs/notebook.md
 under "Convolutions on a CPU" and "The grouped convolution".
@@ -16,6 +18,8 @@ under "Convolutions on a CPU" and "The grouped convolution".
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +29,13 @@ from maskconnect_jax import backend
 
 _LAYOUT = ('NHWC', 'HWIO', 'NHWC')
 _BUNDLE = 16  # channels at least, see `bundled`
+_LANES = 16  # the output channels of a group are a multiple, in convolution.cc
 _OUTPUTS = 32  # channels of all pixels that `side_by_side` computes together
+
+# Whether a CPU takes convolution.cc, whose calls are named by NATIVE. They run
+# where they were compiled: a program for another machine takes XLA's.
+native = jax.make_user_context(default_value=False)
+NATIVE = ('maskconnect_conv', 'maskconnect_conv_kernel_gradient')
 
 
 def conv(x: jax.Array, kernel: jax.Array, stride: int = 1) -> jax.Array:
@@ -90,12 +100,29 @@ def by_library(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   """
   groups = groups_of(x, kernel)
   local = functools.partial(plain, strides=(stride, stride), groups=groups)
+  return (_on_each_device(local) if groups > 1 else local)(x, kernel)
+
+
+def _on_each_device(
+  local: Callable[[jax.Array, jax.Array], jax.Array], *, gradient: bool = False
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """Returns a function that each device computes for its part of the batch.
+
+  Args:
+    local: a function of x and kernel; or of x and dy.
+    gradient: whether it is the latter; its results are added.
+  """
   mesh = jax.sharding.get_abstract_mesh()
-  inside = mesh.empty or mesh.manual_axes  # in the `shard_map` of a step
-  if groups > 1 and not inside and mesh.size > 1:
-    batch, whole = PartitionSpec('data'), PartitionSpec()
-    local = jax.shard_map(local, in_specs=(batch, whole), out_specs=batch)
-  return local(x, kernel)
+  if mesh.empty or mesh.manual_axes or mesh.size == 1:
+    return local  # the batch is whole, or we are in the `shard_map` of a step
+  batch, whole = PartitionSpec('data'), PartitionSpec()
+  if not gradient:
+    return jax.shard_map(local, in_specs=(batch, whole), out_specs=batch)
+  return jax.shard_map(
+    lambda x, dy: jax.lax.psum(local(x, dy), 'data'),
+    in_specs=(batch, batch),
+    out_specs=whole,
+  )
 
 
 def on_a_cpu(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
@@ -175,18 +202,158 @@ def of_small_images(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dense(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-  """Computes `conv` without groups, its gradients as convolutions, too.
+  """Computes `conv`, and its gradients as `input_` and `kernel_gradient`.
 
-  The input's gradient is a convolution of dy with the kernel, turned by 180
-  degrees and with inputs and outputs exchanged. The kernel's gradient is one of
-  x, whose images are its channels, with dy as the kernel. Autodiff would ask
-  for the same two in other layouts, which XLA's CPU compiler changes before it
-  chooses how to compute them, but not in a conditional (see
-  `backend.by_platform`).
+  Autodiff would ask for the same convolutions in other layouts, which XLA's CPU
+  compiler changes before it chooses how to compute them, but not in a
+  conditional (see `backend.by_platform`). XLA's forms here have no groups: x
+  has them only where convolution.cc takes it.
   """
+  if _is_native(x, kernel.shape):
+    local = functools.partial(_native_conv, stride=stride)
+    return _on_each_device(local)(x, kernel)
   if stride == 1:
     return side_by_side(x, kernel)
   return plain(x, kernel, (stride, stride))
+
+
+def _dense_forward(
+  x: jax.Array, kernel: jax.Array, stride: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  return dense(x, kernel, stride), (x, kernel)
+
+
+def _dense_backward(
+  stride: int, given: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  x, kernel = given
+  return (
+    input_gradient(dy, kernel, x.shape, stride),
+    kernel_gradient(x, dy, kernel.shape, stride),
+  )
+
+
+dense.defvjp(_dense_forward, _dense_backward)
+
+
+def input_gradient(
+  dy: jax.Array, kernel: jax.Array, shape: tuple[int, ...], stride: int
+) -> jax.Array:
+  """Returns the gradient of x, a convolution of dy with the turned kernel.
+
+  Its rows and columns are reversed, its inputs and outputs exchanged.
+
+  Args:
+    dy: [N, ceil(H/s), ceil(W/s), C'].
+    kernel: [k, k, C / groups, C'].
+    shape: of x, [N, H, W, C].
+    stride: s, 1 with groups.
+  """
+  size, _, inputs, outputs = kernel.shape
+  groups = shape[-1] // inputs
+  apart = kernel[::-1, ::-1].reshape(size, size, inputs, groups, -1)
+  turned = apart.swapaxes(2, 4).reshape(size, size, outputs // groups, -1)
+  if stride == 1:
+    return dense(dy, turned, 1)
+  before = size // 2
+  return jax.lax.conv_general_dilated(
+    dy,
+    turned,
+    (1, 1),
+    [
+      (size - 1 - before, n + before - own)
+      for n, own in zip(shape[1:3], _reach(dy, stride), strict=True)
+    ],
+    lhs_dilation=(stride, stride),
+    dimension_numbers=_LAYOUT,
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def kernel_gradient(
+  x: jax.Array, dy: jax.Array, shape: tuple[int, ...], stride: int
+) -> jax.Array:
+  """Returns the gradient of the kernel, of the given shape.
+
+  By XLA it is a convolution of x, whose images are its channels, with dy as the
+  kernel.
+
+  Args:
+    x: [N, H, W, C].
+    dy: [N, ceil(H/s), ceil(W/s), C'].
+    shape: [k, k, C / groups, C'].
+    stride: s.
+  """
+  if _is_native(x, shape):
+    local = functools.partial(_native_gradient, shape=shape, stride=stride)
+    return _on_each_device(local, gradient=True)(x, dy)
+  size, before = shape[0], shape[0] // 2
+  found = jax.lax.conv_general_dilated(
+    x.transpose(3, 1, 2, 0),
+    dy.transpose(1, 2, 0, 3),
+    (1, 1),
+    [
+      (before, size - 1 - before + own - n)
+      for n, own in zip(x.shape[1:3], _reach(dy, stride), strict=True)
+    ],
+    rhs_dilation=(stride, stride),
+    dimension_numbers=_LAYOUT,
+  )
+  return found.transpose(1, 2, 0, 3)
+
+
+def _gradient_forward(
+  x: jax.Array, dy: jax.Array, shape: tuple[int, ...], stride: int
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+  return kernel_gradient(x, dy, shape, stride), (x, dy)
+
+
+def _gradient_backward(
+  shape: tuple[int, ...],
+  stride: int,
+  given: tuple[jax.Array, jax.Array],
+  slope: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  x, dy = given
+  return (
+    input_gradient(dy, slope, x.shape, stride),
+    dense(x, slope, stride),
+  )
+
+
+kernel_gradient.defvjp(_gradient_forward, _gradient_backward)
+
+
+def _reach(dy: jax.Array, stride: int) -> list[int]:
+  """Returns the rows and columns of x, with zeros, that one weight meets."""
+  return [(n - 1) * stride + 1 for n in dy.shape[1:3]]
+
+
+def _is_native(x: jax.Array, kernel: tuple[int, ...]) -> bool:
+  """Returns whether convolution.cc computes this, on a kernel of this shape."""
+  per_group = kernel[-1] * kernel[2] // x.shape[-1]
+  return bool(
+    native.value and x.dtype == jnp.float32 and per_group % _LANES == 0
+  )
+
+
+def _native_conv(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
+  sides = (-(-n // stride) for n in x.shape[1:3])
+  return _call(NATIVE[0], (len(x), *sides, kernel.shape[-1]))(
+    x, kernel, stride=stride
+  )
+
+
+def _native_gradient(
+  x: jax.Array, dy: jax.Array, *, shape: tuple[int, ...], stride: int
+) -> jax.Array:
+  return _call(NATIVE[1], shape)(x, dy, stride=stride)
+
+
+def _call(name: str, shape: tuple[int, ...]) -> Any:
+  """Returns a function of convolution.cc, whose result has this shape."""
+  result = jax.ShapeDtypeStruct(shape, jnp.float32)
+  return jax.ffi.ffi_call(name, result, vmap_method='sequential')
 
 
 def side_by_side(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -220,53 +387,6 @@ def side_by_side(x: jax.Array, kernel: jax.Array) -> jax.Array:
   return y.reshape(n, height, width, outputs)
 
 
-def _dense_forward(
-  x: jax.Array, kernel: jax.Array, stride: int
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  return dense(x, kernel, stride), (x, kernel)
-
-
-def _dense_backward(
-  stride: int, given: tuple[jax.Array, jax.Array], dy: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  x, kernel = given
-  size, before = len(kernel), len(kernel) // 2
-  # Rows and columns of x that a kernel's first weight meets, zeros included.
-  reach = [(n - 1) * stride + 1 for n in dy.shape[1:3]]
-  lengths = x.shape[1:3]
-
-  turned = kernel[::-1, ::-1].swapaxes(2, 3)
-  if stride == 1:
-    dx = side_by_side(dy, turned)
-  else:
-    dx = jax.lax.conv_general_dilated(
-      dy,
-      turned,
-      (1, 1),
-      [
-        (size - 1 - before, n + before - own)
-        for n, own in zip(lengths, reach, strict=True)
-      ],
-      lhs_dilation=(stride, stride),
-      dimension_numbers=_LAYOUT,
-    )
-  dkernel = jax.lax.conv_general_dilated(
-    x.transpose(3, 1, 2, 0),
-    dy.transpose(1, 2, 0, 3),
-    (1, 1),
-    [
-      (before, size - 1 - before + own - n)
-      for n, own in zip(lengths, reach, strict=True)
-    ],
-    rhs_dilation=(stride, stride),
-    dimension_numbers=_LAYOUT,
-  )
-  return dx, dkernel.transpose(1, 2, 0, 3)
-
-
-dense.defvjp(_dense_forward, _dense_backward)
-
-
 def bundled(
   x: jax.Array, kernel: jax.Array, stride: int, channels: int = _BUNDLE
 ) -> jax.Array:
@@ -276,21 +396,24 @@ def bundled(
   takes 40 to 290 times as long. Bundles of 16 channels, or of one group if that
   is wider, are the fastest or within the noise of the fastest.
   """
-  size, _, width, _ = kernel.shape
+  size, _, width, outputs = kernel.shape
   groups = groups_of(x, kernel)
   bundle = max(1, min(groups, channels // width))
   while groups % bundle:
     bundle -= 1
-  outputs = kernel.shape[-1] // groups
+  count = groups // bundle
+  apart = kernel.reshape(size, size, width, count, bundle, -1)
   eye = jnp.eye(bundle, dtype=kernel.dtype)
-  parts = []
-  for part, own in zip(
-    jnp.split(x, groups // bundle, -1),
-    jnp.split(kernel, groups // bundle, -1),
-    strict=True,
-  ):
-    blocks = own.reshape(size, size, width, bundle, outputs)
-    joined = jnp.einsum('hwigo,gj->hwjigo', blocks, eye)
-    joined = joined.reshape(size, size, bundle * width, bundle * outputs)
-    parts.append(on_a_cpu(part, joined, stride))
+  joined = jnp.einsum('hwinjo,gj->hwginjo', apart, eye)
+  joined = joined.reshape(size, size, bundle * width, outputs)
+  # With a stride, or where `dense` cannot turn the kernel, bundle by bundle.
+  whole = stride == 1 < size and joined.shape[2] % _LANES == 0
+  if whole and _is_native(x, joined.shape):
+    return dense(x, joined, stride)
+  parts = [
+    on_a_cpu(part, own, stride)
+    for part, own in zip(
+      jnp.split(x, count, -1), jnp.split(joined, count, -1), strict=True
+    )
+  ]
   return jnp.concatenate(parts, -1)

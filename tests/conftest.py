@@ -54,6 +54,13 @@ if _CACHE not in os.environ:
 flags.FLAGS.mark_as_parsed()
 
 
+def pytest_configure() -> None:
+  """Compiles the convolutions first: later tests would compute other bits."""
+  from maskconnect_jax.run import native
+
+  native.use()
+
+
 def pytest_unconfigure() -> None:
   """Removes the compiled programs of this run."""
   if _own_cache:

@@ -10,6 +10,14 @@ import pytest
 from maskconnect_jax import convolution
 from maskconnect_jax.run import distributed
 
+
+@pytest.fixture(autouse=True)
+def xlas():
+  """tests/run/test_native.py has the other form."""
+  with convolution.native(False):
+    yield
+
+
 # Images, height, width, channels, groups, channels out, kernel, stride.
 SHAPES = [
   (2, 8, 8, 3, 1, 16, 3, 1),  # four pixels together

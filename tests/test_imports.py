@@ -36,8 +36,8 @@ FOLDERS: dict[str, set[str]] = {
     'networks.architectures', 'networks.models', 'report',
   },
   'run': {
-    'config', 'files', 'limits', 'names', 'signals', 'fields', 'data',
-    'networks', 'method', 'figures', 'report', 'drawing',
+    'config', 'convolution', 'files', 'limits', 'names', 'signals', 'fields',
+    'data', 'networks', 'method', 'figures', 'report', 'drawing',
   },
   'networks': {'backend', 'convolution', 'limits', 'method'},
   'data': {'config', 'files', 'limits', 'names', 'signals'},
@@ -86,7 +86,10 @@ ARROWS: dict[str, set[str]] = {
   'run.card': {'names', 'run.scores', 'run.software'},
   'run.objective': set(),
   'run.scores': {'names'},
-  'run.export': {'backend', 'files', 'run.augment', 'run.inference'},
+  'run.export': {
+    'backend', 'convolution', 'files', 'run.augment', 'run.inference',
+  },
+  'run.native': {'convolution', 'run.compilation_cache'},
 }  # fmt: skip
 # Package -> the files that may import it: one of the checkpoints', the others
 # of extras, which are decided on in one place each.

@@ -36,7 +36,10 @@ def test_it_holds_every_file(wheel):
   with zipfile.ZipFile(wheel) as archive:
     held = {name for name in archive.namelist() if '.dist-info/' not in name}
   page = {f'maskconnect_jax/report/page.{kind}' for kind in ('css', 'js')}
-  assert held == expected | page | {'maskconnect_jax/py.typed'}
+  others = {
+    f'maskconnect_jax/{name}' for name in ('convolution.cc', 'py.typed')
+  }
+  assert held == expected | page | others
 
 
 def test_a_command_in_an_empty_folder(wheel, tmp_path):

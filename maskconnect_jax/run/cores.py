@@ -20,6 +20,8 @@ from typing import Any
 import jax
 import ml_collections
 
+from maskconnect_jax.run import native
+
 # Pixels of a batch that are worth a device of their own. With fewer, devices
 # wait for each other longer than they compute.
 _PIXELS = 8192
@@ -33,7 +35,7 @@ _DEVICES = 'jax_num_cpu_devices'
 
 
 def use(count: int) -> None:
-  """Lets JAX use all cores of a CPU, and keep memory from step to step.
+  """Lets JAX use a CPU well: all cores, memory that stays, `native` code.
 
   Call it before JAX computes anything; later, and on a machine with a GPU or a
   TPU, it does nothing. JAX_NUM_CPU_DEVICES and XLA_FLAGS may set the number of
@@ -45,6 +47,7 @@ def use(count: int) -> None:
   """
   if not _only_a_cpu():
     return
+  native.use()
   if not _devices_are_given():
     try:
       jax.config.update(_DEVICES, count)

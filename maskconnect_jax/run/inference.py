@@ -513,12 +513,13 @@ class Classifier:
     # N is padded to a power of two, so few shapes are compiled.
     padded = 1 << (len(batch) - 1).bit_length()
     filled = np.pad(batch, ((0, padded - len(batch)), (0, 0), (0, 0), (0, 0)))
-    state, images = self._placed(filled)
-    found = jax.device_get(function(state, images))
+    state, images, mesh = self._placed(filled)
+    with jax.sharding.use_abstract_mesh(mesh):  # for `convolution.conv`
+      found = jax.device_get(function(state, images))
     return jax.tree.map(lambda rows: rows[: len(batch)], found)
 
-  def _placed(self, batch: np.ndarray) -> tuple[Any, Any]:
-    """Returns the arrays of the network and a batch, on as many devices.
+  def _placed(self, batch: np.ndarray) -> tuple[Any, Any, Any]:
+    """Returns the network's arrays and a batch on as many devices, their mesh.
 
     A GPU or a TPU takes a whole batch. The cores of a CPU share it.
     """
@@ -534,4 +535,7 @@ class Classifier:
         distributed.sharded(mesh),
       )
     state, sharding = self._states[count]
-    return state, batch if count == 1 else jax.device_put(batch, sharding)
+    if count == 1:
+      return state, batch, jax.sharding.get_abstract_mesh()
+    mesh = sharding.mesh.abstract_mesh
+    return state, jax.device_put(batch, sharding), mesh

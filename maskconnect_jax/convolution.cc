@@ -1,0 +1,219 @@
+// A convolution on a CPU, and the gradient of its kernel, as XLA FFI calls.
+//
+// `convolution.py` says when they are taken, and `run/kernels.py` compiles them
+// for the CPU of this machine. Both are sums of products of a vector of output
+// channels with one number of the input. The sums of a tile of pixels (or of
+// kernel weights) stay in registers until they are complete. Each handler runs
+// on one thread: the batch is split over devices, one for each core.
+//
+// Layouts: x [N, H, W, C], kernel [k, k, C / groups, C'], y [N, H', W', C'].
+// C' / groups is a multiple of 16. Zeros surround the image.
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16, kTile = 16;  // floats in a register, sums at once
+#elif defined(__AVX__)
+constexpr int kLanes = 8, kTile = 12;
+#else
+constexpr int kLanes = 4, kTile = 8;
+#endif
+
+typedef float Vector __attribute__((vector_size(4 * kLanes)));
+
+inline Vector Load(const float* from) {
+  Vector value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+inline void Store(float* to, Vector value) {
+  std::memcpy(to, &value, sizeof value);
+}
+
+struct Shape {
+  int64_t images, height, width, channels;  // of x
+  int64_t rows, columns, outputs;           // of y
+  int64_t size, inputs;                     // of the kernel: k, C / groups
+  int64_t stride, pad, padded_width;
+  // The weights of a kernel's row lie side by side, and without groups so do
+  // the numbers of x that they meet: one run of k C. With groups: k runs.
+  int64_t runs, length;
+
+  Shape(ffi::Span<const int64_t> x, ffi::Span<const int64_t> kernel,
+        ffi::Span<const int64_t> y, int64_t stride)
+      : images(x[0]), height(x[1]), width(x[2]), channels(x[3]),
+        rows(y[1]), columns(y[2]), outputs(y[3]),
+        size(kernel[0]), inputs(kernel[2]),
+        stride(stride), pad(size / 2), padded_width(width + 2 * pad),
+        runs(inputs == channels ? 1 : size),
+        length(inputs == channels ? size * inputs : inputs) {}
+
+  int64_t per_group() const { return outputs * inputs / channels; }
+  // Where the group of an output begins in a pixel.
+  int64_t group(int64_t output) const { return output / per_group() * inputs; }
+  // Where in x, padded, a pixel of y begins to read, and its i-th row.
+  int64_t at(int64_t row, int64_t column) const {
+    return (row * padded_width + column) * channels;
+  }
+};
+
+// Holds one image of x, with a border of zeros.
+class Padded {
+ public:
+  explicit Padded(const Shape& s)
+      : shape_(s),
+        data_((s.height + 2 * s.pad) * s.padded_width * s.channels) {}
+
+  const float* Image(const float* x, int64_t image) {
+    const int64_t row = shape_.width * shape_.channels;
+    x += image * shape_.height * row;
+    for (int64_t h = 0; h < shape_.height; ++h)
+      std::copy_n(x + h * row, row,
+                  data_.data() + shape_.at(h + shape_.pad, shape_.pad));
+    return data_.data();
+  }
+
+ private:
+  const Shape& shape_;
+  std::vector<float> data_;
+};
+
+// y of T pixels of a row and V vectors of outputs: sum of kernel times x.
+template <int V, int T>
+inline void Tile(const Shape& s, const float* x, const float* kernel,
+                 float* y) {
+  Vector sums[T][V] = {};
+  for (int64_t i = 0; i < s.size; ++i)
+    for (int64_t run = 0; run < s.runs; ++run) {
+      const float* from = x + s.at(i, run);
+      for (int64_t n = 0; n < s.length; ++n, kernel += s.outputs) {
+        Vector weights[V];
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) weights[v] = Load(kernel + v * kLanes);
+#pragma GCC unroll 16
+        for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+          for (int v = 0; v < V; ++v)
+            sums[t][v] += weights[v] * from[t * s.stride * s.channels + n];
+      }
+    }
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v)
+      Store(y + t * s.outputs + v * kLanes, sums[t][v]);
+}
+
+// The pixels of a row from `column` on, T at a time, the rest in smaller tiles.
+template <int V, int T>
+inline void Row(const Shape& s, const float* x, const float* kernel, float* y,
+                int64_t column) {
+  for (; column + T <= s.columns; column += T)
+    Tile<V, T>(s, x + s.at(0, column * s.stride), kernel,
+               y + column * s.outputs);
+  if constexpr (T > 1) Row<V, T - 1>(s, x, kernel, y, column);
+}
+
+template <int V>
+void Image(const Shape& s, const float* x, const float* kernel, float* y) {
+  for (int64_t output = 0; output < s.outputs; output += V * kLanes)
+    for (int64_t row = 0; row < s.rows; ++row)
+      Row<V, kTile / V>(s, x + s.at(row * s.stride, 0) + s.group(output),
+                        kernel + output,
+                        y + row * s.columns * s.outputs + output, 0);
+}
+
+// Adds to B weights of V vectors of outputs: sum over the pixels of x times dy.
+template <int V, int B>
+inline void Weights(const Shape& s, const float* x, const float* dy,
+                    float* gradient) {
+  Vector sums[B][V] = {};
+  for (int64_t row = 0; row < s.rows; ++row) {
+    const float* from = x + s.at(row * s.stride, 0);
+    for (int64_t column = 0; column < s.columns;
+         ++column, from += s.stride * s.channels, dy += s.outputs) {
+      Vector slopes[V];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) slopes[v] = Load(dy + v * kLanes);
+#pragma GCC unroll 16
+      for (int b = 0; b < B; ++b)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) sums[b][v] += slopes[v] * from[b];
+    }
+  }
+#pragma GCC unroll 16
+  for (int b = 0; b < B; ++b)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      float* to = gradient + b * s.outputs + v * kLanes;
+      Store(to, Load(to) + sums[b][v]);
+    }
+}
+
+// The weights of a run from `n` on, B at a time, the rest in smaller blocks.
+template <int V, int B>
+inline void Run(const Shape& s, const float* x, const float* dy,
+                float* gradient, int64_t n) {
+  for (; n + B <= s.length; n += B)
+    Weights<V, B>(s, x + n, dy, gradient + n * s.outputs);
+  if constexpr (B > 1) Run<V, B - 1>(s, x, dy, gradient, n);
+}
+
+template <int V>
+void AddGradient(const Shape& s, const float* x, const float* dy,
+                 float* gradient) {
+  for (int64_t i = 0; i < s.size; ++i)
+    for (int64_t run = 0; run < s.runs; ++run)
+      for (int64_t output = 0; output < s.outputs; output += V * kLanes)
+        Run<V, kTile / V>(
+            s, x + s.at(i, run) + s.group(output), dy + output,
+            gradient + (i * s.runs + run) * s.length * s.outputs + output, 0);
+}
+
+using Floats = ffi::Buffer<ffi::F32>;
+using Result = ffi::ResultBuffer<ffi::F32>;
+
+ffi::Error Conv(Floats x, Floats kernel, Result y, int64_t stride) {
+  const Shape s(x.dimensions(), kernel.dimensions(), y->dimensions(), stride);
+  auto* image = s.per_group() % (2 * kLanes) ? Image<1> : Image<2>;
+  Padded padded(s);
+  for (int64_t n = 0; n < s.images; ++n)
+    image(s, padded.Image(x.typed_data(), n), kernel.typed_data(),
+          y->typed_data() + n * s.rows * s.columns * s.outputs);
+  return ffi::Error::Success();
+}
+
+ffi::Error KernelGradient(Floats x, Floats dy, Result gradient,
+                          int64_t stride) {
+  const Shape s(x.dimensions(), gradient->dimensions(), dy.dimensions(),
+                stride);
+  auto* add = s.per_group() % (2 * kLanes) ? AddGradient<1> : AddGradient<2>;
+  Padded padded(s);
+  std::fill_n(gradient->typed_data(), gradient->element_count(), 0.0f);
+  for (int64_t n = 0; n < s.images; ++n)
+    add(s, padded.Image(x.typed_data(), n),
+        dy.typed_data() + n * s.rows * s.columns * s.outputs,
+        gradient->typed_data());
+  return ffi::Error::Success();
+}
+
+auto Binding() {
+  return ffi::Ffi::Bind().Arg<Floats>().Arg<Floats>().Ret<Floats>().Attr<int64_t>(
+      "stride");
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(maskconnect_conv, Conv, Binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(maskconnect_conv_kernel_gradient, KernelGradient,
+                              Binding());
