@@ -1,17 +1,24 @@
 // A convolution on a CPU, and the gradient of its kernel, as XLA FFI calls.
 //
-// `convolution.py` says when they are taken, and `run/kernels.py` compiles them
+// `convolution.py` says when they are taken, and `run/native.py` compiles them
 // for the CPU of this machine. Both are sums of products of a vector of output
 // channels with one number of the input. The sums of a tile of pixels (or of
-// kernel weights) stay in registers until they are complete. Each handler runs
-// on one thread: the batch is split over devices, one for each core.
+// kernel weights) stay in registers until they are complete. What is added in
+// which order depends neither on threads nor on the width of a register.
+//
+// A batch is split over devices, one for each core, and there each call takes
+// one thread. With a single device `maskconnect_conv` takes all threads.
 //
 // Layouts: x [N, H, W, C], kernel [k, k, C / groups, C'], y [N, H', W', C'].
 // C' / groups is a multiple of 16. Zeros surround the image.
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <memory>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -58,6 +65,10 @@ struct Shape {
         runs(inputs == channels ? 1 : size),
         length(inputs == channels ? size * inputs : inputs) {}
 
+  // Products in y, and so in a gradient.
+  int64_t work() const {
+    return images * rows * columns * outputs * size * size * inputs;
+  }
   int64_t per_group() const { return outputs * inputs / channels; }
   // Where the group of an output begins in a pixel.
   int64_t group(int64_t output) const { return output / per_group() * inputs; }
@@ -124,10 +135,12 @@ inline void Row(const Shape& s, const float* x, const float* kernel, float* y,
   if constexpr (T > 1) Row<V, T - 1>(s, x, kernel, y, column);
 }
 
+// The rows of an image from `row` on, before `end`.
 template <int V>
-void Image(const Shape& s, const float* x, const float* kernel, float* y) {
+void Rows(const Shape& s, const float* x, const float* kernel, float* y,
+          int64_t begin, int64_t end) {
   for (int64_t output = 0; output < s.outputs; output += V * kLanes)
-    for (int64_t row = 0; row < s.rows; ++row)
+    for (int64_t row = begin; row < end; ++row)
       Row<V, kTile / V>(s, x + s.at(row * s.stride, 0) + s.group(output),
                         kernel + output,
                         y + row * s.columns * s.outputs + output, 0);
@@ -180,16 +193,57 @@ void AddGradient(const Shape& s, const float* x, const float* dy,
             gradient + (i * s.runs + run) * s.length * s.outputs + output, 0);
 }
 
+// A part of less takes no longer than to wake a thread for it, 50 us.
+constexpr int64_t kWorth = 4'000'000;
+
+// Calls run(begin, end) for up to `most` parts of 0 to `count`, on the threads
+// of the pool that are free. Nobody waits for a part that no thread has begun.
+template <typename F>
+void InParts(ffi::ThreadPool& pool, int64_t most, int64_t count, const F& run) {
+  const int64_t parts =
+      std::max<int64_t>(1, std::min({most, count, pool.num_threads()}));
+  struct Progress {
+    std::atomic<int64_t> begun{0}, done{0};
+  };
+  auto progress = std::make_shared<Progress>();
+  auto work = [progress, parts, count, &run] {
+    for (int64_t part; (part = progress->begun++) < parts; ++progress->done)
+      run(count * part / parts, count * (part + 1) / parts);
+  };
+  for (int64_t other = 1; other < parts; ++other) {
+    auto copy = work;
+    pool.Schedule(std::move(copy));
+  }
+  work();
+  while (progress->done < parts) std::this_thread::yield();
+}
+
 using Floats = ffi::Buffer<ffi::F32>;
 using Result = ffi::ResultBuffer<ffi::F32>;
 
-ffi::Error Conv(Floats x, Floats kernel, Result y, int64_t stride) {
+ffi::Error Conv(ffi::ThreadPool pool, Floats x, Floats kernel, Result y,
+                int64_t stride, bool threads) {
   const Shape s(x.dimensions(), kernel.dimensions(), y->dimensions(), stride);
-  auto* image = s.per_group() % (2 * kLanes) ? Image<1> : Image<2>;
-  Padded padded(s);
-  for (int64_t n = 0; n < s.images; ++n)
-    image(s, padded.Image(x.typed_data(), n), kernel.typed_data(),
-          y->typed_data() + n * s.rows * s.columns * s.outputs);
+  auto* rows = s.per_group() % (2 * kLanes) ? Rows<1> : Rows<2>;
+  const auto image = [&](const float* from, int64_t n, int64_t begin,
+                         int64_t end) {
+    rows(s, from, kernel.typed_data(),
+         y->typed_data() + n * s.rows * s.columns * s.outputs, begin, end);
+  };
+  const int64_t parts = threads ? s.work() / kWorth : 1;
+  if (s.images == 1) {
+    Padded padded(s);
+    const float* from = padded.Image(x.typed_data(), 0);
+    InParts(pool, parts, s.rows, [&](int64_t begin, int64_t end) {
+      image(from, 0, begin, end);
+    });
+  } else {
+    InParts(pool, parts, s.images, [&](int64_t begin, int64_t end) {
+      Padded padded(s);
+      for (int64_t n = begin; n < end; ++n)
+        image(padded.Image(x.typed_data(), n), n, 0, s.rows);
+    });
+  }
   return ffi::Error::Success();
 }
 
@@ -207,13 +261,19 @@ ffi::Error KernelGradient(Floats x, Floats dy, Result gradient,
   return ffi::Error::Success();
 }
 
-auto Binding() {
-  return ffi::Ffi::Bind().Arg<Floats>().Arg<Floats>().Ret<Floats>().Attr<int64_t>(
-      "stride");
-}
-
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(maskconnect_conv, Conv, Binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(maskconnect_conv, Conv,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Attr<int64_t>("stride")
+                                  .Attr<bool>("threads"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(maskconnect_conv_kernel_gradient, KernelGradient,
-                              Binding());
+                              ffi::Ffi::Bind()
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Ret<Floats>()
+                                  .Attr<int64_t>("stride"));

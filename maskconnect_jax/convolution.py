@@ -338,9 +338,11 @@ def _is_native(x: jax.Array, kernel: tuple[int, ...]) -> bool:
 
 
 def _native_conv(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
+  """Computes `dense`, on all threads unless other devices share the batch."""
   sides = (-(-n // stride) for n in x.shape[1:3])
+  threads = not jax.sharding.get_abstract_mesh().manual_axes
   return _call(NATIVE[0], (len(x), *sides, kernel.shape[-1]))(
-    x, kernel, stride=stride
+    x, kernel, stride=stride, threads=threads
   )
 
 

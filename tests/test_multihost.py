@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from maskconnect_jax import convolution
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -112,6 +114,28 @@ def test_two_processes_train_what_one_trains(tiny, tmp_path, arrays_in):
   assert [process.returncode for process in apart] == [2, 2], outputs
   for output in outputs:
     assert 'found checkpoints of the steps [24, 0]' in output
+    assert 'Traceback' not in output
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not convolution.native.value, reason='no C++ compiler')
+def test_hosts_with_and_without_a_compiler(tiny, tmp_path):
+  """Their programs would wait for other sums."""
+  for i in range(160):
+    path = tmp_path / 'data' / ('train', 'val')[i % 8 == 0] / f'{i % 2}/{i}.png'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', (20, 24), (i, 0, 0)).save(path)
+  port = free_port()
+  uneven = [
+    command(
+      tiny, tmp_path / 'run', tmp_path / 'data', **joining(port, n), **own
+    )
+    for n, own in enumerate(({}, {'CXX': ''}))
+  ]
+  outputs = [process.communicate(timeout=100)[0] for process in uneven]
+  assert [process.returncode for process in uneven] == [2, 2], outputs
+  for output in outputs:
+    assert 'processes [1] have not compiled convolution.cc' in output
     assert 'Traceback' not in output
 
 

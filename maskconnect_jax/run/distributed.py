@@ -26,6 +26,7 @@ from jax.sharding import (
   PartitionSpec,
 )
 
+from maskconnect_jax import convolution
 from maskconnect_jax.errors import InputError
 
 # The key of the failure's message in the store that all processes share.
@@ -124,21 +125,29 @@ def meet(place: str) -> None:
 
 
 def check_same(step: int, *, in_folder: str) -> None:
-  """Checks that all processes found the same checkpoint; all call it.
+  """Checks that all processes compute the same steps; all call it.
 
   Args:
     step: at which this process begins.
     in_folder: where it looked.
 
   Raises:
-    InputError: they begin at different steps.
+    InputError: they begin at different steps; or some have compiled
+      convolution.cc for their CPU, and others have not.
   """
   if jax.process_count() == 1:
     return
-  found = multihost_utils.process_allgather(np.int64(step))
-  if len({*found.tolist()}) > 1:
+  own = np.array([step, convolution.native.value], np.int64)
+  found, compiled = multihost_utils.process_allgather(own).T.tolist()
+  if len({*compiled}) > 1:
     raise InputError(
-      f'the processes found checkpoints of the steps {found.tolist()} in'
+      f'processes {[n for n, c in enumerate(compiled) if not c]} have not'
+      ' compiled convolution.cc, and others have; give all hosts a C++'
+      ' compiler, or set CXX= on all'
+    )
+  if len({*found}) > 1:
+    raise InputError(
+      f'the processes found checkpoints of the steps {found} in'
       f' {in_folder}; all hosts must see one folder, or give an address in a'
       ' bucket'
     )

@@ -1,6 +1,6 @@
 """Compiles convolution.cc for the CPU of this machine, and hands it to JAX.
 
-With XLA's convolutions a step takes 1.2 to 1.3 times as long (docs/notebook.md,
+Without it a step takes 1.2 to 1.3 times as long (docs/notebook.md,
 "Convolutions in C++"). A compiler makes code for the vector registers of this
 very CPU, once in 3 seconds. The library stays in the user's cache.
 """
@@ -55,9 +55,9 @@ def use() -> None:
       jax.ffi.register_ffi_target(name, handler, platform='cpu')
   except (OSError, AttributeError, subprocess.SubprocessError) as error:
     print(
-      f"XLA's convolutions are used, as {_SOURCE.name} was not"
-      f' compiled: {_first_line(error)}; mend {shlex.join(compiler)}, or set'
-      ' CXX= to leave it out',
+      "XLA's convolutions are used, as convolution.cc was not compiled:"
+      f' {_first_line(error)}; mend {shlex.join(compiler)}, or set CXX= to go'
+      ' on without it',
       file=sys.stderr,
     )
     return

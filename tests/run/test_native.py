@@ -108,6 +108,19 @@ def test_every_width_of_a_tile(outputs):
       assert_close(actual, value)
 
 
+def test_threads_change_no_bit():
+  """Parts of a batch, and of a large image, equal each image by itself."""
+  x, kernel, _ = drawn((6, 64, 64, 16, 1, 32, 3, 1))
+  x, kernel = jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)
+  whole = convolution.conv(x, kernel)
+  for n in range(6):
+    np.testing.assert_array_equal(
+      convolution.conv(x[n : n + 1], kernel)[0], whole[n]
+    )
+    rows = convolution.conv(x[n : n + 1, :4], kernel)[0, :3]
+    np.testing.assert_array_equal(rows, whole[n, :3])
+
+
 def text_of(platform, channels, dtype=jnp.float32, stride=1):
   def everything(x, kernel):
     y, pull = jax.vjp(lambda *own: convolution.conv(*own, stride), x, kernel)
