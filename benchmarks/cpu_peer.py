@@ -16,8 +16,9 @@ torch.compile's. PyTorch has channels_last and fused SGD.
 A turn in which others take more than a twentieth of the cores is thrown away
 and taken again. If too many are, nothing is reported, and the exit status is 2.
 
---ours names a setting of ours, as it is started: 'plain XLA_FLAGS=' or
-'one_device JAX_NUM_CPU_DEVICES=1'. It may be given several times. Without it,
+--ours names a setting of ours, as it is started: 'xla CXX=' without the
+compiled convolutions, or 'one_device JAX_NUM_CPU_DEVICES=1'. It may be given
+several times. Without it,
 ours starts as the package starts by itself.
 
 --inference times the forward pass of a frozen, pruned network instead, with

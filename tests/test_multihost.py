@@ -122,7 +122,9 @@ def test_two_processes_train_what_one_trains(tiny, tmp_path, arrays_in):
 def test_hosts_with_and_without_a_compiler(tiny, tmp_path):
   """Their programs would wait for other sums."""
   for i in range(160):
-    path = tmp_path / 'data' / ('train', 'val')[i % 8 == 0] / f'{i % 2}/{i}.png'
+    path = (
+      tmp_path / 'data' / ('train', 'val')[i % 8 == 0] / f'{i // 8 % 2}/{i}.png'
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new('RGB', (20, 24), (i, 0, 0)).save(path)
   port = free_port()
