@@ -18,8 +18,7 @@ and taken again. If too many are, nothing is reported, and the exit status is 2.
 
 --ours names a setting of ours, as it is started: 'xla CXX=' without the
 compiled convolutions, or 'one_device JAX_NUM_CPU_DEVICES=1'. It may be given
-several times. Without it,
-ours starts as the package starts by itself.
+several times. Without it, ours starts as the package starts by itself.
 
 --inference times the forward pass of a frozen, pruned network instead, with
 --batches=1,128. --layers times each kind of convolution of the networks, the

@@ -18,7 +18,6 @@
 #include <cstring>
 #include <memory>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "xla/ffi/api/ffi.h"
@@ -135,7 +134,7 @@ inline void Row(const Shape& s, const float* x, const float* kernel, float* y,
   if constexpr (T > 1) Row<V, T - 1>(s, x, kernel, y, column);
 }
 
-// The rows of an image from `row` on, before `end`.
+// The rows of an image from `begin` on, before `end`.
 template <int V>
 void Rows(const Shape& s, const float* x, const float* kernel, float* y,
           int64_t begin, int64_t end) {
@@ -210,10 +209,8 @@ void InParts(ffi::ThreadPool& pool, int64_t most, int64_t count, const F& run) {
     for (int64_t part; (part = progress->begun++) < parts; ++progress->done)
       run(count * part / parts, count * (part + 1) / parts);
   };
-  for (int64_t other = 1; other < parts; ++other) {
-    auto copy = work;
-    pool.Schedule(std::move(copy));
-  }
+  for (int64_t other = 1; other < parts; ++other)
+    pool.Schedule([work] { work(); });
   work();
   while (progress->done < parts) std::this_thread::yield();
 }

@@ -30,6 +30,7 @@ from maskconnect_jax import backend
 _LAYOUT = ('NHWC', 'HWIO', 'NHWC')
 _BUNDLE = 16  # channels at least, see `bundled`
 _LANES = 16  # the output channels of a group are a multiple, in convolution.cc
+_BATCH, _WHOLE = PartitionSpec('data'), PartitionSpec()
 _OUTPUTS = 32  # channels of all pixels that `side_by_side` computes together
 
 # Whether a CPU takes convolution.cc, whose calls are named by NATIVE. They run
@@ -100,29 +101,32 @@ def by_library(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   """
   groups = groups_of(x, kernel)
   local = functools.partial(plain, strides=(stride, stride), groups=groups)
-  return (_on_each_device(local) if groups > 1 else local)(x, kernel)
+  if groups == 1:
+    return local(x, kernel)
+  return _on_each_device(local, (_BATCH, _WHOLE), _BATCH)(x, kernel)
 
 
 def _on_each_device(
-  local: Callable[[jax.Array, jax.Array], jax.Array], *, gradient: bool = False
+  local: Callable[[jax.Array, jax.Array], jax.Array],
+  inputs: tuple[PartitionSpec, PartitionSpec],
+  output: PartitionSpec,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
   """Returns a function that each device computes for its part of the batch.
 
   Args:
-    local: a function of x and kernel; or of x and dy.
-    gradient: whether it is the latter; its results are added.
+    local: a function of two arrays.
+    inputs: whether each of them is a batch, _BATCH or _WHOLE.
+    output: the same of the result; results that are no batch are added.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.manual_axes or mesh.size == 1:
     return local  # the batch is whole, or we are in the `shard_map` of a step
-  batch, whole = PartitionSpec('data'), PartitionSpec()
-  if not gradient:
-    return jax.shard_map(local, in_specs=(batch, whole), out_specs=batch)
-  return jax.shard_map(
-    lambda x, dy: jax.lax.psum(local(x, dy), 'data'),
-    in_specs=(batch, batch),
-    out_specs=whole,
-  )
+
+  def own(*arrays: jax.Array) -> jax.Array:
+    found = local(*arrays)
+    return found if output == _BATCH else jax.lax.psum(found, 'data')
+
+  return jax.shard_map(own, in_specs=inputs, out_specs=output)
 
 
 def on_a_cpu(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
@@ -211,7 +215,7 @@ def dense(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   """
   if _is_native(x, kernel.shape):
     local = functools.partial(_native_conv, stride=stride)
-    return _on_each_device(local)(x, kernel)
+    return _on_each_device(local, (_BATCH, _WHOLE), _BATCH)(x, kernel)
   if stride == 1:
     return side_by_side(x, kernel)
   return plain(x, kernel, (stride, stride))
@@ -286,7 +290,7 @@ def kernel_gradient(
   """
   if _is_native(x, shape):
     local = functools.partial(_native_gradient, shape=shape, stride=stride)
-    return _on_each_device(local, gradient=True)(x, dy)
+    return _on_each_device(local, (_BATCH, _BATCH), _WHOLE)(x, dy)
   size, before = shape[0], shape[0] // 2
   found = jax.lax.conv_general_dilated(
     x.transpose(3, 1, 2, 0),

@@ -1,8 +1,8 @@
 """Compiles convolution.cc for the CPU of this machine, and hands it to JAX.
 
-Without it a step takes 1.2 to 1.3 times as long (docs/notebook.md,
-"Convolutions in C++"). A compiler makes code for the vector registers of this
-very CPU, once in 3 seconds. The library stays in the user's cache.
+Without it a step takes 1.1 to 1.4 times as long (docs/performance.md, "On two
+CPU cores"). A compiler makes code for the vector registers of this very CPU,
+once in 3 seconds. The library stays in the user's cache.
 """
 
 from __future__ import annotations
