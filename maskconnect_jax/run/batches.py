@@ -21,6 +21,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
 from maskconnect_jax.data.datasets import LazySplit, Split
 from maskconnect_jax.networks import streams
@@ -137,6 +138,8 @@ class Decoded:
       self._examples, self._batch_size, step, *distributed.process()
     ).to_iter_dataset(_read_options(self._threads))
     if self._workers:
+      if not flags.FLAGS.is_parsed():  # Grain reads some, also in a notebook
+        flags.FLAGS.mark_as_parsed()
       batches = batches.mp_prefetch(
         grain.MultiprocessingOptions(num_workers=self._workers),
         worker_init_fn=_prepare_worker,

@@ -169,12 +169,10 @@ def test_streamed_through_worker_processes_is_the_same(streams, sharding):
 
 WORKERS = """
 import itertools, os, signal, sys, time
-from absl import flags
 import jax
 from maskconnect_jax import config
 from maskconnect_jax.data import datasets
 from maskconnect_jax.run import batches, distributed
-flags.FLAGS.mark_as_parsed()
 
 if __name__ == '__main__':
   data = config.default().data
