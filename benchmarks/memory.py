@@ -25,7 +25,7 @@ import targets
 from common import Form
 from flax import nnx
 
-from maskconnect_jax import convolution
+from maskconnect_jax import backend
 
 
 def measure(form: Form, given: Any) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def measure(form: Form, given: Any) -> dict[str, Any]:
   job = common.build(form, given)
   if given.target:
     job = targets.on_target(job, given.target)
-  with convolution.native(False):  # of whose work XLA knows nothing
+  with backend.native(False):  # of whose work XLA knows nothing
     lowered = common.traced(job).lower()
   compiled = lowered.compile()
   memory = compiled.memory_analysis()

@@ -23,7 +23,7 @@ import common
 import jax
 import jax.numpy as jnp
 
-from maskconnect_jax import convolution
+from maskconnect_jax import backend
 
 
 def copy_bandwidth(num_bytes: int) -> float:
@@ -98,7 +98,7 @@ def measure(
   common.say(f'compiling {form}')
   job = common.build(form, given)
   step = common.TrainingStep(job)
-  with convolution.native(False):  # of whose work XLA knows nothing
+  with backend.native(False):  # of whose work XLA knows nothing
     lowered = common.traced(job).lower()
   flops, accessed = common.cost(lowered, step.compiled)
   times = common.in_turns({form: step}, given.rounds, given.steps)

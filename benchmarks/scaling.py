@@ -28,8 +28,8 @@ from common import Form
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
+from maskconnect_jax import backend
 from maskconnect_jax import config as config_lib
-from maskconnect_jax import convolution
 from maskconnect_jax.method.wiring import RealMask
 from maskconnect_jax.networks import layers
 from maskconnect_jax.run import distributed
@@ -69,7 +69,7 @@ def measure(form: Form, devices: int, given: Any) -> dict[str, Any]:
   # The smallest batch that all devices share; only its shape matters here.
   whole = dataclasses.replace(form, batch=jax.device_count())
   job = on_first(common.build(whole, given), devices, batch)
-  with convolution.native(False):  # of whose work XLA knows nothing
+  with backend.native(False):  # of whose work XLA knows nothing
     compiled = common.traced(job).lower().compile()
   memory = compiled.memory_analysis()
   sent = common.collectives(compiled.as_text())

@@ -17,13 +17,18 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 # Whether `by_platform` chooses; see `without_platforms`. The value is a part of
 # the key under which JAX keeps what it has traced.
 _choosing = jax.make_user_context(default_value=True)
 
-SOURCES_AT_ONCE = 9  # in a call of a masked sum: see `sum_in_parts`
+# Whether a CPU takes the code that `run.native` has compiled for it. It runs
+# where it was compiled: a program for another machine takes XLA's forms.
+native = jax.make_user_context(default_value=False)
+
+TERMS_AT_ONCE = 9  # of a sum: see `in_parts`
 
 Arrays = Sequence[jax.Array]
 P = ParamSpec('P')
@@ -95,27 +100,88 @@ def by_platform(
   return function
 
 
-def sum_in_parts(
-  add: Callable[[jax.Array, tuple[jax.Array, ...]], jax.Array],
-  weights: jax.Array,
-  terms: Arrays,
-) -> jax.Array:
-  """Returns add(weights, terms), the sum of parts of at most nine terms.
-
-  Each block sums one term more than the block before it. So no two whole sums
-  are alike, but most parts are: half of the tracing is saved. With parts of six
-  a GPU makes more passes over a gradient.
+def natively(
+  local: Callable[..., Any],
+  plain: Callable[..., Any],
+  inputs: Any,
+  outputs: Any,
+) -> Callable[..., Any]:
+  """Returns a function: `local` on a CPU, `plain` elsewhere and in gradients.
 
   Args:
-    add: called with the weights and the terms of a part; returns their sum.
+    local: calls compiled code, for one device's part of the batch.
+    plain: equal to it up to rounding.
+    inputs: see `on_each_device`.
+    outputs: the same.
+  """
+
+  @jax.custom_vjp
+  def function(*arrays: Any) -> Any:
+    cpu = on_each_device(local, inputs, outputs)
+    return jax.lax.platform_dependent(*arrays, cpu=cpu, default=plain)
+
+  function.defvjp(
+    lambda *arrays: (function(*arrays), arrays),
+    lambda arrays, slopes: jax.vjp(plain, *arrays)[1](slopes),
+  )
+  return function
+
+
+def native_call(name: str, results: Any) -> Any:
+  """Returns a function of the compiled code; its results are shaped like these.
+
+  Args:
+    name: of its handler.
+    results: float32 arrays, or their shapes and dtypes.
+  """
+  shapes = jax.tree.map(
+    lambda like: jax.ShapeDtypeStruct(like.shape, jnp.float32), results
+  )
+  return jax.ffi.ffi_call(name, shapes, vmap_method='sequential')
+
+
+def on_each_device(
+  local: Callable[..., Any], inputs: Any, outputs: Any
+) -> Callable[..., Any]:
+  """Returns a function that each device computes for its part of the batch.
+
+  Args:
+    local: a function of arrays.
+    inputs: where each argument has its batch: a spec of axis 'data'.
+    outputs: the same of the results; those that have no batch are added.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.manual_axes or mesh.size == 1:
+    return local  # the batch is whole, or we are in the `shard_map` of a step
+
+  def own(*arrays: Any) -> Any:
+    return jax.tree.map(
+      lambda spec, part: part if 'data' in spec else jax.lax.psum(part, 'data'),
+      outputs,
+      local(*arrays),
+      is_leaf=lambda spec: isinstance(spec, PartitionSpec),
+    )
+
+  return jax.shard_map(own, in_specs=inputs, out_specs=outputs)
+
+
+def in_parts(
+  weights: jax.Array, terms: Arrays
+) -> list[tuple[jax.Array, tuple[jax.Array, ...]]]:
+  """Returns the terms in parts of at most nine, with their weights.
+
+  No two sums of a network have as many terms. So no two whole sums are alike,
+  but most parts are: half of the tracing is saved. With parts of six a GPU
+  makes more passes over what the terms are multiplied with.
+
+  Args:
     weights: [n, ...].
     terms: n arrays.
   """
-  starts = range(0, len(terms), SOURCES_AT_ONCE)
-  parts = [tuple(terms[i : i + SOURCES_AT_ONCE]) for i in starts]
+  starts = range(0, len(terms), TERMS_AT_ONCE)
+  parts = [tuple(terms[i : i + TERMS_AT_ONCE]) for i in starts]
   rows = jax.lax.split(weights, [len(part) for part in parts])
-  sums = [add(row, part) for row, part in zip(rows, parts, strict=True)]
-  return sum(sums[1:], start=sums[0])
+  return list(zip(rows, parts, strict=True))
 
 
 def rows_for_images(weights: jax.Array, batch: int) -> list[jax.Array]:
@@ -148,53 +214,53 @@ def rows_of(weights: jax.Array, groups: list[list[int]]) -> list[jax.Array]:
   ]
 
 
-def inner_products(gradient: jax.Array, sources: Arrays) -> jax.Array:
-  """Returns <g, y_i> of n sources in each image, [n, batch], in g's dtype.
+def inner_products(y: jax.Array, gradients: Arrays) -> jax.Array:
+  """Returns <g_j, y> of n gradients in each image, [n, batch], in y's dtype.
 
   Args:
-    gradient: g, [batch, ...], float32 or better.
-    sources: the y_i, of g's shape, of its dtype or a narrower one.
+    y: [batch, ...], float32 or better.
+    gradients: the g_j, of y's shape, of its dtype or a narrower one.
   """
   return jax.lax.platform_dependent(
-    gradient,
-    tuple(sources),
+    y,
+    tuple(gradients),
     cpu=products_one_by_one,
     tpu=products_one_by_one,
     default=products_at_once,
   )
 
 
-def products_one_by_one(gradient: jax.Array, sources: Arrays) -> jax.Array:
-  """Computes `inner_products` as one dot product for each source.
+def products_one_by_one(y: jax.Array, gradients: Arrays) -> jax.Array:
+  """Computes `inner_products` as one dot product for each gradient.
 
-  On a CPU a dot product is a call of a library. XLA stores g once before the
-  calls instead of computing it again for every reader. The step takes 0.91 to
+  On a CPU a dot product is a call of a library. XLA stores g_j before the call
+  instead of computing it again for every reader. The step takes 0.91 to
   0.97 of the time that it takes with `products_at_once`. A TPU takes 25.3
   Mcycles for resnet20. With one matrix product of all g and y it takes 32.5.
   """
-  axes = tuple(range(1, gradient.ndim))
+  axes = tuple(range(1, y.ndim))
   of_images = [
     jax.lax.dot_general(
-      gradient,
-      source.astype(gradient.dtype),
+      y,
+      gradient.astype(y.dtype),
       ((axes, axes), ((0,), (0,))),
       precision=jax.lax.Precision.HIGHEST,
     )
-    for source in sources
+    for gradient in gradients
   ]
   return jnp.stack(of_images)
 
 
-def products_at_once(gradient: jax.Array, sources: Arrays) -> jax.Array:
-  """Computes `inner_products` as one reduction with a result for each source.
+def products_at_once(y: jax.Array, gradients: Arrays) -> jax.Array:
+  """Computes `inner_products` as one reduction with a result for each gradient.
 
-  A GPU reads g once for all sources: resnet38's step accesses 18.1 GB. With one
+  A GPU reads y once for all of them: resnet38's step accesses 18.1 GB. With one
   matrix product of all g and y it accesses 20.4 GB. XLA fuses the reduction
   into one kernel if it has at most 96 operands and results.
   """
-  terms = [gradient * source.astype(gradient.dtype) for source in sources]
-  zeros = [jnp.zeros((), gradient.dtype)] * len(terms)
-  axes = tuple(range(1, gradient.ndim))
+  terms = [y * gradient.astype(y.dtype) for gradient in gradients]
+  zeros = [jnp.zeros((), y.dtype)] * len(terms)
+  axes = tuple(range(1, y.ndim))
 
   def add(these: Arrays, those: Arrays) -> list[jax.Array]:
     return list(map(jax.lax.add, these, those))

@@ -20,31 +20,14 @@
 #include <thread>
 #include <vector>
 
-#include "xla/ffi/api/ffi.h"
+#include "native.h"
 
 namespace {
 
-namespace ffi = xla::ffi;
+using namespace maskconnect;
 
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kTile = 16;  // floats in a register, sums at once
-#elif defined(__AVX__)
-constexpr int kLanes = 8, kTile = 12;
-#else
-constexpr int kLanes = 4, kTile = 8;
-#endif
-
-typedef float Vector __attribute__((vector_size(4 * kLanes)));
-
-inline Vector Load(const float* from) {
-  Vector value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
-
-inline void Store(float* to, Vector value) {
-  std::memcpy(to, &value, sizeof value);
-}
+// Sums at once: as many as registers hold beside their operands.
+constexpr int kTile = kLanes == 4 ? 8 : kLanes == 8 ? 12 : 16;
 
 struct Shape {
   int64_t images, height, width, channels;  // of x
@@ -214,9 +197,6 @@ void InParts(ffi::ThreadPool& pool, int64_t most, int64_t count, const F& run) {
   work();
   while (progress->done < parts) std::this_thread::yield();
 }
-
-using Floats = ffi::Buffer<ffi::F32>;
-using Result = ffi::ResultBuffer<ffi::F32>;
 
 ffi::Error Conv(ffi::ThreadPool pool, Floats x, Floats kernel, Result y,
                 int64_t stride, bool threads) {

@@ -6,8 +6,8 @@ have. So on a CPU
 
 - a 1x1 convolution is a matrix product, and so is that of images of fewer
   pixels than the kernel,
-- the others are those of convolution.cc if `native` is on (`run.native`
-  compiles them), and groups of channels are bundled to 16 channels at least,
+- the others are those of convolution.cc if `backend.native` is on, and groups
+  of channels are bundled to 16 channels at least,
 - without them, with 16 output channels or fewer, neighbouring pixels are
   computed together.
 
@@ -18,8 +18,6 @@ under "Convolutions on a CPU" and "The grouped convolution".
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +31,6 @@ _LANES = 16  # the output channels of a group are a multiple, in convolution.cc
 _BATCH, _WHOLE = PartitionSpec('data'), PartitionSpec()
 _OUTPUTS = 32  # channels of all pixels that `side_by_side` computes together
 
-# Whether a CPU takes convolution.cc, whose calls are named by NATIVE. They run
-# where they were compiled: a program for another machine takes XLA's.
-native = jax.make_user_context(default_value=False)
 NATIVE = ('maskconnect_conv', 'maskconnect_conv_kernel_gradient')
 
 
@@ -103,30 +98,7 @@ def by_library(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   local = functools.partial(plain, strides=(stride, stride), groups=groups)
   if groups == 1:
     return local(x, kernel)
-  return _on_each_device(local, (_BATCH, _WHOLE), _BATCH)(x, kernel)
-
-
-def _on_each_device(
-  local: Callable[[jax.Array, jax.Array], jax.Array],
-  inputs: tuple[PartitionSpec, PartitionSpec],
-  output: PartitionSpec,
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-  """Returns a function that each device computes for its part of the batch.
-
-  Args:
-    local: a function of two arrays.
-    inputs: whether each of them is a batch, _BATCH or _WHOLE.
-    output: the same of the result; results that are no batch are added.
-  """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or mesh.manual_axes or mesh.size == 1:
-    return local  # the batch is whole, or we are in the `shard_map` of a step
-
-  def own(*arrays: jax.Array) -> jax.Array:
-    found = local(*arrays)
-    return found if output == _BATCH else jax.lax.psum(found, 'data')
-
-  return jax.shard_map(own, in_specs=inputs, out_specs=output)
+  return backend.on_each_device(local, (_BATCH, _WHOLE), _BATCH)(x, kernel)
 
 
 def on_a_cpu(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
@@ -215,7 +187,7 @@ def dense(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
   """
   if _is_native(x, kernel.shape):
     local = functools.partial(_native_conv, stride=stride)
-    return _on_each_device(local, (_BATCH, _WHOLE), _BATCH)(x, kernel)
+    return backend.on_each_device(local, (_BATCH, _WHOLE), _BATCH)(x, kernel)
   if stride == 1:
     return side_by_side(x, kernel)
   return plain(x, kernel, (stride, stride))
@@ -290,7 +262,7 @@ def kernel_gradient(
   """
   if _is_native(x, shape):
     local = functools.partial(_native_gradient, shape=shape, stride=stride)
-    return _on_each_device(local, (_BATCH, _BATCH), _WHOLE)(x, dy)
+    return backend.on_each_device(local, (_BATCH, _BATCH), _WHOLE)(x, dy)
   size, before = shape[0], shape[0] // 2
   found = jax.lax.conv_general_dilated(
     x.transpose(3, 1, 2, 0),
@@ -337,7 +309,7 @@ def _is_native(x: jax.Array, kernel: tuple[int, ...]) -> bool:
   """Returns whether convolution.cc computes this, on a kernel of this shape."""
   per_group = kernel[-1] * kernel[2] // x.shape[-1]
   return bool(
-    native.value and x.dtype == jnp.float32 and per_group % _LANES == 0
+    backend.native.value and x.dtype == jnp.float32 and per_group % _LANES == 0
   )
 
 
@@ -345,7 +317,8 @@ def _native_conv(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
   """Computes `dense`, on all threads unless other devices share the batch."""
   sides = (-(-n // stride) for n in x.shape[1:3])
   threads = not jax.sharding.get_abstract_mesh().manual_axes
-  return _call(NATIVE[0], (len(x), *sides, kernel.shape[-1]))(
+  result = jax.ShapeDtypeStruct((len(x), *sides, kernel.shape[-1]), x.dtype)
+  return backend.native_call(NATIVE[0], result)(
     x, kernel, stride=stride, threads=threads
   )
 
@@ -353,13 +326,8 @@ def _native_conv(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
 def _native_gradient(
   x: jax.Array, dy: jax.Array, *, shape: tuple[int, ...], stride: int
 ) -> jax.Array:
-  return _call(NATIVE[1], shape)(x, dy, stride=stride)
-
-
-def _call(name: str, shape: tuple[int, ...]) -> Any:
-  """Returns a function of convolution.cc, whose result has this shape."""
-  result = jax.ShapeDtypeStruct(shape, jnp.float32)
-  return jax.ffi.ffi_call(name, result, vmap_method='sequential')
+  result = jax.ShapeDtypeStruct(shape, x.dtype)
+  return backend.native_call(NATIVE[1], result)(x, dy, stride=stride)
 
 
 def side_by_side(x: jax.Array, kernel: jax.Array) -> jax.Array:

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskconnect_jax import convolution
+from maskconnect_jax import backend, convolution
 from maskconnect_jax.run import distributed
 
 
 @pytest.fixture(autouse=True)
 def xlas():
   """Tests of convolution.cc turn it on again."""
-  with convolution.native(False):
+  with backend.native(False):
     yield
 
 
@@ -180,7 +180,7 @@ def test_a_gradient_is_as_precise_as_its_value():
 
 # convolution.cc, in float32.
 COMPILED = pytest.mark.skipif(
-  not convolution.native.value, reason='no C++ compiler, or not for this system'
+  not backend.native.value, reason='no C++ compiler, or not for this system'
 )
 # As SHAPES, of a multiple of 16 channels out.
 NATIVE = [
@@ -198,7 +198,7 @@ NATIVE = [
 
 @pytest.fixture
 def native():
-  with convolution.native(True):
+  with backend.native(True):
     yield
 
 
@@ -295,7 +295,7 @@ def test_who_takes_it():
     assert 'maskconnect' not in other
   with jax.enable_x64(True):
     assert 'maskconnect' not in text_of('cpu', 16, jnp.float64)
-  with convolution.native(False):
+  with backend.native(False):
     assert 'maskconnect' not in text_of('cpu', 16)
   assert text_of('cpu', 16).count('@maskconnect_conv') == 3
 
@@ -320,7 +320,7 @@ def test_devices_share_a_batch_and_add_a_gradient_once(groups):
   text = compiled.as_text()
   assert text.count(' all-reduce(') == 1
   assert 'all-gather' not in text
-  with convolution.native(False):
+  with backend.native(False):
     alone = step(*own)
   for actual, expected in zip(
     jax.tree.leaves(compiled(*shared)), jax.tree.leaves(alone), strict=True
@@ -343,7 +343,7 @@ def test_it_can_be_derived_twice(stride):
 
   own = (jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32))
   twice = jax.jit(jax.grad(slope, (0, 1)))
-  with convolution.native(False), jax.enable_x64(True):
+  with backend.native(False), jax.enable_x64(True):
     expected = twice(jnp.asarray(x), jnp.asarray(kernel))
   for actual, value in zip(twice(*own), expected, strict=True):
     assert_close(actual, value)

@@ -36,7 +36,7 @@ FOLDERS: dict[str, set[str]] = {
     'networks.architectures', 'networks.models', 'report',
   },
   'run': {
-    'config', 'convolution', 'files', 'limits', 'names', 'signals', 'fields',
+    'backend', 'config', 'files', 'limits', 'names', 'signals', 'fields',
     'data', 'networks', 'method', 'figures', 'report', 'drawing',
   },
   'networks': {'backend', 'convolution', 'limits', 'method'},
@@ -87,9 +87,11 @@ ARROWS: dict[str, set[str]] = {
   'run.objective': set(),
   'run.scores': {'names'},
   'run.export': {
-    'backend', 'convolution', 'files', 'run.augment', 'run.inference',
+    'backend', 'files', 'run.augment', 'run.inference',
   },
-  'run.native': {'convolution', 'run.compilation_cache'},
+  'run.native': {
+    'backend', 'convolution', 'method.aggregate', 'run.compilation_cache',
+  },
 }  # fmt: skip
 # Package -> the files that may import it: one of the checkpoints', the others
 # of extras, which are decided on in one place each.

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskconnect_jax import convolution
+from maskconnect_jax import backend
 
 ROOT = Path(__file__).parents[1]
 
@@ -118,7 +118,7 @@ def test_two_processes_train_what_one_trains(tiny, tmp_path, arrays_in):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not convolution.native.value, reason='no C++ compiler')
+@pytest.mark.skipif(not backend.native.value, reason='no C++ compiler')
 def test_hosts_with_and_without_a_compiler(tiny, tmp_path):
   """Their programs would wait for other sums."""
   for i in range(160):
@@ -137,7 +137,7 @@ def test_hosts_with_and_without_a_compiler(tiny, tmp_path):
   outputs = [process.communicate(timeout=100)[0] for process in uneven]
   assert [process.returncode for process in uneven] == [2, 2], outputs
   for output in outputs:
-    assert 'processes [1] have not compiled convolution.cc' in output
+    assert 'processes [1] have not compiled the C++ code' in output
     assert 'Traceback' not in output
 
 

@@ -37,7 +37,13 @@ def test_it_holds_every_file(wheel):
     held = {name for name in archive.namelist() if '.dist-info/' not in name}
   page = {f'maskconnect_jax/report/page.{kind}' for kind in ('css', 'js')}
   others = {
-    f'maskconnect_jax/{name}' for name in ('convolution.cc', 'py.typed')
+    f'maskconnect_jax/{name}'
+    for name in (
+      'convolution.cc',
+      'method/aggregate.cc',
+      'native.h',
+      'py.typed',
+    )
   }
   assert held == expected | page | others
 

@@ -4,101 +4,213 @@
   dloss/dy_i = sum_j w[j, i] * g_j,   g_j = dloss/dx_j             backward
   dloss/dw[j, i] = <g_j, y_i>, for drawn and undrawn i alike
 
-Autodiff would compute the last line entry by entry, and would read one g and
-one y for each entry. Here all entries of a block are computed when the backward
-pass reaches the block. They are accumulated in float32 even if the activations
-are bfloat16: its 8 bits of precision would lose nearly all of the sum.
+Autodiff would compute the last two lines edge by edge, and would read one g and
+one y for each edge. Here `fan_out` computes them for all readers of a source
+together, when the backward pass reaches the source: y_i is read once, and so is
+each g_j. They are accumulated in float32 even if the activations are bfloat16:
+its 8 bits of precision would lose nearly all of the sum.
+
+A CPU takes aggregate.cc if `backend.native` is on. It reads no source whose
+weight is 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from maskconnect_jax import backend
 from maskconnect_jax.method import adapters
 
+NATIVE = ('maskconnect_masked_sum', 'maskconnect_source_gradients')
+_ROWS, _BATCH = PartitionSpec(None, 'data'), PartitionSpec('data')
 
-def masked_sum(
-  weights: jax.Array,
-  sources: Sequence[jax.Array],
-) -> jax.Array:
-  """Returns the sum of the sources, each times its weight.
+
+def fan_out(weights: jax.Array, source: jax.Array) -> tuple[jax.Array, ...]:
+  """Returns the source n times, for the `masked_sum` of each block.
+
+  `masked_sum` hands g_j back to its own copy. Here all of them arrive, and make
+  the gradients of the source and of its weights. A copy that nothing reads
+  costs nothing.
 
   Args:
-    weights: float32 [n, batch], the weight of each source in each image; see
+    weights: float32 [n, batch], w[j, i] for each block j, in each image; see
       `backend.rows_for_images`.
-    sources: n arrays of one shape and dtype, [batch, ...].
+    source: y_i, [batch, ...].
+  """
+  return _fan_out(weights, source)
+
+
+@jax.custom_vjp
+def _fan_out(weights: jax.Array, source: jax.Array) -> tuple[jax.Array, ...]:
+  return (source,) * len(weights)
+
+
+def _fan_out_forward(weights: Any, source: Any) -> Any:
+  # A mask without a gradient, as that of a wiring that is measured, needs no y.
+  needed = source.value if weights.perturbed else None
+  return _fan_out(weights.value, source.value), (weights.value, needed)
+
+
+def _fan_out_backward(kept: Any, gradients: Sequence[Any]) -> Any:
+  weights, source = kept
+  readers = [
+    j for j, g in enumerate(gradients) if not isinstance(g, SymbolicZero)
+  ]
+  if not readers:
+    return None, None
+  first, end = readers[0], readers[-1] + 1
+  arrived = tuple(
+    g.instantiate() if isinstance(g, SymbolicZero) else g
+    for g in gradients[first:end]
+  )
+  own = weights[first:end]
+  if source is None:
+    return None, weighted_sum(own, arrived).astype(arrived[0].dtype)
+  for_source, products = _source_gradients(own, source, arrived)
+  around = ((first, len(weights) - end), (0, 0))
+  return (
+    jnp.pad(products.astype(weights.dtype), around),
+    for_source.astype(source.dtype),
+  )
+
+
+_fan_out.defvjp(_fan_out_forward, _fan_out_backward, symbolic_zeros=True)
+
+
+@jax.custom_vjp
+def masked_sum(weights: jax.Array, sources: tuple[jax.Array, ...]) -> jax.Array:
+  """Returns x_j, the sum of the sources, each times its weight.
+
+  Args:
+    weights: float32 [n, batch], w[j, i] of each source in each image. They get
+      no gradient here: `fan_out` computes it.
+    sources: n arrays of one shape and dtype, [batch, ...]; each is a copy by
+      `fan_out` and gets g_j, not its own gradient.
 
   Returns:
     An array of a source's shape, in float32, or in float64 for float64. The
     caller adds other sums to it before rounding to the sources' dtype.
   """
-  return backend.sum_in_parts(_traced_once, weights, sources)
+  return weighted_sum(weights, sources)
 
 
-def sum_of_widths(
-  rows: Sequence[jax.Array],
-  groups: Sequence[Sequence[jax.Array]],
-  features: int,
-) -> jax.Array:
-  """Returns the sum of sources of several widths, each times its weight.
+def _masked_sum_forward(
+  weights: jax.Array, sources: tuple[jax.Array, ...]
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  return masked_sum(weights, sources), sources
 
-  Zero channels are appended to the sum of each width.
+
+def _masked_sum_backward(
+  sources: tuple[jax.Array, ...], gradient: jax.Array
+) -> tuple[None, tuple[jax.Array, ...]]:
+  # g_j is the gradient of a sum that was rounded to this dtype: it has no more.
+  return None, (gradient.astype(sources[0].dtype),) * len(sources)
+
+
+masked_sum.defvjp(_masked_sum_forward, _masked_sum_backward)
+
+
+def sum_of_widths(sums: Sequence[jax.Array], features: int) -> jax.Array:
+  """Returns the sum of sums of several widths.
 
   Args:
-    rows: the weights of each group, see `masked_sum`.
-    groups: the sources of one width each, [batch, ..., C] with C at most
-      `features`.
-    features: channels of the sum.
-
-  Returns:
-    [batch, ..., features], in the dtype of `masked_sum`.
+    sums: of the sources of one width each, [batch, ..., C] with C at most
+      `features`. Zero channels are appended to them.
+    features: channels of the result.
   """
-  sums = [
-    backend.append_zero_channels(masked_sum(row, group), features)
-    for row, group in zip(rows, groups, strict=True)
-  ]
-  return sum(sums[1:], start=sums[0])
+  wide = [backend.append_zero_channels(own, features) for own in sums]
+  return sum(wide[1:], start=wide[0])
 
 
-@jax.custom_vjp
-def _sum(weights: jax.Array, sources: tuple[jax.Array, ...]) -> jax.Array:
-  exact = _exact(sources[0].dtype)
-  terms = [
-    weight * source.astype(exact)
-    for weight, source in zip(
-      _beside(weights.astype(exact), sources[0]), sources, strict=True
+def weighted_sum(weights: jax.Array, terms: Sequence[jax.Array]) -> jax.Array:
+  """Returns sum_i w_i t_i in float32 or better; of `masked_sum`'s arguments."""
+  add = _plain_sum
+  if _is_native(terms[0]):
+    add = backend.natively(_native_sum, _plain_sum, (_ROWS, _BATCH), _BATCH)
+  return add(weights, tuple(terms))
+
+
+def _plain_sum(weights: jax.Array, terms: tuple[jax.Array, ...]) -> jax.Array:
+  parts = [_sum_of_part(*part) for part in backend.in_parts(weights, terms)]
+  return sum(parts[1:], start=parts[0])
+
+
+@backend.traced_once()
+def _sum_of_part(weights: jax.Array, terms: tuple[jax.Array, ...]) -> jax.Array:
+  exact = _exact(terms[0].dtype)
+  products = [
+    weight * term.astype(exact)
+    for weight, term in zip(
+      _beside(weights.astype(exact), terms[0]), terms, strict=True
     )
   ]
-  return sum(terms[1:], start=terms[0])
+  return sum(products[1:], start=products[0])
 
 
-def _sum_forward(
-  weights: jax.Array, sources: tuple[jax.Array, ...]
-) -> tuple[jax.Array, tuple[jax.Array, tuple[jax.Array, ...]]]:
-  return _sum(weights, sources), (weights, sources)
+def _source_gradients(
+  weights: jax.Array, source: jax.Array, gradients: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the gradients of a source and of its weights, [n, batch].
+
+  Args:
+    weights: [n, batch], of the source in the sum of each reader.
+    source: y_i, [batch, ...].
+    gradients: g_j of the n readers, of y_i's shape and dtype.
+  """
+  compute = _plain_gradients
+  if _is_native(source):
+    compute = backend.natively(
+      _native_gradients,
+      _plain_gradients,
+      (_ROWS, _BATCH, _BATCH),
+      (_BATCH, _ROWS),
+    )
+  return compute(weights, source, gradients)
 
 
-def _sum_backward(
-  residuals: tuple[jax.Array, tuple[jax.Array, ...]],
-  gradient: jax.Array,
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  weights, sources = residuals
-  gradient = backend.rounded_again(gradient, sources[0].dtype)
-  for_sources = tuple(
-    (weight * gradient).astype(source.dtype)
-    for weight, source in zip(_beside(weights, gradient), sources, strict=True)
+def _plain_gradients(
+  weights: jax.Array, source: jax.Array, gradients: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+  parts = [
+    _gradients_of_part(row, source, part)
+    for row, part in backend.in_parts(weights, gradients)
+  ]
+  sums, products = zip(*parts, strict=True)
+  return sum(sums[1:], start=sums[0]), jnp.concatenate(products)
+
+
+@backend.traced_once()
+def _gradients_of_part(
+  weights: jax.Array, source: jax.Array, gradients: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+  exact = source.astype(_exact(source.dtype))
+  return (
+    _sum_of_part(weights, gradients),
+    backend.inner_products(exact, gradients),
   )
-  products = backend.inner_products(gradient, sources)
-  return products.astype(weights.dtype), for_sources
 
 
-_sum.defvjp(_sum_forward, _sum_backward)
-_traced_once = backend.traced_once()(_sum)
+def _is_native(x: jax.Array) -> bool:
+  return backend.native.value and x.dtype == jnp.float32
+
+
+def _native_sum(weights: jax.Array, terms: tuple[jax.Array, ...]) -> jax.Array:
+  return backend.native_call(NATIVE[0], terms[0])(weights, *terms)
+
+
+def _native_gradients(
+  weights: jax.Array, source: jax.Array, gradients: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+  return backend.native_call(NATIVE[1], (source, weights))(
+    weights, source, *gradients
+  )
 
 
 def _beside(weights: jax.Array, x: jax.Array) -> jax.Array:
@@ -120,7 +232,7 @@ def static_sum(
   """Returns c * sum_i y_i, the scaled sum of the sources of a frozen block.
 
   One source with scale 1 is returned unchanged. So Fixed-Prev equals the
-  ordinary network to the bit. A CPU takes the sums of `masked_sum`, with which
+  ordinary network to the bit. A CPU takes `weighted_sum`, with which
   Fixed-Random's step of resnet38 takes 0.84 to 0.87 of the time.
 
   Args:
@@ -145,10 +257,10 @@ def static_sum(
   def cpu(*sources: jax.Array) -> jax.Array:
     widths = sorted({y.shape[-1] for y in sources})
     groups = [[y for y in sources if y.shape[-1] == w] for w in widths]
-    rows = [
-      jnp.full((len(own), own[0].shape[0]), scale, _exact(dtype))
+    sums = [
+      weighted_sum(jnp.full((len(own), len(own[0])), scale, _exact(dtype)), own)
       for own in groups
     ]
-    return sum_of_widths(rows, groups, features).astype(dtype)
+    return sum_of_widths(sums, features).astype(dtype)
 
   return backend.by_platform(cpu=cpu, default=default)(*sources)

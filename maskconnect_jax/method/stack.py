@@ -14,7 +14,12 @@ from flax import nnx
 from maskconnect_jax import backend, limits
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import adapters, connectivity
-from maskconnect_jax.method.aggregate import static_sum, sum_of_widths
+from maskconnect_jax.method.aggregate import (
+  fan_out,
+  masked_sum,
+  static_sum,
+  sum_of_widths,
+)
 from maskconnect_jax.method.spec import REMATS, WiringSpec
 from maskconnect_jax.method.topology import BranchTopology, Topology
 from maskconnect_jax.method.wiring import Wiring
@@ -163,13 +168,12 @@ class MaskedStack(Wiring):
       return self._run_frozen(x, self.topology, keep, options)
     if mask is None:
       mask = self.mask()
-    rows = backend.rows_for_images(self._weights(mask), len(x))
-    sources = _Outputs(x, self.adapter)
+    sources = _MaskedOutputs(x, self.adapter, self._weights(mask))
     run = _runner(options, self.remat)
-    for number, (block, row, valid) in enumerate(
-      zip(self.blocks, rows, self.valid, strict=True)
+    for number, (block, valid) in enumerate(
+      zip(self.blocks, self.valid, strict=True)
     ):
-      total = sources.masked_sum(valid, row)
+      total = sources.masked_sum(number, valid)
       sources.outputs.append(run(block, total, _column(keep, number)))
     return sources.outputs
 
@@ -304,11 +308,7 @@ def _call(
 
 
 class _Outputs:
-  """The sources so far; each is adapted to a shape once, for all readers.
-
-  Sources of one width are added first, then zero channels are appended to their
-  sum. So no zero is read, kept, or multiplied for the mask's gradient.
-  """
+  """The sources so far; each is adapted to a shape once, for all readers."""
 
   def __init__(self, x: jax.Array, adapter: Any) -> None:
     self.outputs: list[Any] = [x]
@@ -320,26 +320,6 @@ class _Outputs:
     """Returns the picked sources' scaled sum, in the newest output's shape."""
     features = self.outputs[-1].shape[-1]
     return static_sum([self._take(i) for i in picked], scale, features)
-
-  def masked_sum(self, valid: Sequence[bool], weights: jax.Array) -> jax.Array:
-    """Returns the sum that a block reads, of the newest output's shape.
-
-    Args:
-      valid: which of the sources 0..L-1 the block may take.
-      weights: float32 [L, batch], the weight of each source in each image.
-    """
-    newest = self.outputs[-1]
-    taken = {i: self._take(i) for i, ok in enumerate(valid) if ok}
-    widths = sorted({y.shape[-1] for y in taken.values()})
-    groups = [
-      [i for i, y in taken.items() if y.shape[-1] == width] for width in widths
-    ]
-    total = sum_of_widths(
-      backend.rows_of(weights, groups),
-      [[taken[i] for i in group] for group in groups],
-      newest.shape[-1],
-    )
-    return total.astype(newest.dtype)
 
   def _take(self, i: int) -> jax.Array:
     """Returns source i in the newest output's shape, or with fewer channels."""
@@ -359,3 +339,48 @@ class _Outputs:
         )
       forms[shape] = backend.written_in_own_dtype(y)
     return forms[shape]
+
+
+class _MaskedOutputs(_Outputs):
+  """The sources so far, and their masked sums.
+
+  Sources of one width are added first, then zero channels are appended to their
+  sum. So no zero is read, kept, or multiplied for the mask's gradient.
+  """
+
+  def __init__(self, x: jax.Array, adapter: Any, weights: jax.Array) -> None:
+    """Begins with source 0, x, [batch, ...]; weights are [L, L]."""
+    super().__init__(x, adapter)
+    self._rows = backend.rows_for_images(jax.lax.stop_gradient(weights), len(x))
+    self._columns = backend.rows_for_images(weights.T, len(x))
+    # Of each source and shape the copies for the blocks still to come.
+    self._copies: dict[tuple[int, tuple[int, ...]], dict[int, jax.Array]] = {}
+
+  def masked_sum(self, number: int, valid: Sequence[bool]) -> jax.Array:
+    """Returns the sum that a block reads, of the newest output's shape.
+
+    Args:
+      number: of the block, from 0.
+      valid: which of the sources 0..L-1 it may take.
+    """
+    newest = self.outputs[-1]
+    taken = {i: self._copy(i, number) for i, ok in enumerate(valid) if ok}
+    widths = sorted({y.shape[-1] for y in taken.values()})
+    groups = [
+      [i for i, y in taken.items() if y.shape[-1] == width] for width in widths
+    ]
+    sums = [
+      masked_sum(row, tuple(taken[i] for i in group))
+      for row, group in zip(
+        backend.rows_of(self._rows[number], groups), groups, strict=True
+      )
+    ]
+    return sum_of_widths(sums, newest.shape[-1]).astype(newest.dtype)
+
+  def _copy(self, i: int, number: int) -> jax.Array:
+    """Returns source i as `_take`, in the copy for block `number`."""
+    key = i, self.outputs[-1].shape
+    if key not in self._copies:
+      copies = fan_out(self._columns[i][number:], self._take(i))
+      self._copies[key] = dict(enumerate(copies, start=number))
+    return self._copies[key][number]

@@ -16,8 +16,8 @@ import tqdm
 from clu import parameter_overview
 from flax import nnx
 
+from maskconnect_jax import backend, files
 from maskconnect_jax import config as config_lib
-from maskconnect_jax import convolution, files
 from maskconnect_jax.drawing import graph, svg
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import topology as topology_lib
@@ -91,7 +91,7 @@ def describe(
 
   FLOPs, bytes and memory are XLA's count for one device of the compiled
   training step of the first phase. The time of a step is measured on random
-  images. Where a CPU takes the convolutions of convolution.cc, which XLA cannot
+  images. Where a CPU takes compiled C++ code, which XLA cannot
   count, FLOPs, bytes and memory are those of XLA's. The activations of an image
   are the step's temporary memory divided by
   the number of images on one device.
@@ -125,11 +125,11 @@ def describe(
   )
   print('compiling and timing the training step', file=sys.stderr)
   step = jax.jit(steps.train_step, static_argnums=0, donate_argnums=1)
-  with convolution.native(False):  # of whose work XLA knows nothing
+  with backend.native(False):  # of whose work XLA knows nothing
     compiled = step.lower(recipe, state, *batch).compile()
   counted: Any = compiled.cost_analysis()
   memory: Any = compiled.memory_analysis()
-  if native_code := convolution.native.value:
+  if native_code := backend.native.value:
     compiled = step.lower(recipe, state, *batch).compile()
   seconds = _time_of_a_step(compiled, state, batch)
 

@@ -26,7 +26,7 @@ from jax.sharding import (
   PartitionSpec,
 )
 
-from maskconnect_jax import convolution
+from maskconnect_jax import backend
 from maskconnect_jax.errors import InputError
 
 # The key of the failure's message in the store that all processes share.
@@ -133,16 +133,16 @@ def check_same(step: int, *, in_folder: str) -> None:
 
   Raises:
     InputError: they begin at different steps; or some have compiled
-      convolution.cc for their CPU, and others have not.
+      the C++ code for their CPU, and others have not.
   """
   if jax.process_count() == 1:
     return
-  own = np.array([step, convolution.native.value], np.int64)
+  own = np.array([step, backend.native.value], np.int64)
   found, compiled = multihost_utils.process_allgather(own).T.tolist()
   if len({*compiled}) > 1:
     raise InputError(
       f'processes {[n for n, c in enumerate(compiled) if not c]} have not'
-      ' compiled convolution.cc, and others have; give all hosts a C++'
+      ' compiled the C++ code, and others have; give all hosts a C++'
       ' compiler, or set CXX= on all'
     )
   if len({*found}) > 1:

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maskconnect_jax import backend, convolution, files
+from maskconnect_jax import backend, files
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.run import augment, inference
 
@@ -61,7 +61,7 @@ def stablehlo(model: inference.Classifier) -> bytes:
   images = jax.ShapeDtypeStruct((count, *model.image_shape), jnp.uint8)
   exported = export.export(jax.jit(_logits_of(model)), platforms=PLATFORMS)
   try:
-    with convolution.native(False):  # it is on no other machine
+    with backend.native(False):  # it is on no other machine
       return bytes(exported(images).serialize())
   except ImportError as error:
     raise _missing(error, 'export') from error

@@ -1,8 +1,9 @@
-"""Compiles convolution.cc for the CPU of this machine, and hands it to JAX.
+"""Compiles C++ for the CPU of this machine, and hands it to JAX.
 
-Without it a step takes 1.1 to 1.4 times as long (docs/performance.md, "On two
-CPU cores"). A compiler makes code for the vector registers of this very CPU,
-once in 3 seconds. The library stays in the user's cache.
+The files are convolution.cc and method/aggregate.cc. Without them a step takes
+1.1 to 1.4 times as long (docs/performance.md, "On two CPU cores"). A compiler
+makes code for the vector registers of this very CPU, once in 3 seconds. The
+library stays in the user's cache.
 """
 
 from __future__ import annotations
@@ -22,10 +23,15 @@ from pathlib import Path
 
 import jax
 
-from maskconnect_jax import convolution
+from maskconnect_jax import backend, convolution
+from maskconnect_jax.method import aggregate
 from maskconnect_jax.run import compilation_cache
 
-_SOURCE = Path(convolution.__file__).with_suffix('.cc')
+_SOURCES = (
+  Path(convolution.__file__).with_suffix('.cc'),
+  Path(aggregate.__file__).with_suffix('.cc'),
+)
+_HEADER = Path(backend.__file__).with_name('native.h')
 _OPTIONS = (
   '-std=gnu++17', '-O3', '-march=native', '-ffp-contract=fast', '-w',
   '-shared', '-fPIC',
@@ -34,14 +40,14 @@ _SECONDS = 120  # after which the compiler is given up
 
 
 def use() -> None:
-  """Lets a CPU take the convolutions of convolution.cc from now on.
+  """Lets a CPU take the compiled convolutions and sums from now on.
 
   It does nothing without a C++ compiler: c++, g++, clang++, or what CXX names;
-  CXX= turns the library off. XLA's convolutions then remain. It does nothing on
+  CXX= turns the library off. XLA's forms then remain. It does nothing on
   other systems than Linux on x86-64, where nobody has tried it. If the library
   cannot be compiled or loaded, a line on stderr says why.
   """
-  if convolution.native.value:
+  if backend.native.value:
     return
   if (sys.platform, platform.machine()) != ('linux', 'x86_64'):
     return
@@ -50,18 +56,18 @@ def use() -> None:
     return
   try:
     library = ctypes.CDLL(str(_library(compiler)))
-    for name in convolution.NATIVE:
+    for name in convolution.NATIVE + aggregate.NATIVE:
       handler = jax.ffi.pycapsule(getattr(library, name))
       jax.ffi.register_ffi_target(name, handler, platform='cpu')
   except (OSError, AttributeError, subprocess.SubprocessError) as error:
     print(
-      "XLA's convolutions are used, as convolution.cc was not compiled:"
+      "XLA's convolutions and sums are used, as the C++ code was not compiled:"
       f' {_first_line(error)}; mend {shlex.join(compiler)}, or set CXX= to go'
       ' on without it',
       file=sys.stderr,
     )
     return
-  convolution.native.set_global(True)
+  backend.native.set_global(True)
 
 
 def _compiler() -> list[str]:
@@ -88,18 +94,19 @@ def _library(compiler: list[str]) -> Path:
     timeout=_SECONDS,
   ).stdout
   parts = (
-    _SOURCE.read_bytes(), version, os.fsencode(shlex.join(command)), _cpu(),
+    *(path.read_bytes() for path in (*_SOURCES, _HEADER)), version,
+    os.fsencode(shlex.join(command)), _cpu(),
     importlib.metadata.version('jaxlib').encode(),
   )  # fmt: skip
   key = hashlib.sha256(b'\0'.join(parts)).hexdigest()[:16]
-  path = _folder() / f'convolution-{key}.so'
+  path = _folder() / f'maskconnect-{key}.so'
   if path.exists():
     return path
-  print('compiling convolutions for this CPU, once', file=sys.stderr)
+  print('compiling convolutions and sums for this CPU, once', file=sys.stderr)
   with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
     made = Path(temporary) / path.name
     subprocess.run(
-      [*command, str(_SOURCE), '-o', str(made)],
+      [*command, *map(str, _SOURCES), '-o', str(made)],
       capture_output=True,
       check=True,
       timeout=_SECONDS,

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskconnect_jax.method.aggregate import masked_sum, static_sum
+from maskconnect_jax import backend
+from maskconnect_jax.method.aggregate import fan_out, masked_sum, static_sum
 
 SHAPE = (4, 5, 2)  # of an image
 
@@ -29,8 +30,12 @@ def in_each_image(weights, batch):
 
 
 def masked_loss(weights, first, factors, direction):
+  batch, copies = len(first), []
+
   def add(t, row, ys):
-    return masked_sum(in_each_image(row, len(first)), tuple(ys))
+    copies.append(fan_out(in_each_image(weights[t:, t], batch), ys[t]))
+    taken = (own[t - i] for i, own in enumerate(copies))
+    return masked_sum(in_each_image(row, batch), tuple(taken))
 
   return jnp.sum(direction * chain(add, weights, first, factors)[-1])
 
@@ -40,6 +45,13 @@ def plain_loss(weights, first, factors, direction):
     return sum(w * y for w, y in zip(row, ys, strict=True))
 
   return jnp.sum(direction * chain(add, weights, first, factors)[-1])
+
+
+def one_sum(weights, sources):
+  """Of sources that nothing else reads."""
+  rows = jnp.split(weights, len(weights))
+  copies = [fan_out(row, y)[0] for row, y in zip(rows, sources, strict=True)]
+  return masked_sum(weights, tuple(copies))
 
 
 def numbers(count, batch):
@@ -74,10 +86,9 @@ def test_gradients_are_those_of_autodiff(count, batch):
   [('cpu', 3, 0), ('tpu', 3, 0), ('cuda', 0, 1), ('rocm', 0, 1)],
 )
 def test_products_follow_the_platform(platform, products, reductions):
-  sources = (jnp.ones((2, 3)),) * 3
-
   def total(weights):
-    return masked_sum(weights, sources).sum()
+    copies = fan_out(weights, jnp.ones((2, 3)))
+    return sum(masked_sum(weights[:1], (own,)).sum() for own in copies)
 
   traced = jax.jit(jax.grad(total)).trace(jnp.ones((3, 2)))
   program = traced.lower(lowering_platforms=(platform,)).as_text()
@@ -86,8 +97,9 @@ def test_products_follow_the_platform(platform, products, reductions):
 
 
 def test_sums_that_are_alike_are_lowered_once():
-  # 1 + 2 + ... + 18 products, but of 1 to 9 sources at once, twice.
-  traced = jax.jit(jax.grad(masked_loss, (0, 1))).trace(*numbers(18, 2))
+  # 1 + 2 + ... + 18 products, but of 1 to 9 readers at once, twice.
+  with backend.native(False):
+    traced = jax.jit(jax.grad(masked_loss, (0, 1))).trace(*numbers(18, 2))
   program = traced.lower(lowering_platforms=('cpu',)).as_text()
   assert program.count('stablehlo.dot_general') == sum(range(10))
 
@@ -98,7 +110,7 @@ def test_one_sum_and_its_gradients_are_numpys(count):
   rng = np.random.default_rng(count)
   weights, shape = rng.normal(size=(count, 3)), (3, *SHAPE)
   sources, gradient = rng.normal(size=(count, *shape)), rng.normal(size=shape)
-  value, backward = jax.vjp(masked_sum, jnp.asarray(weights), tuple(sources))
+  value, backward = jax.vjp(one_sum, jnp.asarray(weights), tuple(sources))
   for_weights, for_sources = backward(jnp.asarray(gradient))
   for actual, expected in (
     (value, np.einsum('nb,nbhwc->bhwc', weights, sources)),
@@ -131,7 +143,7 @@ def test_the_bfloat16_weights_gradient_is_accumulated_in_float32():
     (long, long, 10_001),
   ):
     value, backward = jax.vjp(
-      masked_sum, jnp.ones((1, 1)), (jnp.asarray(y[None], jnp.bfloat16),)
+      one_sum, jnp.ones((1, 1)), (jnp.asarray(y[None], jnp.bfloat16),)
     )
     for_weights, (for_source,) = backward(jnp.asarray(g[None], value.dtype))
     assert for_weights.dtype == jnp.float32
@@ -151,3 +163,93 @@ def test_static_sum_is_the_scaled_sum(count, scale):
 def test_one_source_of_scale_1_is_returned_untouched():
   source = jnp.ones((2, 3))
   assert static_sum([source], 1.0, source.shape[-1]) is source
+
+
+# aggregate.cc, in float32.
+COMPILED = pytest.mark.skipif(
+  not backend.native.value, reason='no C++ compiler, or not for this system'
+)
+
+
+def in_float32(count, shape):
+  """Weights, a third of them zeros, sources and the gradient of their sum."""
+  rng = np.random.default_rng(count)
+  weights = rng.normal(size=(count, shape[0]))
+  weights *= rng.uniform(size=weights.shape) < 2 / 3
+  arrays = weights, rng.normal(size=(count, *shape)), rng.normal(size=shape)
+  return [array.astype(np.float32) for array in arrays]
+
+
+@COMPILED
+@pytest.mark.parametrize(
+  ('count', 'shape'),
+  [(1, (2, 3)), (3, (3, 4, 5, 2)), (35, (2, 8, 8, 16)), (2, (1, 70, 64))],
+)
+def test_native_sums_and_gradients_are_numpys(count, shape):
+  """Images of a part of a chunk, of a few, and of no multiple of 64 numbers."""
+  weights, sources, gradient = in_float32(count, shape)
+  value, backward = jax.vjp(
+    one_sum, jnp.asarray(weights), tuple(map(jnp.asarray, sources))
+  )
+  for_weights, for_sources = backward(jnp.asarray(gradient))
+  exact = [array.astype(np.float64) for array in (weights, sources, gradient)]
+  for actual, form, arrays in (
+    (value, 'nb,nb...->b...', exact[:2]),
+    (for_sources, 'nb,b...->nb...', exact[::2]),
+  ):
+    expected = np.einsum(form, *arrays)
+    np.testing.assert_allclose(np.array(actual), expected, rtol=0, atol=2e-5)
+  expected = np.sum(exact[1] * exact[2], axis=tuple(range(2, len(shape) + 1)))
+  np.testing.assert_allclose(for_weights, expected, rtol=0, atol=2e-4)
+
+
+@COMPILED
+def test_native_gradients_of_several_readers_are_autodiffs():
+  arguments = numbers(7, 4)
+  with jax.enable_x64(True):
+    expected = jax.grad(plain_loss, (0, 1, 2))(*arguments)
+  gradient = jax.jit(jax.grad(masked_loss, (0, 1, 2)))
+  calls = gradient.trace(*arguments).lower().as_text()
+  assert calls.count('@maskconnect_source_gradients') == 7
+  for actual, value in zip(gradient(*arguments), expected, strict=True):
+    np.testing.assert_allclose(actual, value, rtol=0, atol=1e-4)
+
+
+@COMPILED
+def test_a_source_that_was_not_drawn_is_not_read():
+  sources = jnp.ones((3, 2, 100)).at[1].set(jnp.nan)
+  weights = jnp.array([[1.0, 2.0], [0.0, 0.0], [3.0, 4.0]])
+  total = masked_sum(weights, tuple(sources))
+  np.testing.assert_array_equal(total, np.repeat([[4.0], [6.0]], 100, 1))
+
+
+@COMPILED
+def test_a_mask_without_a_gradient_costs_no_products():
+  weights, sources, _ = numbers(3, 2)[:3]
+  own = weights[:, :2], jnp.asarray(np.stack([sources] * 3), jnp.float32)
+
+  def loss(weights, sources):
+    return one_sum(weights, tuple(sources)).sum()
+
+  for numbers_of, products in ((0, 3), (1, 0)):
+    program = jax.jit(jax.grad(loss, numbers_of)).trace(*own).lower().as_text()
+    assert program.count('@maskconnect_source_gradients') == products
+
+
+@COMPILED
+def test_native_second_derivatives_are_those_of_autodiff():
+  arguments = numbers(3, 2)
+
+  def curvature(loss):
+    def slope(*arguments):
+      gradients = jax.grad(loss, (0, 1))(*arguments)
+      return sum(jnp.sum(jnp.sin(own)) for own in gradients)
+
+    return jax.grad(slope, (0, 1))
+
+  with jax.enable_x64(True):
+    expected = curvature(plain_loss)(*arguments)
+  for actual, value in zip(
+    jax.jit(curvature(masked_loss))(*arguments), expected, strict=True
+  ):
+    np.testing.assert_allclose(actual, value, rtol=0, atol=1e-4)

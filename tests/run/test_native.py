@@ -1,4 +1,7 @@
-"""How convolution.cc is compiled; tests/test_convolution.py has its values."""
+"""How the C++ code is compiled.
+
+Its values are tested in test_convolution.py and method/test_aggregate.py.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from maskconnect_jax import convolution
+from maskconnect_jax import backend
 from maskconnect_jax.run import native
 
 pytestmark = pytest.mark.skipif(
-  not convolution.native.value, reason='no C++ compiler, or not for this system'
+  not backend.native.value, reason='no C++ compiler, or not for this system'
 )
 
 USE = """
-from maskconnect_jax import convolution
+from maskconnect_jax import backend, convolution
 from maskconnect_jax.run import native
 native.use()
-print(convolution.native.value)
+print(backend.native.value)
 """
 
 COMPILED = f"""{USE}
@@ -50,7 +53,7 @@ def test_it_is_compiled_once_and_its_programs_are_kept(tmp_path):
   programs = {'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'programs')}
   found = [started(COMPILED, tmp_path, **programs) for _ in range(2)]
   assert [out for out, _ in found] == [['True', '9.0']] * 2
-  assert 'compiling convolutions for this CPU, once' in found[0][1]
+  assert 'compiling convolutions and sums for this CPU, once' in found[0][1]
   assert 'rror' not in found[0][1] + found[1][1]
   assert 'compiling' not in found[1][1]
   (library,) = (tmp_path / 'maskconnect_jax' / 'native').iterdir()
@@ -68,8 +71,8 @@ def test_it_is_compiled_once_and_its_programs_are_kept(tmp_path):
 def test_a_bad_compiler_leaves_xlas_and_says_so(tmp_path, compiler, says):
   out, err = started(USE, tmp_path, CXX=compiler)
   assert out == ['False']
-  (line,) = (line for line in err.splitlines() if 'convolution.cc' in line)
-  assert line.startswith("XLA's convolutions are used")
+  (line,) = (line for line in err.splitlines() if 'C++ code' in line)
+  assert line.startswith("XLA's convolutions and sums are used")
   assert says in line
   assert 'CXX=' in line
 
