@@ -54,6 +54,9 @@ def _resize_by_pillow(pixels: np.ndarray, size: int) -> np.ndarray:
 
 
 def _of_opencv(cv2: Any) -> Library:
+  # As many images are read at once as there are cores. By default each call
+  # would have as many threads again.
+  cv2.setNumThreads(1)
   # REDUCED_GRAYSCALE sets no colour bit and is joined with IMREAD_COLOR_RGB;
   # REDUCED_COLOR would mean BGR.
   reduced = {

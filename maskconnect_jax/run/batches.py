@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any, TypeAlias
 
@@ -25,7 +26,9 @@ from absl import flags
 
 from maskconnect_jax.data.datasets import LazySplit, Split
 from maskconnect_jax.networks import streams
-from maskconnect_jax.run import distributed
+from maskconnect_jax.run import cores, distributed
+
+_LONG = 30.0  # seconds of training; the first batches are always late
 
 
 class Resident:
@@ -118,10 +121,12 @@ class Decoded:
       batch_size: examples in a step, on all devices together.
       seed: seed of the run; decides the order of each epoch, and every crop.
       sharding: how a batch lies on the devices.
-      threads: number of decoding threads, in this process or in each worker.
+      threads: number of decoding threads in a process, at most; all processes
+        together have no more than one for each core, or one each.
       workers: number of decoding processes; with 0 this process decodes.
     """
     self.damaged: set[int] = set()
+    self._waited, self._advised = 0.0, False
     self._batch_size = batch_size
     self._sharding = sharding
     self._threads, self._workers = threads, workers
@@ -136,7 +141,7 @@ class Decoded:
     """
     batches = share_of_batches(
       self._examples, self._batch_size, step, *distributed.process()
-    ).to_iter_dataset(_read_options(self._threads))
+    ).to_iter_dataset(_read_options(self._threads, max(1, self._workers)))
     if self._workers:
       if not flags.FLAGS.is_parsed():  # Grain reads some, also in a notebook
         flags.FLAGS.mark_as_parsed()
@@ -146,7 +151,10 @@ class Decoded:
       )
     # Closing the iterator ends the workers and frees their shared memory.
     with contextlib.closing(iter(batches)) as iterator:
-      for batch in iterator:
+      while True:
+        began = time.perf_counter()
+        batch = next(iterator)
+        self._waited += time.perf_counter() - began
         if self._workers:
           # JAX may refer to the array that it is given until the run ends.
           # By then Grain no longer frees shared memory, so JAX gets a copy.
@@ -154,6 +162,23 @@ class Decoded:
         images, labels, damaged = batch
         self.damaged.update(damaged[damaged >= 0].tolist())
         yield distributed.from_shares((images, labels), self._sharding)
+
+  def advice(self, seconds: float) -> str | None:
+    """Returns, once, how to decode sooner, if steps are sooner than batches.
+
+    Args:
+      seconds: of training since the last call.
+    """
+    waited, self._waited = self._waited, 0.0
+    workers = cores.available() - 2
+    late = seconds > _LONG and waited > seconds / 2
+    if self._advised or not late or workers <= max(1, self._workers):
+      return None
+    self._advised = True
+    return (
+      'images are decoded more slowly than the device takes them:'
+      f' --config.data.workers={workers} decodes in {workers} processes'
+    )
 
 
 Batches: TypeAlias = Resident | Decoded
@@ -329,7 +354,7 @@ def _end_with_parent() -> None:
   os._exit(1)
 
 
-def _read_options(threads: int) -> grain.ReadOptions:
+def _read_options(threads: int, processes: int = 1) -> grain.ReadOptions:
   # A thread fills a whole batch; one batch waits for each thread.
-  threads = min(threads, os.cpu_count() or 1)
+  threads = min(threads, -(-cores.available() // processes))
   return grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)

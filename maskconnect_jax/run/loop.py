@@ -16,6 +16,7 @@ import numpy as np
 
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.run import (
+  batches,
   checkpoint,
   cores,
   distributed,
@@ -122,7 +123,14 @@ def log(run: Run, done: int, interrupted: int, *, saved: bool) -> int:
   """
   plan = run.job.plan
   means = mean_of_steps(run.progress.pending, done)
+  before = run.progress.clock.seconds
   rate = run.stop_clock()
+  if (
+    isinstance(run.batches, batches.Decoded)
+    and jax.default_backend() != 'cpu'  # which needs all cores itself
+    and (line := run.batches.advice(run.progress.clock.seconds - before))
+  ):
+    run.bar.say(line)
   if not saved and plan.saves(done) and plan.evaluates(done):
     save(run, done)
     saved = True

@@ -15,7 +15,7 @@ from PIL import Image
 
 from maskconnect_jax import config
 from maskconnect_jax.data import datasets
-from maskconnect_jax.run import batches, distributed
+from maskconnect_jax.run import batches, cores, distributed
 
 COUNT, BATCH, SEED = 22, 8, 7
 PER_EPOCH = COUNT // BATCH
@@ -158,6 +158,32 @@ def test_streamed_goes_on_anywhere_with_any_number_of_threads(
   whole = first(streamed(streams.train, sharding).starting_at(0), start + 2)
   again = streamed(streams.train, sharding, threads=1)
   assert_same(first(again.starting_at(start), 2), whole[start:])
+
+
+def test_slow_decoding_is_told_once(streams, sharding, monkeypatch):
+  monkeypatch.setattr(cores, 'available', lambda: 16)
+  stream = streamed(streams.train, sharding)
+  assert stream.advice(100.0) is None  # nothing was waited for
+  first(stream.starting_at(0), 2)
+  assert 0 < stream._waited < 30
+  stream._waited = 51.0
+  assert stream.advice(100.0).endswith(
+    '--config.data.workers=14 decodes in 14 processes'
+  )
+  stream._waited = 51.0
+  assert stream.advice(100.0) is None
+  waiting = streamed(streams.train, sharding, workers=14)
+  waiting._waited = 51.0
+  assert waiting.advice(100.0) is None  # as many as there can be
+
+
+@pytest.mark.parametrize(
+  ('threads', 'processes', 'expected'),
+  [(16, 1, 6), (4, 1, 4), (16, 4, 2), (16, 6, 1), (16, 9, 1)],
+)
+def test_no_more_threads_than_cores(monkeypatch, threads, processes, expected):
+  monkeypatch.setattr(cores, 'available', lambda: 6)
+  assert batches._read_options(threads, processes).num_threads == expected
 
 
 @pytest.mark.slow
