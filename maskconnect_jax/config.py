@@ -308,7 +308,7 @@ def _default_data() -> ml_collections.ConfigDict:
   data.skip_errors = False  # count and skip images that do not decode
   data.max_pixels = 128_000_000  # width times height; larger images are refused
   data.memory_gb = 8.0  # in 1e9 bytes; larger sets are decoded in training
-  data.threads = 16  # of each decoding process, at most one per core
+  data.threads = 16  # that decode in a process; of all, at most one per core
   data.workers = 0  # processes that decode; 0: this one
   data.crop = 'pad'  # or 'resized', a random part of a random shape
   data.crop_scale = (0.08, 1.0)  # 'resized': share of the image's area

@@ -90,12 +90,27 @@ def test_products_of_bfloat16_sources_are_float32(products):
 @pytest.mark.parametrize(
   ('platform', 'products'), [('cpu', 1), ('cuda', 0), ('tpu', 0)]
 )
-def test_only_a_cpu_appends_zero_channels_by_a_product(platform, products):
-  function = jax.jit(lambda x: backend.append_zero_channels(x, 8))
-  program = function.trace(jnp.zeros((2, 3, 4, 5)))
-  text = program.lower(lowering_platforms=(platform,)).as_text()
-  assert text.count('dot_general') == products
-  assert text.count('stablehlo.pad') == 1 - products
+def test_only_a_cpu_changes_channels_by_a_product(platform, products):
+  for channels, other in ((8, 'stablehlo.pad'), (3, 'stablehlo.slice')):
+    function = jax.jit(lambda x, n=channels: backend.with_channels(x, n))
+    program = function.trace(jnp.zeros((2, 3, 4, 5)))
+    text = program.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count('dot_general') == products
+    assert text.count(other) == 1 - products
+
+
+@pytest.mark.parametrize('channels', [3, 5, 8])
+def test_channels_are_appended_or_left_out(channels):
+  x = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
+  y, pull = jax.vjp(
+    lambda x: backend.with_channels(x, channels), jnp.asarray(x)
+  )
+  expected = np.pad(x, ((0, 0), (0, 0), (0, 3)))[..., :channels]
+  np.testing.assert_array_equal(y, expected)
+  (back,) = pull(y)
+  np.testing.assert_array_equal(
+    back, np.pad(expected, ((0, 0), (0, 0), (0, 5)))[..., :5]
+  )
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])

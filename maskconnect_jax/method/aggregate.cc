@@ -5,7 +5,8 @@
 // to it, or multiplied with it. What is added in which order depends neither
 // on threads nor on the width of a register. Each call takes one thread.
 //
-// Layouts: weights [n, batch]; source, sum and each of n terms [batch, ...].
+// Layouts: weights [n, batch]; source, sum and each of n terms [batch, ..., C].
+// A term of a sum may have fewer channels; it is added to the first ones.
 
 #include <algorithm>
 #include <cstdint>
@@ -20,22 +21,20 @@ using namespace maskconnect;
 constexpr int64_t kChunk = 2048;  // floats
 constexpr int kSums = 64;         // of a product, side by side
 
-// Where an image of each term begins.
+// Where each term begins, and how many channels it has.
 class Terms {
  public:
-  Terms(const ffi::RemainingArgs& terms, int64_t size) : size_(size) {
+  explicit Terms(const ffi::RemainingArgs& terms) {
     for (size_t i = 0; i < terms.size(); ++i)
-      begins_.push_back(terms.get<Floats>(i)->typed_data());
+      terms_.push_back(*terms.get<Floats>(i));
   }
 
-  int64_t count() const { return begins_.size(); }
-  const float* Image(int64_t term, int64_t image) const {
-    return begins_[term] + image * size_;
-  }
+  int64_t count() const { return terms_.size(); }
+  const float* begin(int64_t i) const { return terms_[i].typed_data(); }
+  int64_t channels(int64_t i) const { return terms_[i].dimensions().back(); }
 
  private:
-  int64_t size_;
-  std::vector<const float*> begins_;
+  std::vector<Floats> terms_;
 };
 
 inline void Add(float weight, const float* from, float* to, int64_t count) {
@@ -68,19 +67,29 @@ inline void Multiply(const float* x, const float* y, float* sums, float weight,
 }
 
 ffi::Error MaskedSum(Floats weights, ffi::RemainingArgs given, Result total) {
+  const Terms terms(given);
   const int64_t images = weights.dimensions()[1];
-  const int64_t size = total->element_count() / std::max<int64_t>(images, 1);
-  const Terms terms(given, size);
-  for (int64_t image = 0; image < images; ++image) {
-    float* out = total->typed_data() + image * size;
-    for (int64_t at = 0; at < size; at += kChunk) {
-      const int64_t count = std::min(kChunk, size - at);
-      std::fill_n(out + at, count, 0.0f);
-      for (int64_t i = 0; i < terms.count(); ++i)
-        if (const float weight = weights.typed_data()[i * images + image])
-          Add(weight, terms.Image(i, image) + at, out + at, count);
+  const int64_t channels = total->dimensions().back();
+  const int64_t pixels = total->element_count() / (images * channels);
+  const int64_t step = std::max<int64_t>(1, kChunk / channels);
+  for (int64_t image = 0; image < images; ++image)
+    for (int64_t first = 0; first < pixels; first += step) {
+      const int64_t count = std::min(step, pixels - first);
+      const int64_t at = image * pixels + first;
+      float* to = total->typed_data() + at * channels;
+      std::fill_n(to, count * channels, 0.0f);
+      for (int64_t i = 0; i < terms.count(); ++i) {
+        const float weight = weights.typed_data()[i * images + image];
+        if (weight == 0) continue;
+        const int64_t own = terms.channels(i);
+        const float* from = terms.begin(i) + at * own;
+        if (own == channels)
+          Add(weight, from, to, count * channels);
+        else
+          for (int64_t pixel = 0; pixel < count; ++pixel)
+            Add(weight, from + pixel * own, to + pixel * channels, own);
+      }
     }
-  }
   return ffi::Error::Success();
 }
 
@@ -88,8 +97,8 @@ ffi::Error SourceGradients(Floats weights, Floats source,
                            ffi::RemainingArgs given, Result gradient,
                            Result products) {
   const int64_t images = weights.dimensions()[1];
-  const int64_t size = source.element_count() / std::max<int64_t>(images, 1);
-  const Terms terms(given, size);
+  const int64_t size = source.element_count() / images;
+  const Terms terms(given);
   std::vector<float> sums(terms.count() * kSums);
   for (int64_t image = 0; image < images; ++image) {
     const float* y = source.typed_data() + image * size;
@@ -101,7 +110,7 @@ ffi::Error SourceGradients(Floats weights, Floats source,
       for (int64_t i = 0; i < terms.count(); ++i) {
         const float weight = weights.typed_data()[i * images + image];
         auto* multiply = weight ? Multiply<true> : Multiply<false>;
-        multiply(terms.Image(i, image) + at, y + at, &sums[i * kSums], weight,
+        multiply(terms.begin(i) + image * size + at, y + at, &sums[i * kSums], weight,
                  out + at, count);
       }
     }

@@ -10,13 +10,14 @@ together, when the backward pass reaches the source: y_i is read once, and so is
 each g_j. They are accumulated in float32 even if the activations are bfloat16:
 its 8 bits of precision would lose nearly all of the sum.
 
-A CPU takes aggregate.cc if `backend.native` is on. It reads no source whose
-weight is 0.
+A CPU takes aggregate.cc if `backend.native` is on. For a sum it reads no source
+whose weight is 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -72,7 +73,8 @@ def _fan_out_backward(kept: Any, gradients: Sequence[Any]) -> Any:
   )
   own = weights[first:end]
   if source is None:
-    return None, weighted_sum(own, arrived).astype(arrived[0].dtype)
+    total = weighted_sum(own, arrived, arrived[0].shape[-1])
+    return None, total.astype(arrived[0].dtype)
   for_source, products = _source_gradients(own, source, arrived)
   around = ((first, len(weights) - end), (0, 0))
   return (
@@ -84,62 +86,82 @@ def _fan_out_backward(kept: Any, gradients: Sequence[Any]) -> Any:
 _fan_out.defvjp(_fan_out_forward, _fan_out_backward, symbolic_zeros=True)
 
 
-@jax.custom_vjp
-def masked_sum(weights: jax.Array, sources: tuple[jax.Array, ...]) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def masked_sum(
+  weights: jax.Array, sources: tuple[jax.Array, ...], features: int
+) -> jax.Array:
   """Returns x_j, the sum of the sources, each times its weight.
 
   Args:
     weights: float32 [n, batch], w[j, i] of each source in each image. They get
       no gradient here: `fan_out` computes it.
-    sources: n arrays of one shape and dtype, [batch, ...]; each is a copy by
-      `fan_out` and gets g_j, not its own gradient.
+    sources: the n sources, see `weighted_sum`. Each is a copy by `fan_out` and
+      gets g_j, not its own gradient.
+    features: channels of the sum.
 
   Returns:
-    An array of a source's shape, in float32, or in float64 for float64. The
-    caller adds other sums to it before rounding to the sources' dtype.
+    [batch, ..., features], in float32, or in float64 for float64.
   """
-  return weighted_sum(weights, sources)
+  return weighted_sum(weights, sources, features)
 
 
 def _masked_sum_forward(
-  weights: jax.Array, sources: tuple[jax.Array, ...]
+  weights: jax.Array, sources: tuple[jax.Array, ...], features: int
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  return masked_sum(weights, sources), sources
+  return masked_sum(weights, sources, features), sources
 
 
 def _masked_sum_backward(
-  sources: tuple[jax.Array, ...], gradient: jax.Array
+  features: int, sources: tuple[jax.Array, ...], gradient: jax.Array
 ) -> tuple[None, tuple[jax.Array, ...]]:
   # g_j is the gradient of a sum that was rounded to this dtype: it has no more.
-  return None, (gradient.astype(sources[0].dtype),) * len(sources)
+  gradient = gradient.astype(sources[0].dtype)
+  narrow = {
+    width: backend.with_channels(gradient, width)
+    for width in {y.shape[-1] for y in sources}
+  }
+  return None, tuple(narrow[y.shape[-1]] for y in sources)
 
 
 masked_sum.defvjp(_masked_sum_forward, _masked_sum_backward)
 
 
-def sum_of_widths(sums: Sequence[jax.Array], features: int) -> jax.Array:
-  """Returns the sum of sums of several widths.
+def weighted_sum(
+  weights: jax.Array, terms: Sequence[jax.Array], features: int
+) -> jax.Array:
+  """Returns sum_i w_i t_i, in float32 or better.
 
   Args:
-    sums: of the sources of one width each, [batch, ..., C] with C at most
-      `features`. Zero channels are appended to them.
-    features: channels of the result.
+    weights: [n, batch], in each image.
+    terms: n arrays of one dtype, [batch, ..., C_i] with C_i at most `features`,
+      alike but for C_i. Zero channels are appended to them.
+    features: channels of the sum.
   """
-  wide = [backend.append_zero_channels(own, features) for own in sums]
-  return sum(wide[1:], start=wide[0])
-
-
-def weighted_sum(weights: jax.Array, terms: Sequence[jax.Array]) -> jax.Array:
-  """Returns sum_i w_i t_i in float32 or better; of `masked_sum`'s arguments."""
-  add = _plain_sum
+  add: Callable[..., jax.Array]
+  add = functools.partial(_plain_sum, features=features)
   if _is_native(terms[0]):
-    add = backend.natively(_native_sum, _plain_sum, (_ROWS, _BATCH), _BATCH)
+    local = functools.partial(_native_sum, features=features)
+    add = backend.natively(local, add, (_ROWS, _BATCH), _BATCH)
   return add(weights, tuple(terms))
 
 
-def _plain_sum(weights: jax.Array, terms: tuple[jax.Array, ...]) -> jax.Array:
-  parts = [_sum_of_part(*part) for part in backend.in_parts(weights, terms)]
-  return sum(parts[1:], start=parts[0])
+def _plain_sum(
+  weights: jax.Array, terms: tuple[jax.Array, ...], *, features: int
+) -> jax.Array:
+  """Computes `weighted_sum`; terms of one width are added before zeros are.
+
+  So no zero is read or kept.
+  """
+  widths = sorted({t.shape[-1] for t in terms})
+  groups = [
+    [i for i, t in enumerate(terms) if t.shape[-1] == width] for width in widths
+  ]
+  sums = []
+  for row, group in zip(backend.rows_of(weights, groups), groups, strict=True):
+    parts = backend.in_parts(row, [terms[i] for i in group])
+    own = [_sum_of_part(*part) for part in parts]
+    sums.append(backend.with_channels(sum(own[1:], start=own[0]), features))
+  return sum(sums[1:], start=sums[0])
 
 
 @backend.traced_once()
@@ -201,8 +223,11 @@ def _is_native(x: jax.Array) -> bool:
   return backend.native.value and x.dtype == jnp.float32
 
 
-def _native_sum(weights: jax.Array, terms: tuple[jax.Array, ...]) -> jax.Array:
-  return backend.native_call(NATIVE[0], terms[0])(weights, *terms)
+def _native_sum(
+  weights: jax.Array, terms: tuple[jax.Array, ...], *, features: int
+) -> jax.Array:
+  like = jax.ShapeDtypeStruct((*terms[0].shape[:-1], features), jnp.float32)
+  return backend.native_call(NATIVE[0], like)(weights, *terms)
 
 
 def _native_gradients(
@@ -255,12 +280,8 @@ def static_sum(
     return backend.scaled_sum(exact, scale).astype(dtype)
 
   def cpu(*sources: jax.Array) -> jax.Array:
-    widths = sorted({y.shape[-1] for y in sources})
-    groups = [[y for y in sources if y.shape[-1] == w] for w in widths]
-    sums = [
-      weighted_sum(jnp.full((len(own), len(own[0])), scale, _exact(dtype)), own)
-      for own in groups
-    ]
-    return sum_of_widths(sums, features).astype(dtype)
+    shape = len(sources), len(sources[0])
+    weights = jnp.full(shape, scale, _exact(dtype))
+    return weighted_sum(weights, sources, features).astype(dtype)
 
   return backend.by_platform(cpu=cpu, default=default)(*sources)

@@ -14,12 +14,7 @@ from flax import nnx
 from maskconnect_jax import backend, limits
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.method import adapters, connectivity
-from maskconnect_jax.method.aggregate import (
-  fan_out,
-  masked_sum,
-  static_sum,
-  sum_of_widths,
-)
+from maskconnect_jax.method.aggregate import fan_out, masked_sum, static_sum
 from maskconnect_jax.method.spec import REMATS, WiringSpec
 from maskconnect_jax.method.topology import BranchTopology, Topology
 from maskconnect_jax.method.wiring import Wiring
@@ -342,11 +337,7 @@ class _Outputs:
 
 
 class _MaskedOutputs(_Outputs):
-  """The sources so far, and their masked sums.
-
-  Sources of one width are added first, then zero channels are appended to their
-  sum. So no zero is read, kept, or multiplied for the mask's gradient.
-  """
+  """The sources so far, and their masked sums."""
 
   def __init__(self, x: jax.Array, adapter: Any, weights: jax.Array) -> None:
     """Begins with source 0, x, [batch, ...]; weights are [L, L]."""
@@ -364,18 +355,10 @@ class _MaskedOutputs(_Outputs):
       valid: which of the sources 0..L-1 it may take.
     """
     newest = self.outputs[-1]
-    taken = {i: self._copy(i, number) for i, ok in enumerate(valid) if ok}
-    widths = sorted({y.shape[-1] for y in taken.values()})
-    groups = [
-      [i for i, y in taken.items() if y.shape[-1] == width] for width in widths
-    ]
-    sums = [
-      masked_sum(row, tuple(taken[i] for i in group))
-      for row, group in zip(
-        backend.rows_of(self._rows[number], groups), groups, strict=True
-      )
-    ]
-    return sum_of_widths(sums, newest.shape[-1]).astype(newest.dtype)
+    taken = [i for i, ok in enumerate(valid) if ok]
+    (weights,) = backend.rows_of(self._rows[number], [taken])
+    sources = tuple(self._copy(i, number) for i in taken)
+    return masked_sum(weights, sources, newest.shape[-1]).astype(newest.dtype)
 
   def _copy(self, i: int, number: int) -> jax.Array:
     """Returns source i as `_take`, in the copy for block `number`."""

@@ -33,7 +33,7 @@ def pooled(x, height, width):
 
 
 @pytest.mark.parametrize(
-  'widen', [adapters.zero_pad_channels, backend.append_zero_channels]
+  'widen', [adapters.zero_pad_channels, backend.with_channels]
 )
 def test_channels_are_padded_with_zeros_behind(widen):
   x = RNG.normal(size=(2, 3, 4, 5)).astype(np.float32)

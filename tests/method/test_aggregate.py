@@ -35,7 +35,7 @@ def masked_loss(weights, first, factors, direction):
   def add(t, row, ys):
     copies.append(fan_out(in_each_image(weights[t:, t], batch), ys[t]))
     taken = (own[t - i] for i, own in enumerate(copies))
-    return masked_sum(in_each_image(row, batch), tuple(taken))
+    return masked_sum(in_each_image(row, batch), tuple(taken), SHAPE[-1])
 
   return jnp.sum(direction * chain(add, weights, first, factors)[-1])
 
@@ -51,7 +51,7 @@ def one_sum(weights, sources):
   """Of sources that nothing else reads."""
   rows = jnp.split(weights, len(weights))
   copies = [fan_out(row, y)[0] for row, y in zip(rows, sources, strict=True)]
-  return masked_sum(weights, tuple(copies))
+  return masked_sum(weights, tuple(copies), max(y.shape[-1] for y in sources))
 
 
 def numbers(count, batch):
@@ -88,7 +88,7 @@ def test_gradients_are_those_of_autodiff(count, batch):
 def test_products_follow_the_platform(platform, products, reductions):
   def total(weights):
     copies = fan_out(weights, jnp.ones((2, 3)))
-    return sum(masked_sum(weights[:1], (own,)).sum() for own in copies)
+    return sum(masked_sum(weights[:1], (own,), 3).sum() for own in copies)
 
   traced = jax.jit(jax.grad(total)).trace(jnp.ones((3, 2)))
   program = traced.lower(lowering_platforms=(platform,)).as_text()
@@ -123,7 +123,7 @@ def test_one_sum_and_its_gradients_are_numpys(count):
 def test_the_bfloat16_sum_is_accumulated_in_float32():
   # In bfloat16, 256 + 1 is 256.
   sources = tuple(jnp.full((2, 3), v, jnp.bfloat16) for v in (256, 1, 1))
-  total = masked_sum(jnp.ones((3, 2)), sources)
+  total = masked_sum(jnp.ones((3, 2)), sources, 3)
   assert total.dtype == jnp.float32
   np.testing.assert_array_equal(total, 258)
   total = static_sum(sources, 1.0, sources[0].shape[-1])
@@ -203,6 +203,30 @@ def test_native_sums_and_gradients_are_numpys(count, shape):
   np.testing.assert_allclose(for_weights, expected, rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize('native', [False, pytest.param(True, marks=COMPILED)])
+def test_sources_of_several_widths(native):
+  rng, widths = np.random.default_rng(0), (3, 16, 5, 16, 3)
+  weights = rng.normal(size=(5, 2)).astype(np.float32)
+  sources = [rng.normal(size=(2, 30, 9, n)).astype(np.float32) for n in widths]
+  gradient = rng.normal(size=(2, 30, 9, 16)).astype(np.float32)
+  with backend.native(native):
+    value, backward = jax.vjp(
+      one_sum, jnp.asarray(weights), tuple(map(jnp.asarray, sources))
+    )
+    for_weights, for_sources = backward(jnp.asarray(gradient))
+  expected = sum(
+    np.pad(w[:, None, None, None] * y, [(0, 0)] * 3 + [(0, 16 - y.shape[-1])])
+    for w, y in zip(weights, sources, strict=True)
+  )
+  np.testing.assert_allclose(value, expected, rtol=0, atol=1e-5)
+  for i, (w, y) in enumerate(zip(weights, sources, strict=True)):
+    own = gradient[..., : y.shape[-1]]
+    products = np.sum(own.astype(np.float64) * y, (1, 2, 3))
+    np.testing.assert_allclose(for_weights[i], products, rtol=0, atol=1e-3)
+    scaled = w[:, None, None, None] * own
+    np.testing.assert_allclose(for_sources[i], scaled, rtol=0, atol=1e-5)
+
+
 @COMPILED
 def test_native_gradients_of_several_readers_are_autodiffs():
   arguments = numbers(7, 4)
@@ -219,7 +243,7 @@ def test_native_gradients_of_several_readers_are_autodiffs():
 def test_a_source_that_was_not_drawn_is_not_read():
   sources = jnp.ones((3, 2, 100)).at[1].set(jnp.nan)
   weights = jnp.array([[1.0, 2.0], [0.0, 0.0], [3.0, 4.0]])
-  total = masked_sum(weights, tuple(sources))
+  total = masked_sum(weights, tuple(sources), 100)
   np.testing.assert_array_equal(total, np.repeat([[4.0], [6.0]], 100, 1))
 
 
