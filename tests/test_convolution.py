@@ -185,7 +185,9 @@ COMPILED = pytest.mark.skipif(
 # As SHAPES, of a multiple of 16 channels out.
 NATIVE = [
   (3, 8, 8, 3, 1, 16, 3, 1),
-  (2, 5, 7, 16, 1, 48, 3, 1),
+  (2, 5, 7, 16, 1, 48, 3, 1),  # Winograd's, with half a tile at the border
+  (2, 3, 40, 16, 1, 16, 3, 1),  # of more tiles in a row than sums in registers
+  (1, 8, 8, 64, 1, 32, 3, 1),  # of several rows at once
   (2, 8, 6, 16, 1, 32, 3, 2),
   (2, 7, 9, 5, 1, 16, 3, 2),
   (2, 9, 11, 3, 1, 64, 7, 2),
