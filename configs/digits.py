@@ -3,8 +3,8 @@
 python -m maskconnect_jax.main --config=configs/digits.py --workdir=runs/digits
 
 The images come with scikit-learn. A run takes 43 s on two CPU cores, compiling
-included, and 22 s again. Test accuracy after pruning, seeds 0, 1, 2: 99.17,
-98.89, 99.17 %. All 9 blocks stay.
+included, and 24 s again. Test accuracy after pruning, seeds 0, 1, 2: 99.44,
+99.17, 99.44 %. All 9 blocks stay.
 """
 
 import ml_collections

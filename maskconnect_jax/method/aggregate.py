@@ -33,6 +33,7 @@ NATIVE = ('maskconnect_masked_sum', 'maskconnect_source_gradients')
 _ROWS, _BATCH = PartitionSpec(None, 'data'), PartitionSpec('data')
 
 
+@jax.custom_vjp
 def fan_out(weights: jax.Array, source: jax.Array) -> tuple[jax.Array, ...]:
   """Returns the source n times, for the `masked_sum` of each block.
 
@@ -45,18 +46,13 @@ def fan_out(weights: jax.Array, source: jax.Array) -> tuple[jax.Array, ...]:
       `backend.rows_for_images`.
     source: y_i, [batch, ...].
   """
-  return _fan_out(weights, source)
-
-
-@jax.custom_vjp
-def _fan_out(weights: jax.Array, source: jax.Array) -> tuple[jax.Array, ...]:
   return (source,) * len(weights)
 
 
 def _fan_out_forward(weights: Any, source: Any) -> Any:
-  # A mask without a gradient, as that of a wiring that is measured, needs no y.
+  # The mask of a wiring that is measured has no gradient, and needs no y.
   needed = source.value if weights.perturbed else None
-  return _fan_out(weights.value, source.value), (weights.value, needed)
+  return fan_out(weights.value, source.value), (weights.value, needed)
 
 
 def _fan_out_backward(kept: Any, gradients: Sequence[Any]) -> Any:
@@ -83,7 +79,7 @@ def _fan_out_backward(kept: Any, gradients: Sequence[Any]) -> Any:
   )
 
 
-_fan_out.defvjp(_fan_out_forward, _fan_out_backward, symbolic_zeros=True)
+fan_out.defvjp(_fan_out_forward, _fan_out_backward, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -203,7 +203,31 @@ def test_native_sums_and_gradients_are_numpys(count, shape):
   np.testing.assert_allclose(for_weights, expected, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize('native', [False, pytest.param(True, marks=COMPILED)])
+BOTH = pytest.mark.parametrize(
+  'native', [False, pytest.param(True, marks=COMPILED)]
+)
+
+
+@BOTH
+@pytest.mark.parametrize('read', [(), (1,), (0, 2)])
+def test_copies_that_nothing_reads_add_nothing(native, read):
+  weights, source = jnp.array([[1.0, 2], [3, 4], [5, 6]]), jnp.ones((2, 7))
+
+  def loss(weights, source):
+    copies = fan_out(weights, source)
+    own = [masked_sum(weights[j : j + 1], (copies[j],), 7) for j in read]
+    return sum((total.sum() for total in own), start=jnp.zeros(()))
+
+  with backend.native(native):
+    for_weights, for_source = jax.grad(loss, (0, 1))(weights, source)
+  expected = np.zeros((3, 2))
+  expected[list(read)] = 7
+  np.testing.assert_array_equal(for_weights, expected)
+  total = np.array(weights)[list(read)].sum(0)[:, None]
+  np.testing.assert_array_equal(for_source, np.broadcast_to(total, (2, 7)))
+
+
+@BOTH
 def test_sources_of_several_widths(native):
   rng, widths = np.random.default_rng(0), (3, 16, 5, 16, 3)
   weights = rng.normal(size=(5, 2)).astype(np.float32)
