@@ -64,7 +64,7 @@ def _fan_out_backward(kept: Any, gradients: Sequence[Any]) -> Any:
     return None, None
   first, end = readers[0], readers[-1] + 1
   arrived = tuple(
-    g.instantiate() if isinstance(g, SymbolicZero) else g
+    jnp.zeros(g.shape, g.dtype) if isinstance(g, SymbolicZero) else g
     for g in gradients[first:end]
   )
   own = weights[first:end]
@@ -276,7 +276,7 @@ def static_sum(
     return backend.scaled_sum(exact, scale).astype(dtype)
 
   def cpu(*sources: jax.Array) -> jax.Array:
-    shape = len(sources), len(sources[0])
+    shape = len(sources), sources[0].shape[0]  # perhaps symbolic
     weights = jnp.full(shape, scale, _exact(dtype))
     return weighted_sum(weights, sources, features).astype(dtype)
 
