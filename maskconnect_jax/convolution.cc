@@ -139,15 +139,16 @@ void Rows(const Shape& s, const float* x, const float* kernel, float* y,
 // where * is a product over the channels at each of 16 points, for many tiles.
 class Winograd {
  public:
-  // Without groups, and with a kernel that is sooner transformed than applied to
-  // one image. Whatever the registers, so that all CPUs take the same sums.
+  // Without groups, and with a kernel that is sooner transformed than applied
+  // to one image; whatever the registers, so that all CPUs take the same sums.
   static bool Fits(const Shape& s) {
     return s.size == 3 && s.stride == 1 && s.inputs == s.channels &&
            s.inputs % 16 == 0 && s.inputs * s.outputs <= 256 * 256;
   }
 
   Winograd(const Shape& s, const float* kernel)
-      : s_(s), across_((s.columns + 1) / 2), kernel_(16 * s.inputs * s.outputs) {
+      : s_(s), across_((s.columns + 1) / 2),
+        kernel_(16 * s.inputs * s.outputs) {
     for (int64_t i = 0; i < s.inputs * s.outputs; i += kLanes) {
       Vector g[4][4];
       for (int row = 0; row < 3; ++row)

@@ -110,8 +110,8 @@ ffi::Error SourceGradients(Floats weights, Floats source,
       for (int64_t i = 0; i < terms.count(); ++i) {
         const float weight = weights.typed_data()[i * images + image];
         auto* multiply = weight ? Multiply<true> : Multiply<false>;
-        multiply(terms.begin(i) + image * size + at, y + at, &sums[i * kSums], weight,
-                 out + at, count);
+        multiply(terms.begin(i) + image * size + at, y + at, &sums[i * kSums],
+                 weight, out + at, count);
       }
     }
     for (int64_t i = 0; i < terms.count(); ++i) {

@@ -209,7 +209,7 @@ BOTH = pytest.mark.parametrize(
 
 
 @BOTH
-@pytest.mark.parametrize('read', [(), (1,), (0, 2)])
+@pytest.mark.parametrize('read', [(), (1,), (2,), (0, 2)])
 def test_copies_that_nothing_reads_add_nothing(native, read):
   weights, source = jnp.array([[1.0, 2], [3, 4], [5, 6]]), jnp.ones((2, 7))
 
