@@ -11,7 +11,7 @@ is augmented. They take turns: a round times --steps steps of each, and begins
 with another one than the round before. "ours ÷" is the median, over the rounds,
 of our time divided by theirs of the same round. The last column has the
 quartiles of these ratios. "theirs" is the fastest of --modes: eager, or one of
-torch.compile's. PyTorch has channels_last and fused SGD.
+torch.compile's. PyTorch has fused SGD and, except for branches, channels_last.
 
 A turn in which others take more than a twentieth of the cores is thrown away
 and taken again. If too many are, nothing is reported, and the exit status is 2.

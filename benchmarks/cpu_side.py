@@ -156,6 +156,7 @@ def theirs(
   if 'layer' in question:
     return their_layer(question, mode)
   import common
+  import torch_network
   import torch_port
 
   job = job_of(question, given, question['batch'])
@@ -167,7 +168,8 @@ def theirs(
     labels = labels.long()
     return lambda: step(images, labels), float
   network = torch_port.ported(pruned(job), question['network'])
-  network = network.to(memory_format=torch.channels_last).eval()
+  layout = torch_network.layout_of(network)
+  network = network.to(memory_format=layout).eval()
   images = torch.from_numpy(images_of(question))
   mean, std = (
     torch.tensor(values).view(3, 1, 1)
@@ -207,6 +209,7 @@ def our_layer(question: dict[str, Any]) -> Prepared:
   size = LAYERS[question['layer']][3]
   x, kernel, y = layer_arrays(question)
   mesh = distributed.make_mesh()
+  jax.set_mesh(mesh)  # each device computes its part of the batch
   x, y = distributed.to_global((x, y), distributed.sharded(mesh))
   kernel = distributed.to_global(kernel, distributed.replicated(mesh))
 

@@ -69,7 +69,8 @@ LIMITS = {
 def torch_weights(model: nnx.Module) -> dict[str, torch.Tensor]:
   """Returns our parameters and statistics as PyTorch names and lays them out.
 
-  Kernels go from HWIO to OIHW, and from [in, out] to [out, in].
+  Kernels go from HWIO to OIHW, and from [in, out] to [out, in]. The branches'
+  1x1 convolutions go from [C, in, out] to one in C groups.
   """
   names = {
     'kernel': 'weight',
@@ -83,6 +84,13 @@ def torch_weights(model: nnx.Module) -> dict[str, torch.Tensor]:
       value = np.array(variable[...])
       if kind == 'kernel':
         value = value.transpose((3, 2, 0, 1) if value.ndim == 4 else (1, 0))
+      elif kind in ('reduce', 'expand'):
+        path.append('conv1' if kind == 'reduce' else 'conv3')
+        value = value.swapaxes(1, 2).reshape(-1, value.shape[1], 1, 1)
+        kind = 'kernel'
+      elif value.ndim == 2 and kind != 'real_mask':  # BatchNorm of branches
+        path.append('norm3')
+        value = value.reshape(-1)
       name = '.'.join(map(str, [*path, names.get(kind, kind)]))
       weights[name] = torch.from_numpy(value.copy())
   return weights
@@ -92,24 +100,16 @@ def ported(model: models.Network, name: str) -> torch.nn.Module:
   """Returns the PyTorch network of ours, with its weights.
 
   Args:
-    model: learned, frozen or pruned; blocks that nothing reads are left out.
+    model: learned, frozen or pruned; what nothing reads is left out.
     name: of its architecture.
   """
   architecture = architectures.architecture_of(name)
-  widths = [
-    architecture.width * 2**i for i in range(len(architecture.blocks_per_stage))
-  ]
+  branches = model.stack.spec.level == 'branch'
   network = torch_network.ResNet(
-    architecture.blocks_per_stage,
+    (branch_stack if branches else masked_stack)(model.stack, architecture),
     width=architecture.width,
+    features=model.head.in_features,
     num_classes=model.head.out_features,
-    fan_in=model.stack.fan_in,
-    topology=model.topology and model.topology.sources,
-    live=model.topology and model.topology.live,
-    inner=[architecture.inner_width(width) for width in widths]
-    if architecture.bottleneck
-    else None,
-    groups=architecture.cardinality,
   )
   own = torch_weights(model)
   network.load_state_dict(
@@ -119,6 +119,64 @@ def ported(model: models.Network, name: str) -> torch.nn.Module:
     }
   )
   return network
+
+
+def masked_stack(
+  stack: Any, architecture: architectures.Architecture
+) -> torch_network.MaskedStack:
+  """Returns PyTorch's stack of blocks; its weights are not ours yet."""
+  channels = architecture.channels(architecture.width)
+  blocks: list[torch.nn.Module] = []
+  for index, (stage, stride) in enumerate(architecture.strides()):
+    before, features = channels[index : index + 2]
+    if architecture.bottleneck:
+      inner = architecture.inner_width(architecture.width * 2**stage)
+      block = torch_network.Bottleneck(
+        before, inner, features, stride, architecture.cardinality
+      )
+    else:
+      block = torch_network.BasicBlock(before, features, stride)
+    blocks.append(block)
+  topology = stack.topology
+  return torch_network.MaskedStack(
+    blocks,
+    fan_in=stack.fan_in,
+    topology=topology and topology.sources,
+    live=topology and topology.live,
+  )
+
+
+def branch_stack(
+  stack: Any, architecture: architectures.Architecture
+) -> torch_network.BranchStack:
+  """Returns PyTorch's stack of branches; its weights are not ours yet."""
+  blocks = [
+    torch_network.BranchBlock(
+      block.reduce.shape[1],
+      block.branches * block.reduce.shape[2],
+      block.expand.shape[2],
+      stride,
+      block.branches,
+    )
+    for block, (_, stride) in zip(
+      stack.blocks, architecture.strides(), strict=True
+    )
+  ]
+  topology, masks = stack.topology, None
+  if topology is not None:
+    every = range(stack.blocks[-1].branches)
+    held = [
+      live if len(live) == block.branches else every
+      for live, block in zip(topology.live_branches, stack.blocks, strict=True)
+    ]
+    masks = [
+      torch.tensor([[float(k in taken[c]) for k in before] for c in after])
+      for taken, before, after in zip(
+        topology.sources, held, held[1:], strict=False
+      )
+    ]
+  fan_in = stack.fan_in if topology is None else topology.fan_in
+  return torch_network.BranchStack(blocks, fan_in=fan_in, masks=masks)
 
 
 def peer(job: experiment.Experiment) -> tuple[str, torch.nn.Module]:

@@ -49,18 +49,31 @@ def run(
   return program
 
 
-def test_a_pruned_resnext_predicts_the_same() -> None:
+def with_residuals(model: Any) -> None:
+  """Lets the branches' residuals through; they start at scale 0."""
+  for block in model.stack.blocks:
+    block.scale.set_value(jnp.full(block.scale.shape, 0.75))
+
+
+@pytest.mark.parametrize('level', ['block', 'branch'])
+def test_a_pruned_resnext_predicts_the_same(level: str) -> None:
   port = runpy.run_path(str(FOLDER / 'torch_port.py'))
   images = np.random.default_rng(0).normal(size=(2, 32, 32, 3))
   model = models.create_model(
     'resnext20_8x4d',
     num_classes=10,
+    level=level,
     fan_in=1,
     learner='draws',
     initial_spread=0.5,
   )
+  if level == 'branch':
+    with_residuals(model)
   pruned = wiring.prune(wiring.freeze(model))
-  assert not all(pruned.topology.live)
+  if level == 'branch':
+    assert any(len(live) < 8 for live in pruned.topology.live_branches)
+  else:
+    assert not all(pruned.topology.live)
   theirs = port['ported'](pruned, 'resnext20_8x4d').eval()
   with torch.no_grad():
     found = theirs(torch.from_numpy(images).permute(0, 3, 1, 2).float())
@@ -69,22 +82,35 @@ def test_a_pruned_resnext_predicts_the_same() -> None:
   )
 
 
-@pytest.mark.parametrize('rule', ['learned', 'fixed_all'])
-def test_loss_and_gradients_are_equal_in_float64(rule: str) -> None:
+@pytest.mark.parametrize(
+  ('name', 'level', 'rule'),
+  [
+    ('resnet14', 'block', 'learned'),
+    ('resnet14', 'block', 'fixed_all'),
+    ('resnext20_8x4d', 'branch', 'learned'),
+  ],
+)
+def test_loss_and_gradients_are_equal_in_float64(
+  name: str, level: str, rule: str
+) -> None:
   port = runpy.run_path(str(FOLDER / 'torch_port.py'))
   rng = np.random.default_rng(0)
-  images, labels = rng.normal(size=(8, 32, 32, 3)), rng.integers(0, 10, 8)
+  side = 32 if level == 'block' else 8
+  images, labels = rng.normal(size=(8, side, side, 3)), rng.integers(0, 10, 8)
   with jax.enable_x64(True):
     model = models.create_model(
-      'resnet14',
+      name,
       num_classes=10,
       dtype='float64',
+      level=level,
       rule=rule,
       fan_in=2,
       learner='draws',
       gradient='all',  # as the port
       initial_spread=0.5,
     )
+    if level == 'branch':
+      with_residuals(model)
     network, weights, masks, statistics = jax.tree.map(
       lambda leaf: leaf.astype(jnp.float64), train_state.split(model)
     )
@@ -109,7 +135,7 @@ def test_loss_and_gradients_are_equal_in_float64(rule: str) -> None:
     expected = port['torch_weights'](
       nnx.merge(network, *gradients, statistics, copy=True)
     )
-  theirs = port['ported'](model, 'resnet14').double().train()
+  theirs = port['ported'](model, name).double().train()
   inputs = torch.from_numpy(images).permute(0, 3, 1, 2)
   found = torch.nn.functional.cross_entropy(
     theirs(inputs, *given), torch.from_numpy(labels)
