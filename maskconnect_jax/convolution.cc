@@ -9,7 +9,7 @@
 // register.
 //
 // A batch is split over devices, one for each core, and there each call takes
-// one thread. With a single device `maskconnect_conv` takes all threads.
+// one thread. With a single device a call takes all threads.
 //
 // Layouts: x [N, H, W, C], kernel [k, k, C / groups, C'], y [N, H', W', C'].
 // C' / groups is a multiple of 16. Zeros surround the image.
@@ -281,25 +281,44 @@ inline void Weights(const Shape& s, const float* x, const float* dy,
     }
 }
 
-// The weights of a run from `n` on, B at a time, the rest in smaller blocks.
+// Adds to `count` weights, at most B.
 template <int V, int B>
-inline void Run(const Shape& s, const float* x, const float* dy,
-                float* gradient, int64_t n) {
-  for (; n + B <= s.length; n += B)
-    Weights<V, B>(s, x + n, dy, gradient + n * s.outputs);
-  if constexpr (B > 1) Run<V, B - 1>(s, x, dy, gradient, n);
+inline void Block(const Shape& s, const float* x, const float* dy,
+                  float* gradient, int64_t count) {
+  if (count == B) return Weights<V, B>(s, x, dy, gradient);
+  if constexpr (B > 1) Block<V, B - 1>(s, x, dy, gradient, count);
 }
 
+// The blocks of a gradient: weights of a run and V vectors of their outputs.
 template <int V>
-void AddGradient(const Shape& s, const float* x, const float* dy,
-                 float* gradient) {
-  for (int64_t i = 0; i < s.size; ++i)
-    for (int64_t run = 0; run < s.runs; ++run)
-      for (int64_t output = 0; output < s.outputs; output += V * kLanes)
-        Run<V, kTile / V>(
-            s, x + s.at(i, run) + s.group(output), dy + output,
-            gradient + (i * s.runs + run) * s.length * s.outputs + output, 0);
-}
+class Blocks {
+ public:
+  explicit Blocks(const Shape& s)
+      : s_(s), across_(s.outputs / (V * kLanes)),
+        along_((s.length + kMost - 1) / kMost) {}
+
+  int64_t count() const { return s_.size * s_.runs * along_ * across_; }
+
+  // Adds an image, padded, to the blocks from `begin` on, before `end`.
+  void Add(const float* x, const float* dy, float* gradient, int64_t begin,
+           int64_t end) const {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t n = block % along_ * kMost;
+      const int64_t output = block / along_ % across_ * V * kLanes;
+      const int64_t run = block / along_ / across_;
+      Block<V, kMost>(
+          s_, x + s_.at(run / s_.runs, run % s_.runs) + s_.group(output) + n,
+          dy + output, gradient + (run * s_.length + n) * s_.outputs + output,
+          std::min<int64_t>(kMost, s_.length - n));
+    }
+  }
+
+ private:
+  static constexpr int kMost = kTile / V;  // weights of a block
+
+  const Shape& s_;
+  const int64_t across_, along_;
+};
 
 // A part of less takes no longer than to wake a thread for it, 50 us.
 constexpr int64_t kWorth = 4'000'000;
@@ -358,17 +377,26 @@ ffi::Error Conv(ffi::ThreadPool pool, Floats x, Floats kernel, Result y,
   return ffi::Error::Success();
 }
 
-ffi::Error KernelGradient(Floats x, Floats dy, Result gradient,
-                          int64_t stride) {
+template <int V>
+void AddImages(ffi::ThreadPool& pool, int64_t parts, const Shape& s,
+               const float* x, const float* dy, float* gradient) {
+  const Blocks<V> blocks(s);
+  InParts(pool, parts, blocks.count(), [&](int64_t begin, int64_t end) {
+    Padded padded(s);
+    for (int64_t n = 0; n < s.images; ++n)
+      blocks.Add(padded.Image(x, n), dy + n * s.rows * s.columns * s.outputs,
+                 gradient, begin, end);
+  });
+}
+
+ffi::Error KernelGradient(ffi::ThreadPool pool, Floats x, Floats dy,
+                          Result gradient, int64_t stride, bool threads) {
   const Shape s(x.dimensions(), gradient->dimensions(), dy.dimensions(),
                 stride);
-  auto* add = s.per_group() % (2 * kLanes) ? AddGradient<1> : AddGradient<2>;
-  Padded padded(s);
+  auto* add = s.per_group() % (2 * kLanes) ? AddImages<1> : AddImages<2>;
   std::fill_n(gradient->typed_data(), gradient->element_count(), 0.0f);
-  for (int64_t n = 0; n < s.images; ++n)
-    add(s, padded.Image(x.typed_data(), n),
-        dy.typed_data() + n * s.rows * s.columns * s.outputs,
-        gradient->typed_data());
+  add(pool, threads ? s.work() / kWorth : 1, s, x.typed_data(),
+      dy.typed_data(), gradient->typed_data());
   return ffi::Error::Success();
 }
 
@@ -384,7 +412,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(maskconnect_conv, Conv,
                                   .Attr<bool>("threads"));
 XLA_FFI_DEFINE_HANDLER_SYMBOL(maskconnect_conv_kernel_gradient, KernelGradient,
                               ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
                                   .Arg<Floats>()
                                   .Arg<Floats>()
                                   .Ret<Floats>()
-                                  .Attr<int64_t>("stride"));
+                                  .Attr<int64_t>("stride")
+                                  .Attr<bool>("threads"));

@@ -314,20 +314,26 @@ def _is_native(x: jax.Array, kernel: tuple[int, ...]) -> bool:
 
 
 def _native_conv(x: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
-  """Computes `dense`, on all threads unless other devices share the batch."""
+  """Computes `dense`."""
   sides = (-(-n // stride) for n in x.shape[1:3])
-  threads = not jax.sharding.get_abstract_mesh().manual_axes
-  result = jax.ShapeDtypeStruct((len(x), *sides, kernel.shape[-1]), x.dtype)
-  return backend.native_call(NATIVE[0], result)(
-    x, kernel, stride=stride, threads=threads
-  )
+  shape = len(x), *sides, kernel.shape[-1]
+  return _native(NATIVE[0], shape, x, kernel, stride)
 
 
 def _native_gradient(
   x: jax.Array, dy: jax.Array, *, shape: tuple[int, ...], stride: int
 ) -> jax.Array:
-  result = jax.ShapeDtypeStruct(shape, x.dtype)
-  return backend.native_call(NATIVE[1], result)(x, dy, stride=stride)
+  """Computes `kernel_gradient`."""
+  return _native(NATIVE[1], shape, x, dy, stride)
+
+
+def _native(
+  name: str, shape: tuple[int, ...], x: jax.Array, y: jax.Array, stride: int
+) -> jax.Array:
+  """Calls a handler, on all threads unless other devices share the batch."""
+  call = backend.native_call(name, jax.ShapeDtypeStruct(shape, x.dtype))
+  threads = not jax.sharding.get_abstract_mesh().manual_axes
+  return call(x, y, stride=stride, threads=threads)
 
 
 def side_by_side(x: jax.Array, kernel: jax.Array) -> jax.Array:

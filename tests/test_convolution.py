@@ -270,6 +270,27 @@ def test_threads_change_no_bit():
     np.testing.assert_array_equal(rows, whole[n, :3])
 
 
+@COMPILED
+@pytest.mark.parametrize(
+  ('inputs', 'outputs', 'groups'), [(16, 32, 1), (32, 64, 2)]
+)
+@pytest.mark.usefixtures('native')
+def test_threads_change_no_bit_of_a_kernels_gradient(inputs, outputs, groups):
+  """In a `shard_map` each device takes one thread, elsewhere all of them."""
+  x, kernel, dy = drawn((6, 64, 64, inputs, groups, outputs, 3, 1))
+  x, dy = jnp.asarray(x, jnp.float32), jnp.asarray(dy, jnp.float32)
+
+  def gradient(x, dy):
+    return convolution.kernel_gradient(x, dy, kernel.shape, 1)
+
+  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ('data',))
+  part, whole = jax.P('data'), jax.P()
+  by_one = jax.shard_map(
+    gradient, mesh=mesh, in_specs=(part, part), out_specs=whole, check_vma=False
+  )
+  np.testing.assert_array_equal(gradient(x, dy), by_one(x, dy))
+
+
 def text_of(platform, channels, dtype=jnp.float32, stride=1):
   def everything(x, kernel):
     y, pull = jax.vjp(lambda *own: convolution.conv(*own, stride), x, kernel)
