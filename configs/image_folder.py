@@ -6,9 +6,9 @@
 JPEG and PNG images of any size are resized to 32x32 and kept in memory;
 --config.data.image_size=N sets another size.
 
-The recipe is not yet run to its end. With --config.duration='2 epochs'
-and seed 0, on CIFAR-10 (JPEG), the test accuracy after pruning was 70.34 %, in
-7 min on two CPU cores.
+Each block picks 2 sources. The recipe is not yet run to its end. With
+--config.duration='2 epochs' and seed 0, on CIFAR-10 (JPEG), the test accuracy
+after pruning was 71.26 %, in 7 min on two CPU cores.
 """
 
 import ml_collections
@@ -24,7 +24,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.checkpoint_every = '1 epochs'
 
   config.model.name = 'resnet20'
-  config.connectivity.fan_in = 4
+  config.connectivity.fan_in = 2
 
   config.optimizer.schedule = 'cosine'
   config.optimizer.warmup = '5%'

@@ -1,7 +1,7 @@
 """Compiles C++ for the CPU of this machine, and hands it to JAX.
 
 The files are convolution.cc and method/aggregate.cc. Without them a step takes
-1.1 to 1.5 times as long (docs/performance.md, "On two CPU cores"). A compiler
+1.1 to 2.6 times as long (docs/performance.md, "On two CPU cores"). A compiler
 makes code for the vector registers of this very CPU, once in 4 seconds. The
 library stays in the user's cache.
 """
