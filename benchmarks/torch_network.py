@@ -8,7 +8,7 @@ package's, so that weights map one to one.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -212,6 +212,24 @@ class MaskedStack(nn.Module):
     return last
 
 
+def sizes(
+  blocks_per_stage: Sequence[int], width: int, expansion: int
+) -> Iterator[tuple[int, int, int, int]]:
+  """Yields stage, channels in, channels out and stride of each block.
+
+  Args:
+    blocks_per_stage: the number of blocks of each stage.
+    width: channels of the stem.
+    expansion: 4 for bottlenecks, else 1.
+  """
+  before = width
+  for stage, depth in enumerate(blocks_per_stage):
+    features = width * 2**stage * expansion
+    for index in range(depth):
+      yield stage, before, features, 2 if stage and not index else 1
+      before = features
+
+
 class BranchBlock(nn.Module):
   """C bottlenecks side by side, each with its own input and output.
 
@@ -332,7 +350,7 @@ class ResNet(nn.Module):
 
 
 def layout_of(model: nn.Module) -> torch.memory_format:
-  """Returns channels_last, but not for branches: it takes 3 times as long."""
+  """Returns channels_last, but not for branches: it takes 1.6 times as long."""
   branches = isinstance(getattr(model, 'stack', None), BranchStack)
   return torch.contiguous_format if branches else torch.channels_last
 

@@ -125,10 +125,8 @@ def masked_stack(
   stack: Any, architecture: architectures.Architecture
 ) -> torch_network.MaskedStack:
   """Returns PyTorch's stack of blocks; its weights are not ours yet."""
-  channels = architecture.channels(architecture.width)
   blocks: list[torch.nn.Module] = []
-  for index, (stage, stride) in enumerate(architecture.strides()):
-    before, features = channels[index : index + 2]
+  for stage, before, features, stride in sizes_of(architecture):
     if architecture.bottleneck:
       inner = architecture.inner_width(architecture.width * 2**stage)
       block = torch_network.Bottleneck(
@@ -152,31 +150,25 @@ def branch_stack(
   """Returns PyTorch's stack of branches; its weights are not ours yet."""
   blocks = [
     torch_network.BranchBlock(
-      block.reduce.shape[1],
-      block.branches * block.reduce.shape[2],
-      block.expand.shape[2],
-      stride,
-      block.branches,
+      before, own.branches * own.reduce.shape[2], features, stride, own.branches
     )
-    for block, (_, stride) in zip(
-      stack.blocks, architecture.strides(), strict=True
+    for own, (_, before, features, stride) in zip(
+      stack.blocks, sizes_of(architecture), strict=True
     )
   ]
-  topology, masks = stack.topology, None
-  if topology is not None:
-    every = range(stack.blocks[-1].branches)
-    held = [
-      live if len(live) == block.branches else every
-      for live, block in zip(topology.live_branches, stack.blocks, strict=True)
-    ]
-    masks = [
-      torch.tensor([[float(k in taken[c]) for k in before] for c in after])
-      for taken, before, after in zip(
-        topology.sources, held, held[1:], strict=False
-      )
-    ]
-  fan_in = stack.fan_in if topology is None else topology.fan_in
+  fan_in, masks = stack.fan_in, None
+  if stack.topology is not None:
+    fan_in = stack.topology.fan_in
+    masks = [torch.tensor(mask).float() for mask in stack.live_masks()]
   return torch_network.BranchStack(blocks, fan_in=fan_in, masks=masks)
+
+
+def sizes_of(architecture: architectures.Architecture) -> Iterator[Any]:
+  return torch_network.sizes(
+    architecture.blocks_per_stage,
+    architecture.width,
+    4 if architecture.bottleneck else 1,
+  )
 
 
 def peer(job: experiment.Experiment) -> tuple[str, torch.nn.Module]:

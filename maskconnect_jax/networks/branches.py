@@ -453,7 +453,7 @@ class BranchStack(Wiring):
   ) -> list[Factors]:
     """Returns the outputs y_c of all blocks."""
     if self.topology is not None:
-      masks: Any = [jnp.asarray(m, jnp.float32) for m in self._live_masks()]
+      masks: Any = [jnp.asarray(m, jnp.float32) for m in self.live_masks()]
     elif mask is None:
       masks = self.mask()
     else:
@@ -478,8 +478,11 @@ class BranchStack(Wiring):
       found.append(factors)
     return found
 
-  def _live_masks(self) -> list[list[list[int]]]:
-    """Returns the frozen masks of the branches that the blocks still hold."""
+  def live_masks(self) -> list[list[list[int]]]:
+    """Returns the frozen masks of the branches that the blocks still hold.
+
+    Each of the L-1 is of zeros and ones, [branches, branches before].
+    """
     held = [
       live if len(live) == block.branches else list(range(block.branches))
       for block, live in zip(
