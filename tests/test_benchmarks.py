@@ -276,7 +276,7 @@ def test_rates_are_of_the_order_of_numpys() -> None:
 
 @pytest.mark.slow
 def test_learning_takes_at_most_a_quarter_more_memory(tmp_path: Path) -> None:
-  # In a process of its own, since the suite's eight devices are not usual.
+  # In a process of its own, since the suite's four devices are not usual.
   path = tmp_path / 'result.json'
   options = ['--models=resnet38', '--rules=learned,fixed_all', '--fan_in=10']
   subprocess.run(
@@ -434,13 +434,13 @@ def test_scaling_counts_the_collectives_of_a_program() -> None:
 
 @pytest.mark.slow
 def test_scaling(measured: Callable[..., dict[str, Any]]) -> None:
-  arguments = '--quick', '--models=resnet8', '--devices=1,8', '--fan_in=2'
-  one, eight = measured('scaling', *arguments)['rows']
+  arguments = '--quick', '--models=resnet8', '--devices=1,4', '--fan_in=2'
+  one, four = measured('scaling', *arguments)['rows']
   assert one['messages'] == 0
   assert one['sent MB'] == 0
-  assert eight['other'] == '0'
-  assert eight['of ideal'] == pytest.approx(1, rel=0.02)
-  assert eight['sent MB'] == pytest.approx(eight['ideal MB'], rel=0.02)
+  assert four['other'] == '0'
+  assert four['of ideal'] == pytest.approx(1, rel=0.02)
+  assert four['sent MB'] == pytest.approx(four['ideal MB'], rel=0.02)
 
 
 @pytest.mark.slow

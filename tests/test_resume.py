@@ -290,7 +290,7 @@ def test_a_streamed_run_is_cut_too(
     'stack.blocks.0.conv1.kernel',
   }  # fmt: skip
   tiny_config.data.threads = 1
-  tiny_config.eval_batch_size = 5  # on eight devices eight, as before
+  tiny_config.eval_batch_size = 5  # on four devices eight, as before
   for step in (8, 16):  # in both phases; an epoch is one step
     workdir = cut(whole, tmp_path / f'run{step}', step)
     resumed = train.train(tiny_config, workdir)

@@ -104,7 +104,7 @@ def test_cost_of_a_step(text):
   accessed = number(r'([\d,.]+) MB accessed', text) * 1e6
   assert accessed > 64 / jax.device_count() * 64 + 4 * 4 * 19_074
   temporary = number(r'([\d,.]+) MB temporary', text)
-  # An eighth of the batch on each of eight devices.
+  # A quarter of the batch on each of four devices.
   assert number(r'an image +([\d,.]+) MFLOP', text) == pytest.approx(
     flops / 1e6 / per_device,
     abs=0.06,  # one decimal is shown

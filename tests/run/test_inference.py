@@ -732,7 +732,7 @@ def test_damaged_arrays(how, folder):
 
 
 def test_another_process_on_one_device(model, finished):
-  """What eight devices wrote, a machine with one reads; nothing else needed."""
+  """What four devices wrote, a machine with one reads; nothing else needed."""
   program = (
     'import sys, numpy as np, maskconnect_jax as m;'
     'model = m.load(sys.argv[1]);'

@@ -345,12 +345,11 @@ def test_averages_are_those_of_the_weights_and_statistics(path):
       expected,
       (state.weights, state.statistics),
     )
-  assert_equal_trees(state.weights, path[0][15].weights)
   weights, _, statistics = state.variables()
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6),
-    (weights, statistics),
-    expected,
+    (state.weights, weights, statistics),
+    (path[0][15].weights, *expected),
   )
   assert_equal_trees(state.average['weights'], weights)
 
