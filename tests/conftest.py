@@ -43,10 +43,12 @@ def _is_known(flag: str) -> bool:
   """Whether this jaxlib has the flag; XLA ends the process at others."""
   folder = Path(importlib.util.find_spec('jaxlib').origin).parent
   for path in folder.glob('*.so'):
-    with path.open('rb') as file:
-      with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        if content.find(flag.encode()) >= 0:
-          return True
+    with (
+      path.open('rb') as file,
+      mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+      if content.find(flag.encode()) >= 0:
+        return True
   return False
 
 
@@ -132,13 +134,33 @@ def get_config():
 """
 
 
+# Compiled programs are memory maps, of which Linux grants a process 65,530;
+# XLA crashes where it gets no more. Gigabytes, too.
+_MAPS = 20_000
+_BYTES = 3 << 30
+
+
+def _many_programs() -> bool:
+  """Whether this process holds much of what a process may; True if unknown."""
+  try:
+    maps = Path('/proc/self/maps').read_bytes().count(b'\n')
+    pages = int(Path('/proc/self/statm').read_text().split()[1])
+  except OSError:
+    return True
+  return maps > _MAPS or pages * os.sysconf('SC_PAGE_SIZE') > _BYTES
+
+
 @pytest.fixture(autouse=True, scope='module')
 def forget_programs() -> Iterator[None]:
-  """Lets go of a file's compiled programs, gigabytes in all, at its end."""
+  """Lets go of compiled programs at the end of a file, if they are many.
+
+  Until then files share them: to build a network takes fifty small ones.
+  """
   import jax
 
   yield
-  jax.clear_caches()
+  if _many_programs():
+    jax.clear_caches()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import jax
 import pytest
 from absl import flags as absl_flags
 from absl.testing import flagsaver
@@ -62,20 +61,8 @@ BLOCKS = blocks_of('python')
 OTHER_BLOCKS = blocks_of('py')
 
 
-@pytest.fixture
-def optimized():
-  """Compiles as outside of tests: the README computes more than it compiles."""
-  name = 'jax_disable_most_optimizations'
-  before = jax.config.values[name]
-  jax.config.update(name, False)
-  yield
-  jax.config.update(name, before)
-
-
 @pytest.mark.parametrize('name', BLOCKS)
-def test_python_block_runs(
-  name, tmp_path, monkeypatch, finished, optimized, capsys
-):
+def test_python_block_runs(name, tmp_path, monkeypatch, finished, capsys):
   (tmp_path / 'runs').mkdir()
   (tmp_path / 'runs' / 'digits').symlink_to(finished.workdir)
   (tmp_path / 'docs').symlink_to(ROOT / 'docs')

@@ -312,9 +312,7 @@ def test_the_start_is_the_networks_own(write):
     initial_spread=0.3, seed=4, learner='draws',
   )  # fmt: skip
   start = trajectories.read(workdir).masks[0]
-  np.testing.assert_allclose(
-    start, network.stack.real_mask[...][1:], rtol=1e-6
-  )
+  np.testing.assert_allclose(start, network.stack.real_mask[...][1:], rtol=1e-6)
   assert len(np.unique(start)) == 6  # 2 + 3 valid entries and the 0 of others
 
 
