@@ -261,7 +261,8 @@ def compile_step(
   """
   bar.say('compiling the training step')
   jitted = jax.jit(steps.train_step, static_argnums=0, donate_argnums=1)
-  compiled = jitted.lower(recipe, state, *batch).compile()
+  with bar.pause():
+    compiled = jitted.lower(recipe, state, *batch).compile()
   if jax.default_backend() == 'cpu' and (memory := compiled.memory_analysis()):
     cores.give_back_memory(
       memory.temp_size_in_bytes * recipe.batch_sharding.mesh.size

@@ -362,6 +362,15 @@ class ProgressBar:
       + f'  {tqdm.tqdm.format_interval(left)} left'
     )
 
+  @contextlib.contextmanager
+  def pause(self) -> Iterator[None]:
+    """Keeps what is done meanwhile, such as compiling, out of the time left."""
+    begun = time.monotonic()
+    yield
+    self._begun += time.monotonic() - begun
+    if self._bar is not None:
+      self._bar.unpause()
+
   def say(self, line: str) -> None:
     """Prints a line without breaking the bar."""
     with _UNSEEN:

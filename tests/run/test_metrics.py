@@ -194,6 +194,23 @@ def test_time_left_counts_this_run_only(monkeypatch, capsys):
   assert '00:10 left' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('terminal', [False, True])
+def test_a_pause_is_no_part_of_the_time_left(terminal, monkeypatch, capsys):
+  """Ten steps of a second each after a minute of compiling: 90 s are left."""
+  now = 1000.0
+  monkeypatch.setattr(sys.stderr, 'isatty', lambda: terminal)
+  monkeypatch.setattr(time, 'monotonic', lambda: now)
+  monkeypatch.setattr('tqdm.std.time', lambda: now)
+  bar = metrics.ProgressBar(100, 0)
+  with bar.pause():
+    now += 60
+  now += 10
+  bar.update(10, 'train', VALUES)
+  shown = capsys.readouterr().err
+  bar.close()
+  assert ('<01:30' if terminal else '01:30 left') in shown
+
+
 def test_bar_on_a_terminal(monkeypatch, capsys):
   monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
   bar = metrics.ProgressBar(100, 20)
