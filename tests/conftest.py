@@ -7,10 +7,8 @@ JAX_PLATFORMS says otherwise. Programs that a test starts inherit all of it.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import io
 import json
-import mmap
 import os
 import runpy
 import shutil
@@ -31,31 +29,28 @@ assert 'jax' not in sys.modules, 'jax was imported before conftest.py'
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
-_FLAGS = {
-  'xla_force_host_platform_device_count': '4',
-  # Another way from a fusion to LLVM compiles in half the time, as long as
-  # LLVM optimizes nothing.
-  'xla_cpu_use_fusion_emitters': 'false',
-}
+
+def _works(xla_flags: str) -> bool:
+  """Whether XLA takes the flags; it ends a process at one it does not know."""
+  started = subprocess.run(
+    [sys.executable, '-c', 'import jax; jax.devices("cpu")'],
+    env={**os.environ, 'XLA_FLAGS': xla_flags},
+    capture_output=True,
+    check=False,
+  )
+  return started.returncode == 0
 
 
-def _is_known(flag: str) -> bool:
-  """Whether this jaxlib has the flag; XLA ends the process at others."""
-  folder = Path(importlib.util.find_spec('jaxlib').origin).parent
-  for path in folder.glob('*.so'):
-    with (
-      path.open('rb') as file,
-      mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-    ):
-      if content.find(flag.encode()) >= 0:
-        return True
-  return False
-
-
-for _name, _value in _FLAGS.items():
-  _given = os.environ.get('XLA_FLAGS', '')
-  if _name not in _given and _is_known(_name):
-    os.environ['XLA_FLAGS'] = f'{_given} --{_name}={_value}'.lstrip()
+_given = os.environ.get('XLA_FLAGS', '')
+if 'xla_force_host_platform_device_count' not in _given:
+  _given = f'{_given} --xla_force_host_platform_device_count=4'.lstrip()
+if 'xla_cpu_use_fusion_emitters' not in _given:
+  # Another way from a fusion to LLVM compiles in half the time, as long as LLVM
+  # optimizes nothing. Newer jaxlibs do not have it. Workers inherit what is found.
+  _quicker = f'{_given} --xla_cpu_use_fusion_emitters=false'
+  if 'PYTEST_XDIST_WORKER' not in os.environ and _works(_quicker):
+    _given = _quicker
+os.environ['XLA_FLAGS'] = _given
 
 # The suite compiles far more than it computes, and LLVM's optimizations are a
 # third of that. XLA's own passes run all the same, on which sharding,
