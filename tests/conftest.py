@@ -46,7 +46,7 @@ if 'xla_force_host_platform_device_count' not in _given:
   _given = f'{_given} --xla_force_host_platform_device_count=4'.lstrip()
 if 'xla_cpu_use_fusion_emitters' not in _given:
   # Another way from a fusion to LLVM compiles in half the time, as long as LLVM
-  # optimizes nothing. Newer jaxlibs do not have it. Workers inherit it.
+  # optimizes nothing. Newer jaxlibs refuse it. Workers inherit what was found.
   _quicker = f'{_given} --xla_cpu_use_fusion_emitters=false'
   if 'PYTEST_XDIST_WORKER' not in os.environ and _works(_quicker):
     _given = _quicker
@@ -366,6 +366,15 @@ def reduced(monkeypatch: pytest.MonkeyPatch) -> None:
         cardinality=min(own.cardinality, 8),
       ),
     )
+
+
+@pytest.fixture
+def by_xla() -> Iterator[None]:
+  """Without C++: with it, `describe` compiles a second step, to count FLOPs."""
+  from maskconnect_jax import backend
+
+  with backend.native(False):
+    yield
 
 
 @pytest.fixture(scope='session')

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskconnect_jax import backend
 from maskconnect_jax import config as config_lib
 from maskconnect_jax.run import (
   describe,
@@ -105,13 +104,6 @@ KINDS = {
   'cifar:10', 'cifar:10,branch', 'digits', 'fashion_mnist', 'imagenet',
   'image_folder',
 }  # fmt: skip
-
-
-@pytest.fixture
-def by_xla():
-  """Without C++, whose FLOPs `describe` counts by another program."""
-  with backend.native(False):
-    yield
 
 
 def config_of(name):

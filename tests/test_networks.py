@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 
 import maskconnect_jax
-from maskconnect_jax import backend
 from maskconnect_jax.method import wiring
 from maskconnect_jax.networks import architectures, cost, models
 from maskconnect_jax.run import describe, optimizer
@@ -172,14 +171,13 @@ def test_trains_freezes_and_prunes(reduced, name, level, rule):
 
 
 @pytest.mark.parametrize(('name', 'level', 'rule'), CASES)
-def test_is_described(reduced, tiny_config, name, level, rule):
+def test_is_described(reduced, by_xla, tiny_config, name, level, rule):
   fan_in = 2
   tiny_config.model.name, tiny_config.model.width = name, 16
   tiny_config.connectivity.level = level
   tiny_config.connectivity.rule = rule
   tiny_config.connectivity.fan_in = fan_in
-  with backend.native(False):  # with it, two steps are compiled
-    text = describe.describe(tiny_config)
+  text = describe.describe(tiny_config)
 
   own = architectures.architecture_of(name)
   depth = len(own.blocks_per_stage)

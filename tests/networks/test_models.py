@@ -188,8 +188,10 @@ def test_fixed_prev_is_a_plain_resnet_bit_for_bit(monkeypatch):
 
   def evaluated(model, call):
     network, state = nnx.split(model)
-    run = functools.partial(jax.jit, compiler_options=AS_USERS)
-    return run(lambda state: call(nnx.merge(network, state)))(state)
+    run = jax.jit(
+      lambda state: call(nnx.merge(network, state)), compiler_options=AS_USERS
+    )
+    return run(state)
 
   np.testing.assert_array_equal(
     evaluated(model, lambda model: model(x)),

@@ -28,7 +28,6 @@ print(backend.native.value)
 
 COMPILED = f"""{USE}
 import jax, jax.numpy as jnp
-jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 print(jax.jit(convolution.conv)(
   jnp.ones((1, 4, 4, 1)), jnp.ones((3, 3, 1, 16)))[0, 1, 1, 0])
 """
