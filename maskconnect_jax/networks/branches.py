@@ -231,11 +231,9 @@ class BranchBlock(nnx.Module):
     # by the fan-out of all branches. But here BatchNorm follows V of w channels
     # in each branch, not V of all C * w. The factor sqrt(C) keeps V as large,
     # relative to its steps, as in the ordinary block.
-    reduce = layers.he_normal_by_fan_out(
-      rngs.params(), (in_features, inner), jnp.float32
-    )
+    reduce = layers.he_normal_by_fan_out(rngs.params(), (in_features, inner))
     expand = layers.he_normal_by_fan_out(
-      rngs.params(), (inner, features), jnp.float32
+      rngs.params(), (inner, features)
     ) * math.sqrt(branches)
     self.reduce = nnx.Param(
       reduce.reshape(in_features, branches, branch_width).transpose(1, 0, 2)

@@ -40,14 +40,15 @@ def use(count: int) -> None:
   Call it before JAX computes anything; later, and on a machine with a GPU or a
   TPU, it does nothing. JAX_NUM_CPU_DEVICES and XLA_FLAGS may set the number of
   devices, MALLOC_* and GLIBC_TUNABLES the memory; these are left as they are.
-  Each of several processes of a run keeps one device.
+  Each of several processes of a run keeps one device. `experiment.build` and
+  `inference.load` wait for the `native` code.
 
   Args:
     count: devices, see `for_batches`, or `available`.
   """
   if not _only_a_cpu():
     return
-  native.use()
+  native.begin()
   if not _devices_are_given():
     try:
       jax.config.update(_DEVICES, count)

@@ -20,6 +20,7 @@ from maskconnect_jax.networks import architectures, models
 from maskconnect_jax.run import (
   batches,
   distributed,
+  native,
   optimizer,
   train_state,
 )
@@ -183,6 +184,7 @@ def build(
     own_statistics=config.model.batchnorm == 'device',
     batch_sharding=distributed.sharded(mesh),
   )
+  native.wait()  # no program was traced till now
   return Experiment(
     config, dataset, plan, architecture, model, mesh, rates, recipe
   )

@@ -34,6 +34,7 @@ from maskconnect_jax.run import (
   distributed,
   model_arrays,
   model_record,
+  native,
   snapshot,
   weights,
 )
@@ -130,7 +131,9 @@ def load(folder: str | Path, step: int | str | None = None) -> Classifier:
       f"step={limits.shown(step)} is neither 'best' nor a whole number"
     )
   with reading(folder, step) as there:
-    return _load(there, step)
+    model = _load(there, step)
+  native.wait()  # no program was traced till now
+  return model
 
 
 def reading(

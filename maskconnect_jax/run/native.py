@@ -8,6 +8,7 @@ library stays in the user's cache.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import hashlib
@@ -19,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -41,26 +43,47 @@ _OPTIONS = (
 _SECONDS = 120  # after which the compiler is given up
 
 
-def use() -> None:
-  """Lets a CPU take the compiled convolutions and sums from now on.
+def begin() -> None:
+  """Lets a CPU take the compiled convolutions and sums; `wait` ends it.
 
   It does nothing without a C++ compiler: c++, g++, clang++, or what CXX names;
   CXX= turns the library off. XLA's forms then remain. It does nothing on
   other systems than Linux on x86-64, where nobody has tried it. If the library
   cannot be compiled or loaded, a line on stderr says why.
+
+  The compiler works beside this process, for seconds. `wait` must be called
+  before JAX traces anything that computes a convolution or a sum.
   """
-  if backend.native.value:
+  if backend.native.value or _begun:
     return
   if (sys.platform, platform.machine()) != ('linux', 'x86_64'):
     return
   compiler = _compiler()
-  if not compiler:
-    return
+  if compiler:
+    with _telling(compiler):
+      _begun.append(_Library(compiler))
+
+
+def wait() -> None:
+  """Waits for the compiler that `begin` has started, if it has."""
+  while _begun:
+    library = _begun.pop()
+    with _telling(library.compiler):
+      library.load()
+      backend.native.set_global(True)
+
+
+def use() -> None:
+  """Calls `begin` and `wait`."""
+  begin()
+  wait()
+
+
+@contextlib.contextmanager
+def _telling(compiler: list[str]) -> Iterator[None]:
+  """Prints a line if the library cannot be had."""
   try:
-    library = ctypes.CDLL(str(_library(compiler)))
-    for name in convolution.NATIVE + aggregate.NATIVE:
-      handler = jax.ffi.pycapsule(getattr(library, name))
-      jax.ffi.register_ffi_target(name, handler, platform='cpu')
+    yield
   except (OSError, AttributeError, subprocess.SubprocessError) as error:
     print(
       "XLA's convolutions and sums are used, as the C++ code was not compiled:"
@@ -68,8 +91,6 @@ def use() -> None:
       ' on without it',
       file=sys.stderr,
     )
-    return
-  backend.native.set_global(True)
 
 
 def _compiler() -> list[str]:
@@ -81,41 +102,88 @@ def _compiler() -> list[str]:
   return [first] if first else []
 
 
-def _library(compiler: list[str]) -> Path:
-  """Returns the compiled library, which is made if it is not there.
+class _Library:
+  """The compiled library, which is made if it is not there."""
 
-  Raises:
-    OSError: there is no compiler, or no folder for the library.
-    subprocess.SubprocessError: the compiler failed.
-  """
-  command = [*compiler, *_OPTIONS, f'-I{jax.ffi.include_dir()}']
-  version = subprocess.run(
-    [*compiler, '--version'],
-    capture_output=True,
-    check=True,
-    timeout=_SECONDS,
-  ).stdout
-  parts = (
-    *(path.read_bytes() for path in (*_SOURCES, _HEADER)), version,
-    os.fsencode(shlex.join(command)), _cpu(),
-    importlib.metadata.version('jaxlib').encode(),
-  )  # fmt: skip
-  key = hashlib.sha256(b'\0'.join(parts)).hexdigest()[:16]
-  path = _folder() / f'maskconnect-{key}.so'
-  if path.exists():
-    return path
-  print('compiling convolutions and sums for this CPU, once', file=sys.stderr)
-  with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-    made = Path(temporary) / path.name
-    subprocess.run(
-      [*command, *_FILES, '-o', str(made)],
+  def __init__(self, compiler: list[str]) -> None:
+    """Starts the compiler, unless the library is there.
+
+    Raises:
+      OSError: there is no compiler, or no folder for the library.
+      subprocess.SubprocessError: the compiler cannot tell its version.
+    """
+    self.compiler = compiler
+    command = [*compiler, *_OPTIONS, f'-I{jax.ffi.include_dir()}']
+    version = subprocess.run(
+      [*compiler, '--version'],
       capture_output=True,
       check=True,
       timeout=_SECONDS,
+    ).stdout
+    parts = (
+      *(path.read_bytes() for path in (*_SOURCES, _HEADER)), version,
+      os.fsencode(shlex.join(command)), _cpu(),
+      importlib.metadata.version('jaxlib').encode(),
+    )  # fmt: skip
+    key = hashlib.sha256(b'\0'.join(parts)).hexdigest()[:16]
+    self._path = _folder() / f'maskconnect-{key}.so'
+    self._making: _Making | None = None
+    if not self._path.exists():
+      self._making = _Making(command, self._path)
+
+  def load(self) -> None:
+    """Waits for the compiler, and gives the library to JAX.
+
+    Raises:
+      OSError: the library cannot be loaded; then it is not kept.
+      AttributeError: it lacks a function.
+      subprocess.SubprocessError: the compiler failed.
+    """
+    if self._making:
+      self._making.finish()
+    library = ctypes.CDLL(str(self._path))
+    for name in convolution.NATIVE + aggregate.NATIVE:
+      handler = jax.ffi.pycapsule(getattr(library, name))
+      jax.ffi.register_ffi_target(name, handler, platform='cpu')
+
+
+class _Making:
+  """A compiler at work; it ends with this process."""
+
+  def __init__(self, command: list[str], path: Path) -> None:
+    print('compiling convolutions and sums for this CPU, once', file=sys.stderr)
+    self._path = path
+    self._folder = tempfile.TemporaryDirectory(dir=path.parent)
+    self._made = Path(self._folder.name) / path.name
+    self._process = subprocess.Popen(
+      [*command, *_FILES, '-o', str(self._made)],
+      stdin=subprocess.DEVNULL,
+      stdout=subprocess.DEVNULL,
+      stderr=subprocess.PIPE,
     )
-    ctypes.CDLL(str(made))  # a library that cannot be loaded is not kept
-    made.replace(path)
-  return path
+    atexit.register(self._stop)
+
+  def finish(self) -> None:
+    """Waits, and moves the library to its path. For errors see `load`."""
+    try:
+      _, said = self._process.communicate(timeout=_SECONDS)
+      if status := self._process.returncode:
+        raise subprocess.CalledProcessError(
+          status, self._process.args, stderr=said
+        )
+      ctypes.CDLL(str(self._made))  # what cannot be loaded is not kept
+      self._made.replace(self._path)
+    finally:
+      self._stop()
+
+  def _stop(self) -> None:
+    atexit.unregister(self._stop)
+    self._process.kill()
+    self._process.wait()
+    self._folder.cleanup()
+
+
+_begun: list[_Library] = []  # at most one
 
 
 def _folder() -> Path:

@@ -53,6 +53,17 @@ def test_kernels_start_he_normal_by_fan_out():
   assert abs(kernel.mean()) < 5 * np.sqrt(expected / kernel.size)
 
 
+@pytest.mark.parametrize(
+  'shape', [(3, 3, 3, 5), (7, 7, 3, 64), (64, 64), (3, 3, 24, 19), (17, 241)]
+)
+def test_kernels_are_those_of_jaxs_initializer(shape):
+  """To the bit: seeds of published runs draw what they drew."""
+  key = jax.random.key(3)
+  theirs = jax.nn.initializers.variance_scaling(2.0, 'fan_out', 'normal')
+  ours = layers.he_normal_by_fan_out(key, shape)
+  np.testing.assert_array_equal(ours, theirs(key, shape, jnp.float32))
+
+
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_batch_norm_is_numpys_and_keeps_float32_averages(dtype):
   module = layers.BatchNorm(3, dtype=dtype)

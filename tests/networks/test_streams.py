@@ -36,7 +36,7 @@ def test_no_kernel_is_drawn_with_the_key_of_a_stream_of_training():
   for stream in range(6):
     key = jax.random.fold_in(jax.random.key(5), stream)
     for kernel in kernels:
-      drawn = layers.he_normal_by_fan_out(key, kernel.shape, kernel.dtype)
+      drawn = layers.he_normal_by_fan_out(key, kernel.shape)
       assert abs(np.asarray(drawn - kernel)).max() > 0.01
 
 

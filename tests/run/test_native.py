@@ -89,6 +89,25 @@ def test_a_library_that_cannot_be_loaded_is_not_kept(tmp_path):
   assert not list((tmp_path / 'maskconnect_jax' / 'native').iterdir())
 
 
+def test_a_compiler_that_is_not_needed_any_more_leaves_nothing(tmp_path):
+  """As of a run whose data are not there: it ends at once."""
+  compiler, told = tmp_path / 'compiler', tmp_path / 'told'
+  compiler.write_text(
+    f'#!/bin/sh\n[ "$1" = --version ] && exit\necho $$ > {told}\n'
+    'exec sleep 60\n'
+  )
+  compiler.chmod(0o755)
+  code = f"""
+import pathlib, time
+from maskconnect_jax.run import native
+native.begin()
+while not pathlib.Path({str(told)!r}).exists(): time.sleep(0.01)
+"""
+  started(code, tmp_path, CXX=str(compiler))
+  assert not Path(f'/proc/{int(told.read_text())}').exists()
+  assert not list((tmp_path / 'maskconnect_jax' / 'native').iterdir())
+
+
 @pytest.mark.parametrize('given', [{'CXX': ''}, {'PATH': '/none'}])
 def test_no_compiler_is_no_error(tmp_path, monkeypatch, given):
   monkeypatch.delenv('CXX', raising=False)
