@@ -22,11 +22,8 @@ def he_normal_by_fan_out(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Draws a kernel from the normal distribution with variance 2 / fan-out.
 
   He et al., "Delving Deep into Rectifiers", 2015, eq. 14. The fan-out is the
-  product of all sides but the last but one. The values are those of
-  `jax.nn.initializers.variance_scaling(2, 'fan_out', 'normal')`, to the bit.
-  That one compiles a program for each shape, in most of a second. Here shapes
-  share one, as the first n of many draws are those of n draws: it draws 4,096
-  numbers, or four times as many, and so on.
+  product of all sides but the last but one. The values are to the bit those of
+  `jax.nn.initializers.variance_scaling(2, 'fan_out', 'normal')`.
 
   Args:
     key: a key that is used for nothing else.
@@ -35,12 +32,39 @@ def he_normal_by_fan_out(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   Returns:
     float32, of this shape.
   """
-  count = math.prod(shape)
-  drawn = 4096
-  while drawn < count:
-    drawn *= 4
-  values = jax.random.normal(key, (drawn,), jnp.float32)
-  return _scaled(values, shape, np.sqrt(np.float32(2 * shape[-2] / count)))
+  values = jax.random.normal(key, _more_than(shape), jnp.float32)
+  variance = np.float32(2 * shape[-2] / math.prod(shape))
+  return _scaled(values, shape, np.sqrt(variance))
+
+
+def lecun_normal(
+  key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
+) -> jax.Array:
+  """Draws a kernel of a linear layer: variance 1 / in, cut at two deviations.
+
+  LeCun et al., "Efficient BackProp", 1998, eq. 16. The values are to the bit
+  those of `jax.nn.initializers.lecun_normal()`, Flax's default.
+
+  Args:
+    key: a key that is used for nothing else.
+    shape: [in, out].
+    dtype: float32.
+  """
+  values = jax.random.truncated_normal(key, -2, 2, _more_than(shape), dtype)
+  cut = np.float32(0.87962566103423978)  # the deviation of what is left
+  return _scaled(values, shape, np.sqrt(np.float32(1 / shape[0])) / cut)
+
+
+def _more_than(shape: tuple[int, ...]) -> tuple[int]:
+  """Returns how many numbers are drawn for a kernel: 4,096, 16,384, ...
+
+  A program that draws is compiled for each shape, in up to a second. The first
+  n of many draws are those of n draws, so kernels of many shapes share a few.
+  """
+  count = 4096
+  while count < math.prod(shape):
+    count *= 4
+  return (count,)
 
 
 @jax.jit(static_argnums=1)

@@ -167,7 +167,9 @@ class Network(nnx.Module):
     self.head_norm = (
       layers.BatchNorm(channels[-1], dtype=jnp.float32) if head_norm else None
     )
-    self.head = nnx.Linear(channels[-1], num_classes, rngs=rngs)
+    self.head = nnx.Linear(
+      channels[-1], num_classes, kernel_init=layers.lecun_normal, rngs=rngs
+    )
 
   @property
   def topology(self) -> Any:

@@ -64,6 +64,13 @@ def test_kernels_are_those_of_jaxs_initializer(shape):
   np.testing.assert_array_equal(ours, theirs(key, shape, jnp.float32))
 
 
+@pytest.mark.parametrize('shape', [(64, 10), (13, 3), (64, 100), (2048, 7)])
+def test_a_heads_kernel_is_that_of_flax(shape):
+  head = nnx.Linear(*shape, rngs=nnx.Rngs(params=jax.random.key(3)))
+  key = nnx.Rngs(params=jax.random.key(3)).params()
+  np.testing.assert_array_equal(head.kernel, layers.lecun_normal(key, shape))
+
+
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_batch_norm_is_numpys_and_keeps_float32_averages(dtype):
   module = layers.BatchNorm(3, dtype=dtype)
