@@ -76,7 +76,7 @@ ARROWS: dict[str, set[str]] = {
     'config', 'drawing', 'files', 'limits', 'names', 'data.image_headers',
     'data.image_inputs', 'data.images', 'method', 'networks', 'run.augment',
     'run.bucket', 'run.cores', 'run.distributed', 'run.model_arrays',
-    'run.model_record', 'run.snapshot', 'run.weights',
+    'run.model_record', 'run.native', 'run.snapshot', 'run.weights',
   },
   'run.snapshot': {
     'files', 'method', 'networks', 'run.checkpoint', 'run.model_record',
@@ -279,3 +279,21 @@ def test_a_wrong_import_is_seen(module: str, source: str) -> None:
 )
 def test_a_right_import_is_not(module: str, source: str) -> None:
   assert problems(module, source) == []
+
+
+def test_a_start_does_not_wait_for_what_it_may_not_need(tmp_path: Path) -> None:
+  """TensorBoardX would import PyTorch, for seconds; the user still can."""
+  (tmp_path / 'torch.py').write_text('loaded = True\n')
+  program = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import maskconnect_jax.main
+late = 'torch', 'matplotlib', 'scipy.optimize', 'sklearn', 'tensorflow'
+print([name for name in late if name in sys.modules])
+import tensorboardX, torch
+print(torch.loaded)
+"""
+  ran = subprocess.run(
+    [sys.executable, '-c', program], capture_output=True, text=True, check=False
+  )
+  assert ran.stdout == '[]\nTrue\n', ran.stderr

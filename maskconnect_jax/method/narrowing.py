@@ -52,7 +52,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import optimize
+import scipy
 
 ROUNDS = 3  # of `race`
 
@@ -306,7 +306,7 @@ def _readers(
   found = np.zeros(mask.shape, bool)
   for matrix in np.ndindex(mask.shape[:-2]):
     rows = np.repeat(np.arange(mask.shape[-2]), left[matrix])
-    places, sources = optimize.linear_sum_assignment(
+    places, sources = scipy.optimize.linear_sum_assignment(
       values[matrix][rows], maximize=True
     )
     found[matrix][rows[places], sources] = (

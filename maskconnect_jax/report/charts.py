@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-from matplotlib import ticker
 
 from maskconnect_jax.report import html
 
@@ -205,10 +205,9 @@ def _ticks(
     # Labels of many digits would say nothing, and be cut off.
     middle = (low + high) / 2
     low, high = middle - _LEAST_SPREAD / 2, middle + _LEAST_SPREAD / 2
-  locator = ticker.MaxNLocator(
-    5, steps=[1, 2, 2.5, 5, 10], integer=whole, min_n_ticks=2
-  )
-  found = np.asarray(locator.tick_values(low, high if high > low else low + 1))
+  high = high if high > low else low + 1
+  steps = [1, 2, 2.5, 5, 10]
+  found = np.array(_round(low, high, 5, steps, integer=whole, min_n_ticks=2))
   if percent:
     found = np.unique(np.clip(found, 0, 1))
   kept = [float(v) for v in found]
@@ -217,9 +216,18 @@ def _ticks(
 
 def _steps(total: int) -> list[float]:
   """Returns the steps to label: round ones, and the last."""
-  locator = ticker.MaxNLocator(4, steps=[1, 2, 5, 10], integer=True)
-  found = [v for v in locator.tick_values(0, total) if 0 <= v <= 0.72 * total]
-  return [*map(float, found), float(total)]
+  found = _round(0, total, 4, [1, 2, 5, 10], integer=True)
+  return [*(v for v in found if 0 <= v <= 0.72 * total), float(total)]
+
+
+def _round(
+  low: float, high: float, count: int, steps: list[float], **how: Any
+) -> list[float]:
+  """Returns round numbers from below `low` to above `high`."""
+  from matplotlib import ticker  # half a second, which no start should wait for
+
+  locator = ticker.MaxNLocator(count, steps=steps, **how)
+  return [float(v) for v in locator.tick_values(low, high)]
 
 
 def _short(value: float, percent: bool, *, exact: bool = False) -> str:
@@ -273,12 +281,8 @@ def dots(title: str, rows: Sequence[Row], *, about: str = '') -> str:
   quarter, three = np.percentile(ends, (25, 75))
   lowest = max(min(ends), quarter - max(3 * (three - quarter), 0.1))
   spread = max(max(ends) - lowest, 0.01)
-  locator = ticker.MaxNLocator(4, steps=[1, 2, 5, 10])
-  ticks = [
-    float(v)
-    for v in locator.tick_values(lowest - 0.02 * spread, max(ends))
-    if -1e-9 <= v <= 1 + 1e-9
-  ]
+  found = _round(lowest - 0.02 * spread, max(ends), 4, [1, 2, 5, 10])
+  ticks = [v for v in found if -1e-9 <= v <= 1 + 1e-9]
   if len(ticks) < 2:
     ticks = [0.0, 1.0]
   low, high = ticks[0], max(ticks[-1], max(ends))

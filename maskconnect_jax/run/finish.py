@@ -13,8 +13,6 @@ from flax import nnx
 
 from maskconnect_jax import files, names
 from maskconnect_jax.data import datasets
-from maskconnect_jax.figures import confusion, dynamics, masks, page
-from maskconnect_jax.figures import topology as topology_picture
 from maskconnect_jax.method import connectivity, wiring
 from maskconnect_jax.method import topology as topology_lib
 from maskconnect_jax.method.spec import NARROWING
@@ -309,6 +307,10 @@ def draw_figures(
     frozen: the network before pruning.
     history: the real masks at the logged steps.
   """
+  # matplotlib takes half a second, which no start should wait for.
+  from maskconnect_jax.figures import dynamics, masks, page
+  from maskconnect_jax.figures import topology as topology_picture
+
   topology = frozen.topology
   own = config.connectivity
   title = f'{config.model.name}, {own.rule.replace("_", "-")}'
@@ -362,6 +364,8 @@ def draw_confusion(
   """
   if len(classes) > _MOST_CLASSES:
     return
+  from maskconnect_jax.figures import confusion, page
+
   counts = np.zeros((len(classes), len(classes)), np.int64)
   label, taken, count = tested.confused.T
   counts[label, taken] = count

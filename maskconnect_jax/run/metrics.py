@@ -16,12 +16,29 @@ import jax
 import numpy as np
 import tqdm
 from absl import logging
-from tensorboardX import record_writer, summary
-from tensorboardX.proto import event_pb2
 
 from maskconnect_jax import files
 from maskconnect_jax.errors import InputError
 from maskconnect_jax.run import scores
+
+
+@contextlib.contextmanager
+def _without(name: str) -> Iterator[None]:
+  """Returns a context in which a module that is not imported is not there."""
+  if name in sys.modules:
+    yield
+    return
+  sys.modules[name] = None  # type: ignore[assignment]
+  try:
+    yield
+  finally:
+    del sys.modules[name]
+
+
+# It imports PyTorch if that is installed, for two seconds, only to name a type.
+with _without('torch'):
+  from tensorboardX import record_writer, summary
+  from tensorboardX.proto import event_pb2
 
 PLAIN_SECONDS = 10.0  # between lines when stderr is no terminal
 FLUSH_SECONDS = 120.0  # between writes of TensorBoard's events to the disk

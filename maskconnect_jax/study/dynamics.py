@@ -57,8 +57,6 @@ from pathlib import Path
 import numpy as np
 
 from maskconnect_jax.errors import InputError
-from maskconnect_jax.figures import dynamics as dynamics_plots
-from maskconnect_jax.figures import page as plots
 from maskconnect_jax.study import summarize, trajectories
 from maskconnect_jax.study.trajectories import Trajectory
 
@@ -224,6 +222,9 @@ def draw(runs: Sequence[Trajectory], path: Path) -> None:
     runs: one panel each.
     path: FILE.png; FILE.svg is written beside it.
   """
+  from maskconnect_jax.figures import dynamics as dynamics_plots
+  from maskconnect_jax.figures import page as plots
+
   panels = []
   for run in runs:
     blocks = np.unique(run.blocks)
@@ -265,11 +266,14 @@ def report(folders: Sequence[Path], figure: Path | None = None) -> str:
       f'{found[0]} holds no real_masks.npz; give runs with'
       ' connectivity.rule=learned that have saved a checkpoint'
     )
-  if figure and len(masked) > dynamics_plots.MOST:
-    raise InputError(
-      f'--figure draws up to {dynamics_plots.MOST} runs, not {len(masked)};'
-      ' give fewer --workdirs'
-    )
+  if figure:
+    from maskconnect_jax.figures import dynamics as dynamics_plots
+
+    if len(masked) > dynamics_plots.MOST:
+      raise InputError(
+        f'--figure draws up to {dynamics_plots.MOST} runs, not {len(masked)};'
+        ' give fewer --workdirs'
+      )
   runs = [trajectories.read(workdir) for workdir in masked]
   text = markdown(runs)
   if figure:

@@ -17,9 +17,6 @@ import msgspec
 from maskconnect_jax import config as config_lib
 from maskconnect_jax import files
 from maskconnect_jax.errors import InputError
-from maskconnect_jax.figures import page as plots
-from maskconnect_jax.figures import summary as summary_plots
-from maskconnect_jax.figures import trade as trade_plots
 from maskconnect_jax.run import scores, workdirs
 
 _CAPTION = (
@@ -251,6 +248,9 @@ class Table:
       InputError: the path has another suffix, no run is finished, or the
         multiply-adds of a run were not counted.
     """
+    from maskconnect_jax.figures import page as plots
+    from maskconnect_jax.figures import summary as summary_plots
+
     check_figure(path)
     if not self.rows:
       raise InputError(f'--figure={path} needs a run that is finished')
@@ -266,6 +266,8 @@ class Table:
     plots.save(figure, path.with_suffix(''))
 
   def _trade(self, against: str) -> Any:
+    from maskconnect_jax.figures import trade as trade_plots
+
     field, words = f'{against}_pruned', against.replace('_', '-')
     for row in self.rows:
       for run in row.runs:
