@@ -55,6 +55,11 @@ class Split:
     return self.labels
 
   @property
+  def image_shape(self) -> tuple[int, ...]:
+    """(height, width, channels) of every image, height and width in pixels."""
+    return self.images.shape[1:]
+
+  @property
   def blank_label(self) -> np.ndarray:
     """See `Source.blank_label`."""
     return np.zeros_like(self.labels[0])
@@ -260,10 +265,7 @@ class Dataset:
   @property
   def image_shape(self) -> tuple[int, int, int]:
     """(height, width, channels), pixels."""
-    if isinstance(self.train, Split):
-      _, height, width, channels = self.train.images.shape
-    else:
-      height, width, channels = self.train.image_shape
+    height, width, channels = self.train.image_shape
     return height, width, channels
 
   def mean_and_std(self) -> tuple[np.ndarray, np.ndarray]:

@@ -104,6 +104,22 @@ class Evaluator:
       sums.append(jax.device_get(found))
     return scores.of_batches(sums, multi_label=recipe.multi_label)
 
+  def lower(
+    self, network: Any, variables: Any, split: Split | LazySplit, *, drawn: bool
+  ) -> jax.stages.Lowered:
+    """Returns the program of a measurement, to be compiled; reads no image.
+
+    Args:
+      network: see `__call__`.
+      variables: see `__call__`.
+      split: see `__call__`.
+      drawn: whether `draw_at` will be given.
+    """
+    recipe = dataclasses.replace(self._recipe, network=network)
+    batch = batches.evaluation_shapes(split, self._size(split), self._mesh)
+    key = recipe.key(streams.EVALUATION_MASK, 0) if drawn else None
+    return self._step.lower(recipe, variables, *batch, key, 0)
+
   def examples(
     self, network: Any, variables: Any, split: Split | LazySplit
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,27 @@ def freeze(run: Run) -> None:
     f'{watched}_{metric}_drawn': drawn.headline,
     f'{watched}_{metric}_at_freeze': frozen.headline,
   }
+
+
+def lower(
+  run: Run, recipe: train_state.Recipe, batch: Any
+) -> list[jax.stages.Lowered]:
+  """Returns what `freeze` computes with the frozen network, to be compiled.
+
+  Args:
+    run: see `freeze`.
+    recipe: that of `frozen_recipe`.
+    batch: images and labels of a training step.
+  """
+  state, (_, split) = run.state, experiment.held_out(run.job)
+  found = [
+    run.evaluate.lower(recipe.network, state.variables(), split, drawn=False)
+  ]
+  if run.job.config.connectivity.batchnorm_batches:
+    variables = state.weights, state.masks, state.statistics
+    measure = jax.jit(steps.batch_statistics, static_argnums=0)
+    found.append(measure.lower(recipe, variables, batch[0], int(state.step)))
+  return found
 
 
 def margins_of(run: Run) -> dict[str, float]:

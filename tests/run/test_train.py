@@ -1,5 +1,6 @@
 """One whole tiny run: what it leaves in its workdir, recomputed apart."""
 
+import contextlib
 import dataclasses
 import importlib
 import io
@@ -24,6 +25,7 @@ from maskconnect_jax.run import (
   evaluation,
   experiment,
   loop,
+  metrics,
   train,
   train_state,
 )
@@ -418,6 +420,50 @@ def test_every_example_is_counted_once(tiny_config):
     assert scores.count == 360
     assert scores.accuracy == pytest.approx((labels == 0).mean())
     assert scores.loss == pytest.approx(1e6 * (labels != 0).mean(), rel=1e-5)
+
+
+def test_a_phases_programs_are_compiled_before_it(
+  tiny_config, tmp_path, monkeypatch
+):
+  """Else the time left would count a compilation as the pace of the steps."""
+  compiled, inside = [], []
+
+  def note(event, _, *, fun_name='', **__):
+    if event.endswith('backend_compile_duration') and not inside:
+      compiled.append(fun_name)
+
+  pause = metrics.ProgressBar.pause
+
+  @contextlib.contextmanager
+  def paused(bar):
+    inside.append(bar)
+    with pause(bar):
+      yield
+    inside.pop()
+
+  monkeypatch.setattr(metrics.ProgressBar, 'pause', paused)
+  tiny_config.evaluate_every = '6 steps'
+  own, default = tiny_config.connectivity, config.default().connectivity
+  for name in ('learner', 'gradient', 'temperature', 'initial_spread'):
+    own[name] = default[name]
+  tiny_config.masks = config.default().masks
+  real = loop.loop
+
+  def loop_alone(*arguments):
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+      return real(*arguments)
+    finally:
+      jax.monitoring.unregister_event_duration_listener(note)
+
+  monkeypatch.setattr(train.loop, 'loop', loop_alone)
+  train.train(tiny_config, tmp_path)
+  names = {name.removeprefix('jit(').rstrip(')') for name in compiled}
+  assert names, 'small programs, such as those of the rates'
+  assert not names & {
+    'train_step', 'eval_step', '_differences', 'batch_statistics'
+  }  # fmt: skip
 
 
 # A loss that is not finite.
