@@ -32,7 +32,7 @@ def he_normal_by_fan_out(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   Returns:
     float32, of this shape.
   """
-  values = jax.random.normal(key, _more_than(shape), jnp.float32)
+  values = jax.random.normal(key, _at_least(shape), jnp.float32)
   variance = np.float32(2 * shape[-2] / math.prod(shape))
   return _scaled(values, shape, np.sqrt(variance))
 
@@ -50,12 +50,12 @@ def lecun_normal(
     shape: [in, out].
     dtype: float32.
   """
-  values = jax.random.truncated_normal(key, -2, 2, _more_than(shape), dtype)
+  values = jax.random.truncated_normal(key, -2, 2, _at_least(shape), dtype)
   cut = np.float32(0.87962566103423978)  # the deviation of what is left
   return _scaled(values, shape, np.sqrt(np.float32(1 / shape[0])) / cut)
 
 
-def _more_than(shape: tuple[int, ...]) -> tuple[int]:
+def _at_least(shape: tuple[int, ...]) -> tuple[int]:
   """Returns how many numbers are drawn for a kernel: 4,096, 16,384, ...
 
   A program that draws is compiled for each shape, in up to a second. The first

@@ -184,7 +184,7 @@ def build(
     own_statistics=config.model.batchnorm == 'device',
     batch_sharding=distributed.sharded(mesh),
   )
-  native.wait()  # no program was traced till now
+  native.wait()  # before anything is traced
   return Experiment(
     config, dataset, plan, architecture, model, mesh, rates, recipe
   )

@@ -132,7 +132,7 @@ def load(folder: str | Path, step: int | str | None = None) -> Classifier:
     )
   with reading(folder, step) as there:
     model = _load(there, step)
-  native.wait()  # no program was traced till now
+  native.wait()  # before anything is traced
   return model
 
 
