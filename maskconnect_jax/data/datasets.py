@@ -55,11 +55,6 @@ class Split:
     return self.labels
 
   @property
-  def image_shape(self) -> tuple[int, ...]:
-    """(height, width, channels) of every image, height and width in pixels."""
-    return self.images.shape[1:]
-
-  @property
   def blank_label(self) -> np.ndarray:
     """See `Source.blank_label`."""
     return np.zeros_like(self.labels[0])
@@ -265,7 +260,10 @@ class Dataset:
   @property
   def image_shape(self) -> tuple[int, int, int]:
     """(height, width, channels), pixels."""
-    height, width, channels = self.train.image_shape
+    if isinstance(self.train, Split):
+      _, height, width, channels = self.train.images.shape
+    else:
+      height, width, channels = self.train.image_shape
     return height, width, channels
 
   def mean_and_std(self) -> tuple[np.ndarray, np.ndarray]:

@@ -265,27 +265,6 @@ def evaluation_batches(
     yield distributed.from_shares(share, sharding)
 
 
-def evaluation_shapes(
-  split: Split | LazySplit, batch_size: int, mesh: jax.sharding.Mesh
-) -> tuple[jax.ShapeDtypeStruct, ...]:
-  """Returns shapes, dtypes and shardings of what `evaluation_batches` yields.
-
-  Args:
-    split: see there.
-    batch_size: see there.
-    mesh: see there.
-  """
-  sharding, label = distributed.sharded(mesh), split.blank_label
-  return tuple(
-    jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
-    for shape, dtype in (
-      (split.image_shape, np.uint8),
-      (label.shape, label.dtype),
-      ((), np.bool_),
-    )
-  )
-
-
 def evaluation_shares(
   split: Split | LazySplit,
   batch_size: int,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 import unicodedata
@@ -46,6 +47,9 @@ class Evaluator:
     *,
     threads: int,
     stopping: Callable[[], bool] = lambda: False,
+    pause: Callable[
+      [], contextlib.AbstractContextManager[None]
+    ] = contextlib.nullcontext,
   ) -> None:
     """Stores the settings of the measurements.
 
@@ -57,12 +61,14 @@ class Evaluator:
       threads: number of decoding threads.
       stopping: called before each batch; once it returns True, a measurement
         raises `Stopped`.
+      pause: see `ProgressBar.pause`; programs are compiled in it.
     """
     self._recipe = recipe
     self._batch_size = batch_size
     self._mesh = mesh
     self._threads = threads
     self._stopping = stopping
+    self._pause = pause
     self._step = jax.jit(steps.eval_step, static_argnums=0)
 
   def __call__(
@@ -90,7 +96,7 @@ class Evaluator:
     """
     recipe = dataclasses.replace(self._recipe, network=network)
     size = self._size(split)
-    sums = []
+    sums: list[dict[str, Any]] = []
     for index, batch in enumerate(
       batches.evaluation_batches(split, size, self._mesh, threads=self._threads)
     ):
@@ -99,26 +105,14 @@ class Evaluator:
       start = index * size
       drawn = draw_at is not None
       key = recipe.key(streams.EVALUATION_MASK, start) if drawn else None
-      found = self._step(recipe, variables, *batch, key, draw_at or 0)
+      arguments = recipe, variables, *batch, key, draw_at or 0
+      if not sums:
+        with self._pause():
+          self._step.lower(*arguments).compile()
+      found = self._step(*arguments)
       # Waits, as batches would pile up on a device slower than its host.
       sums.append(jax.device_get(found))
     return scores.of_batches(sums, multi_label=recipe.multi_label)
-
-  def lower(
-    self, network: Any, variables: Any, split: Split | LazySplit, *, drawn: bool
-  ) -> jax.stages.Lowered:
-    """Returns the program of a measurement, to be compiled; reads no image.
-
-    Args:
-      network: see `__call__`.
-      variables: see `__call__`.
-      split: see `__call__`.
-      drawn: whether `draw_at` will be given.
-    """
-    recipe = dataclasses.replace(self._recipe, network=network)
-    batch = batches.evaluation_shapes(split, self._size(split), self._mesh)
-    key = recipe.key(streams.EVALUATION_MASK, 0) if drawn else None
-    return self._step.lower(recipe, variables, *batch, key, 0)
 
   def examples(
     self, network: Any, variables: Any, split: Split | LazySplit

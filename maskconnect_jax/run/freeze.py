@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,6 @@ from flax import nnx
 
 from maskconnect_jax.method import connectivity, wiring
 from maskconnect_jax.method.spec import NARROWING
-from maskconnect_jax.run import batches as batches_lib
 from maskconnect_jax.run import experiment, scores, steps, train_state
 from maskconnect_jax.run.progress import Run
 
@@ -42,7 +40,7 @@ def freeze(run: Run) -> None:
   )
   recipe = frozen_recipe(run.recipe, state)
   if count := run.job.config.connectivity.batchnorm_batches:
-    state = measured_anew(recipe, state, run.batches, count)
+    state = measured_anew(run, recipe, count)
   frozen = run.evaluate(recipe.network, state.variables(), split)
   if run.job.model.stack.spec.learner not in NARROWING:
     run.progress.margins = margins_of(run)
@@ -52,27 +50,6 @@ def freeze(run: Run) -> None:
     f'{watched}_{metric}_drawn': drawn.headline,
     f'{watched}_{metric}_at_freeze': frozen.headline,
   }
-
-
-def lower(
-  run: Run, recipe: train_state.Recipe, batch: Any
-) -> list[jax.stages.Lowered]:
-  """Returns what `freeze` computes with the frozen network, to be compiled.
-
-  Args:
-    run: see `freeze`.
-    recipe: that of `frozen_recipe`.
-    batch: images and labels of a training step.
-  """
-  state, (_, split) = run.state, experiment.held_out(run.job)
-  found = [
-    run.evaluate.lower(recipe.network, state.variables(), split, drawn=False)
-  ]
-  if run.job.config.connectivity.batchnorm_batches:
-    variables = state.weights, state.masks, state.statistics
-    measure = jax.jit(steps.batch_statistics, static_argnums=0)
-    found.append(measure.lower(recipe, variables, batch[0], int(state.step)))
-  return found
 
 
 def margins_of(run: Run) -> dict[str, float]:
@@ -94,10 +71,7 @@ def frozen_recipe(
 
 
 def measured_anew(
-  recipe: train_state.Recipe,
-  state: train_state.TrainState,
-  batches: batches_lib.Batches,
-  count: int,
+  run: Run, recipe: train_state.Recipe, count: int
 ) -> train_state.TrainState:
   """Returns the state with BatchNorm's statistics over the next batches.
 
@@ -106,11 +80,11 @@ def measured_anew(
   same way.
 
   Args:
+    run: at the freeze; it stays as it is.
     recipe: the recipe with the frozen network.
-    state: the state at the freeze.
-    batches: the training batches.
     count: number of batches to measure on.
   """
+  state = run.state
   measure = jax.jit(steps.batch_statistics, static_argnums=0)
   both = {False: (state.weights, state.masks, state.statistics)}
   if state.average:
@@ -119,9 +93,11 @@ def measured_anew(
     kind: jax.tree.map(jnp.zeros_like, state.statistics) for kind in both
   }
   start = int(state.step)
-  upcoming = itertools.islice(batches.starting_at(start), count)
+  upcoming = itertools.islice(run.batches.starting_at(start), count)
   for step, (images, _) in enumerate(upcoming, start):
     for kind, variables in both.items():
+      if step == start:
+        run.compile(measure, recipe, variables, images, step)
       one = measure(recipe, variables, images, step)
       totals[kind] = jax.tree.map(jnp.add, totals[kind], one)
   means = jax.tree.map(lambda total: total / count, totals)

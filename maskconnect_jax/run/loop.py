@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -58,7 +58,6 @@ def loop(run: Run, traced: profile.Profile) -> int:
   plan, first = run.job.plan, int(run.state.step)
   owed = bool(run.progress.pending) and plan.records(first)
   upcoming = run.batches.starting_at(first)
-  batch: Any = None
   train_step: Any = None
   with (
     run.preemption,
@@ -72,9 +71,6 @@ def loop(run: Run, traced: profile.Profile) -> int:
       done = step + 1
       if done > first:
         if plan.freezes(step):
-          train_step = None
-          if batch is not None:  # else the run goes on from here
-            train_step = compile_frozen(run, batch)
           try:
             freeze.freeze(run)
           except evaluation.Stopped:
@@ -83,8 +79,9 @@ def loop(run: Run, traced: profile.Profile) -> int:
               save(run, step)
             return interrupted
           run.bar.say(finish.at_freeze(run))
+          train_step = None
         traced.before(step)
-        batch, train_step = take_step(run, upcoming, train_step)
+        train_step = take_step(run, upcoming, train_step)
         if line := traced.after(done, run.state):
           run.bar.say(line)
       saved = done <= first
@@ -150,10 +147,8 @@ def log(run: Run, done: int, interrupted: int, *, saved: bool) -> int:
   return interrupted
 
 
-def take_step(
-  run: Run, upcoming: Iterator[Any], train_step: Any
-) -> tuple[Any, Any]:
-  """Takes one step; returns its batch, and the program for the next one.
+def take_step(run: Run, upcoming: Iterator[Any], train_step: Any) -> Any:
+  """Takes one step, and returns the compiled program for the next one.
 
   Args:
     run: its state moves on by a step, whose values become pending.
@@ -166,14 +161,12 @@ def take_step(
   batch = next(upcoming)
   if train_step is None:
     clock.stop(0)
-    train_step = compile_step(
-      run.recipe, run.state, batch, run.bar, lambda: lower_phase(run, batch)
-    )
+    train_step = compile_step(run.recipe, run.state, batch, run.bar)
     clock.start()
   run.state, values = train_step(run.state, *batch)
   run.progress.pending.append(values)
   run.timed += 1
-  return batch, train_step
+  return train_step
 
 
 def record(
@@ -251,19 +244,16 @@ def compile_step(
   state: train_state.TrainState,
   batch: tuple[jax.Array, jax.Array],
   bar: metrics.ProgressBar,
-  others: Callable[[], list[jax.stages.Lowered]] = list,
 ) -> Any:
   """Compiles the training step before its first call.
 
-  The other programs of the phase are compiled too; JAX keeps them for their
-  first call. So neither the rate nor the time left includes compiling.
+  So no measured time includes compiling.
 
   Args:
     recipe: the recipe of the phase.
     state: the state before the step.
     batch: images and labels, see `steps.train_step`.
     bar: tells the user.
-    others: returns the other programs.
 
   Returns:
     The compiled `train_step`, called with (state, images, labels); it reuses
@@ -273,54 +263,11 @@ def compile_step(
   jitted = jax.jit(steps.train_step, static_argnums=0, donate_argnums=1)
   with bar.pause():
     compiled = jitted.lower(recipe, state, *batch).compile()
-    for program in others():
-      program.compile()
   if jax.default_backend() == 'cpu' and (memory := compiled.memory_analysis()):
     cores.give_back_memory(
       memory.temp_size_in_bytes * recipe.batch_sharding.mesh.size
     )
   return compiled
-
-
-def lower_phase(run: Run, batch: Any) -> list[jax.stages.Lowered]:
-  """Returns what a run computes beside its steps until the phase ends.
-
-  Args:
-    run: before the first step of a phase, or where it goes on.
-    batch: images and labels of the step.
-  """
-  plan, done = run.job.plan, int(run.state.step)
-  learning = done < plan.freeze
-  end = plan.freeze if learning else plan.total
-  kinds: set[bool] = {True} if learning else set()  # at the freeze
-  if any(map(plan.evaluates, range(done + 1, end + 1))):
-    kinds.add(learning and run.job.model.stack.spec.start == 'previous')
-  _, split = experiment.held_out(run.job)
-  variables = run.state.variables()
-  return [
-    run.evaluate.lower(run.recipe.network, variables, split, drawn=drawn)
-    for drawn in kinds
-  ] + (narrow.lower(run, batch) if learning else [])
-
-
-def compile_frozen(run: Run, batch: Any) -> Any:
-  """Compiles the step that follows the freeze, and what the freeze computes.
-
-  Args:
-    run: before the freeze.
-    batch: images and labels of a step, of which the shapes count.
-
-  Returns:
-    See `compile_step`.
-  """
-  recipe = freeze.frozen_recipe(run.recipe, run.state)
-  return compile_step(
-    recipe,
-    run.state,
-    batch,
-    run.bar,
-    lambda: freeze.lower(run, recipe, batch),
-  )
 
 
 def mean_of_steps(pending: list[dict[str, Any]], done: int) -> dict[str, float]:

@@ -67,23 +67,6 @@ def budget(plan: Plan, stack: Any, batch_size: int, devices: int) -> Budget:
   return Budget(edges, images, batches, share)
 
 
-def lower(run: Run, batch: Any) -> list[jax.stages.Lowered]:
-  """Returns the program that measures edges, to be compiled; or nothing.
-
-  Args:
-    run: a run that learns its wiring.
-    batch: images and labels of a training step.
-  """
-  job = run.job
-  stack, plan = job.model.stack, job.plan
-  if not plan.moments or stack.spec.learner in ('random', 'fisher'):
-    return []
-  (held,) = jax.device_get(jax.tree.leaves(run.state.masks))
-  mask = np.asarray(narrowing.kept(held, stack.valid))
-  paid = budget(plan, stack, job.config.batch_size, job.mesh.size)
-  return [_Measurement(run, mask, paid).lower(batch)]
-
-
 def narrow(run: Run, number: int) -> str:
   """Drops sources from every block that has too many.
 
@@ -159,9 +142,10 @@ def _estimated(run: Run, mask: np.ndarray) -> np.ndarray:
   for at, (images, labels) in enumerate(upcoming, step):
     if run.preemption.noticed():
       raise evaluation.Stopped
-    gradients.append(
-      jax.device_get(program(run.recipe, variables, images, labels, at, mask))
-    )
+    arguments = run.recipe, variables, images, labels, at, mask
+    if at == step:
+      run.compile(program, *arguments)
+    gradients.append(jax.device_get(program(*arguments)))
   return narrowing.estimate(
     np.stack(gradients), mask, run.job.config.batch_size
   )
@@ -189,29 +173,26 @@ class _Measurement:
         if self._run.preemption.noticed():
           raise evaluation.Stopped
         some = masks[start : start + EDGES_AT_ONCE]
-        sums = self._program(*self._arguments((images, labels), some))
+        # Calls of one shape: the mask itself fills up. Its differences are 0.
+        filling = [self._mask] * (EDGES_AT_ONCE - len(some))
+        arguments = (
+          self._run.recipe,
+          self._variables,
+          images,
+          labels,
+          self._step,
+          np.stack([self._mask, *some, *filling]),
+          self._paid.images,
+          self._at_once,
+        )
+        if not start:
+          self._run.compile(self._program, *arguments)
+        sums = self._program(*arguments)
         total[start : start + len(some)] += np.asarray(
           jax.device_get(sums), np.float64
         )[: len(some)]
       self._step += 1
     return total, self._paid.images * self._paid.batches
-
-  def lower(self, batch: Any) -> jax.stages.Lowered:
-    """Returns the program of a call."""
-    return self._program.lower(*self._arguments(batch, self._mask[None]))
-
-  def _arguments(self, batch: Any, masks: np.ndarray) -> tuple[Any, ...]:
-    # Calls of one shape: the mask itself fills up. Its differences are 0.
-    filling = [self._mask] * (EDGES_AT_ONCE - len(masks))
-    return (
-      self._run.recipe,
-      self._variables,
-      *batch,
-      self._step,
-      np.stack([self._mask, *masks, *filling]),
-      self._paid.images,
-      self._at_once,
-    )
 
 
 def _differences(

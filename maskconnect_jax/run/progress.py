@@ -167,6 +167,14 @@ class Run:
   bar: metrics.ProgressBar
   timed: int = 0
 
+  def compile(self, program: Any, *arguments: Any) -> None:
+    """Compiles a jitted function before its first call; JAX keeps it for that.
+
+    The time left does not count it.
+    """
+    with self.bar.pause():
+      program.lower(*arguments).compile()
+
   def stop_clock(self) -> float:
     """Counts the steps since the clock was started, once they are done.
 

@@ -191,6 +191,7 @@ def start(job: experiment.Experiment, workdir: Path, name: str) -> Run:
 
   shapes = [leaf.shape for leaf in jax.tree.leaves(state.masks)]
   preemption = Preemption()
+  bar = metrics.ProgressBar(plan.total, step, enabled=primary)
   run = Run(
     workdir=workdir,
     job=job,
@@ -204,12 +205,13 @@ def start(job: experiment.Experiment, workdir: Path, name: str) -> Run:
       job.mesh,
       threads=config.data.threads,
       stopping=preemption.noticed,
+      pause=bar.pause,
     ),
     preemption=preemption,
     checkpoints=checkpoints,
     writer=metrics.MetricsWriter(workdir, logged, enabled=primary),
     history=metrics.MaskHistory(workdir, logged, *shapes, enabled=primary),
-    bar=metrics.ProgressBar(plan.total, step, enabled=primary),
+    bar=bar,
   )
   if plan.freeze and step > plan.freeze:
     run.recipe = freeze.frozen_recipe(job.recipe, state)

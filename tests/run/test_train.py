@@ -422,10 +422,10 @@ def test_every_example_is_counted_once(tiny_config):
     assert scores.loss == pytest.approx(1e6 * (labels != 0).mean(), rel=1e-5)
 
 
-def test_a_phases_programs_are_compiled_before_it(
+def test_no_compiling_counts_in_the_time_left(
   tiny_config, tmp_path, monkeypatch
 ):
-  """Else the time left would count a compilation as the pace of the steps."""
+  """Evaluations, moments and the freeze compile between steps."""
   compiled, inside = [], []
 
   def note(event, _, *, fun_name='', **__):
