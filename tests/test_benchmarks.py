@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import runpy
@@ -419,6 +420,31 @@ def test_cores_are_busy_while_they_work() -> None:
   while time.process_time() < began + 0.5:
     pass
   assert peer['busy_seconds'](cores) - before > 0.4
+
+
+def test_source_gradients(measured: Callable[..., dict[str, Any]]) -> None:
+  rows = measured('source_gradients', '--quick', '--blocks=3')['rows']
+  assert [row['form'] for row in rows] == [
+    'by source, 9', 'by source, 4', 'by source, 18', 'by source, 9, apart',
+    'by reader',
+  ]  # fmt: skip
+  found = functions_of('source_gradients')
+  rng = np.random.default_rng(0)
+  w, y, g = (
+    rng.normal(size=shape).astype(np.float32)
+    for shape in ((3, 3, 2), (3, 2, 4, 4, 5), (3, 2, 4, 4, 5))
+  )
+  for form in (
+    functools.partial(found['by_source'], size=2),
+    functools.partial(found['by_source'], size=2, apart=True),
+    found['by_reader'],
+  ):
+    sums, products = form(w, [*map(jax.numpy.asarray, y)], [*g])
+    for i in range(3):
+      total = np.einsum('jn,jnhwc->nhwc', w[i, i:], g[i:])
+      np.testing.assert_allclose(sums[i], total, rtol=1e-5, atol=1e-5)
+      expected = np.einsum('nhwc,jnhwc->jn', y[i], g[i:])
+      np.testing.assert_allclose(products[i], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_scaling_counts_the_collectives_of_a_program() -> None:
