@@ -22,8 +22,9 @@ def he_normal_by_fan_out(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   """Draws a kernel from the normal distribution with variance 2 / fan-out.
 
   He et al., "Delving Deep into Rectifiers", 2015, eq. 14. The fan-out is the
-  product of all sides but the last but one. The values are to the bit those of
-  `jax.nn.initializers.variance_scaling(2, 'fan_out', 'normal')`.
+  product of all sides but the last but one. The values are those of
+  `jax.nn.initializers.variance_scaling(2, 'fan_out', 'normal')`, to the bit
+  those of JAX 0.10.
 
   Args:
     key: a key that is used for nothing else.
