@@ -8,12 +8,12 @@ source; there are no convolutions. Each form computes
 
   dloss/dy_i = sum_j w[j, i] * g_j   and   dloss/dw[j, i] = <g_j, y_i>
 
-"by source, N" meets the g_j at their source, in parts of N; the package has
-N = 9. "apart" reads them once for the sum and once more for the products. "by
-reader" is the order of autodiff: a g with all its y, and dloss/dy_i added
-up edge by edge. "GB/s" counts each y once, each g once for every source, and
-each result; above the bandwidth of the memory, some g came from a cache. "÷"
-compares with the package's form.
+"fan_out" is the package's own. "by source, N" meets the g_j at their source as
+it does, in parts of N in place of 9. "apart" reads them once for the sum and
+once more for the products. "by reader" is the order of autodiff: a g with all
+its y, and dloss/dy_i added up edge by edge. "GB/s" counts each y once, each g
+once for every source, and each result; above the bandwidth of the memory, some
+g came from a cache. "÷" compares with fan_out.
 """
 
 import argparse
@@ -27,8 +27,18 @@ import jax
 import jax.numpy as jnp
 
 from maskconnect_jax import backend
+from maskconnect_jax.method import aggregate
 
-OWN = f'by source, {backend.TERMS_AT_ONCE}'
+
+def fan_out(weights: Any, sources: Any, gradients: Any) -> Any:
+  """Returns the gradients of the sources, and those of weights for each."""
+  products, sums = [], []
+  for i, source in enumerate(sources):
+    _, pull = jax.vjp(aggregate.fan_out, weights[i][i:], source)
+    product, total = pull(tuple(gradients[i:]))
+    products.append(product)
+    sums.append(total)
+  return tuple(sums), tuple(products)
 
 
 def weighted(row: jax.Array, gradients: Any) -> jax.Array:
@@ -56,7 +66,7 @@ def at_a_source(
 def by_source(
   weights: Any, sources: Any, gradients: Any, *, size: int, apart: bool = False
 ) -> Any:
-  """Returns the gradients of the sources, and those of weights for each."""
+  """Returns the same as `fan_out`."""
   found = [
     at_a_source(weights[i][i:], source, gradients[i:], size, apart)
     for i, source in enumerate(sources)
@@ -92,12 +102,10 @@ def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     weights = jax.random.bernoulli(keys[0], 0.3, (count, count, given.batch))
     arrays = weights.astype(jnp.float32), draws[:count], draws[count:]
     forms = {
-      OWN: functools.partial(by_source, size=backend.TERMS_AT_ONCE),
+      'fan_out': fan_out,
       'by source, 4': functools.partial(by_source, size=4),
       'by source, 18': functools.partial(by_source, size=18),
-      f'{OWN}, apart': functools.partial(
-        by_source, size=backend.TERMS_AT_ONCE, apart=True
-      ),
+      'by source, 9, apart': functools.partial(by_source, size=9, apart=True),
       'by reader': by_reader,
     }
     calls, seconds, expected = {}, {}, None
@@ -125,7 +133,7 @@ def rows(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
         'ms': middle * 1e3,
         '± %': common.spread(whole),
         'GB/s': moved / middle / 1e9,
-        '÷': common.ratio(whole, times[OWN][1]),
+        '÷': common.ratio(whole, times['fan_out'][1]),
         'compile s': seconds[name],
       }
 

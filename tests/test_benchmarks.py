@@ -425,7 +425,7 @@ def test_cores_are_busy_while_they_work() -> None:
 def test_source_gradients(measured: Callable[..., dict[str, Any]]) -> None:
   rows = measured('source_gradients', '--quick', '--blocks=3')['rows']
   assert [row['form'] for row in rows] == [
-    'by source, 9', 'by source, 4', 'by source, 18', 'by source, 9, apart',
+    'fan_out', 'by source, 4', 'by source, 18', 'by source, 9, apart',
     'by reader',
   ]  # fmt: skip
   found = functions_of('source_gradients')
@@ -435,6 +435,7 @@ def test_source_gradients(measured: Callable[..., dict[str, Any]]) -> None:
     for shape in ((3, 3, 2), (3, 2, 4, 4, 5), (3, 2, 4, 4, 5))
   )
   for form in (
+    found['fan_out'],
     functools.partial(found['by_source'], size=2),
     functools.partial(found['by_source'], size=2, apart=True),
     found['by_reader'],

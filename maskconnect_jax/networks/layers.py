@@ -57,7 +57,7 @@ def lecun_normal(
 
 
 def _at_least(shape: tuple[int, ...]) -> tuple[int]:
-  """Returns how many numbers are drawn for a kernel: 4,096, 16,384, ...
+  """Returns the shape in which numbers are drawn: (4096,), (16384,), ...
 
   A program that draws is compiled for each shape, in up to a second. The first
   n of many draws are those of n draws, so kernels of many shapes share a few.
