@@ -35,7 +35,7 @@ def _without(name: str) -> Iterator[None]:
     del sys.modules[name]
 
 
-# It imports PyTorch if that is installed, for two seconds, only to name a type.
+# tensorboardX imports PyTorch if it is there, for two seconds, to name a type.
 with _without('torch'):
   from tensorboardX import record_writer, summary
   from tensorboardX.proto import event_pb2
