@@ -38,6 +38,7 @@ def differences(
   labels: jax.Array,
   step: Any,
   masks: jax.Array,
+  count: jax.Array | int,
   at_once: int,
 ) -> jax.Array:
   """Returns what other masks cost on a training batch.
@@ -51,11 +52,13 @@ def differences(
     labels: see `steps.train_step`.
     step: int32 [], decides crops and flips.
     masks: [1 + n, ...]; the first is the one that the others are compared with.
-    at_once: how many masks are computed side by side, a static argument.
+    count: int32 [], at most n, how many of the others are computed.
+    at_once: how many masks are computed side by side, a static argument that
+      divides n.
 
   Returns:
     float32 [n, 2]: the sum over the images of loss(mask) - loss(first mask),
-    and that of the squares.
+    and that of the squares. From the row `count` on they mean nothing.
   """
   losses = _losses_of_masks(recipe, variables, images, labels, step)
 
@@ -63,9 +66,18 @@ def differences(
     difference = losses(mask) - base
     return jnp.stack([difference.sum(), jnp.square(difference).sum()])
 
+  def measured(turn: Any, found: jax.Array) -> jax.Array:
+    start = turn * at_once
+    some = jax.lax.dynamic_slice_in_dim(masks, 1 + start, at_once)
+    # Under `vmap` each call of compiled code becomes a loop of its own.
+    own = sums(some[0])[None] if at_once == 1 else jax.vmap(sums)(some)
+    return jax.lax.dynamic_update_slice_in_dim(found, own, start, 0)
+
   with recipe.on_mesh():
     base = losses(masks[0])
-    return jax.lax.map(sums, masks[1:], batch_size=at_once)
+    turns = (count + at_once - 1) // at_once
+    found = jnp.zeros((len(masks) - 1, 2), base.dtype)
+    return jax.lax.fori_loop(0, turns, measured, found)
 
 
 def mask_gradient(

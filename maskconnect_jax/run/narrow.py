@@ -160,7 +160,7 @@ class _Measurement:
     self._upcoming = run.batches.starting_at(self._step)
     state = run.state
     self._variables = state.weights, state.masks, state.statistics
-    self._program = jax.jit(_differences, static_argnums=(0, 6, 7))
+    self._program = jax.jit(_differences, static_argnums=(0, 7, 8))
     self._at_once = 1 if jax.default_backend() == 'cpu' else 4
 
   def __call__(self, masks: np.ndarray, number: int) -> tuple[np.ndarray, int]:
@@ -173,15 +173,17 @@ class _Measurement:
         if self._run.preemption.noticed():
           raise evaluation.Stopped
         some = masks[start : start + EDGES_AT_ONCE]
-        # Calls of one shape: the mask itself fills up. Its differences are 0.
-        filling = [self._mask] * (EDGES_AT_ONCE - len(some))
+        # All calls have one shape, and the last ones compute fewer masks.
+        given = np.zeros((1 + EDGES_AT_ONCE, *self._mask.shape), np.float32)
+        given[0], given[1 : 1 + len(some)] = self._mask, some
         arguments = (
           self._run.recipe,
           self._variables,
           images,
           labels,
           self._step,
-          np.stack([self._mask, *some, *filling]),
+          given,
+          len(some),
           self._paid.images,
           self._at_once,
         )
@@ -202,11 +204,19 @@ def _differences(
   labels: jax.Array,
   step: Any,
   masks: jax.Array,
-  count: int,
+  count: jax.Array | int,
+  images_used: int,
   at_once: int,
 ) -> jax.Array:
   return measure.differences(
-    recipe, variables, images[:count], labels[:count], step, masks, at_once
+    recipe,
+    variables,
+    images[:images_used],
+    labels[:images_used],
+    step,
+    masks,
+    count,
+    at_once,
   )
 
 
