@@ -130,6 +130,14 @@ class WiringSpec:
           f'{_LEVEL_OF[field.name]!r} alone; leave it at {field.default!r}'
         )
 
+  @property
+  def has_mask_of_step(self) -> bool:
+    """Whether a training step has a mask of its own, other than `Wiring.mask`.
+
+    It is drawn, or its sources fade in.
+    """
+    return self.learner not in NARROWING or self.start == 'previous'
+
   def temperature_at(self, progress: Any) -> Any:
     """Returns T = temperature^progress, which falls from 1 to `temperature`.
 

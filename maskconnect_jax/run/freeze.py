@@ -7,7 +7,9 @@ select. So its statistics are measured anew on the frozen network.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,8 +37,13 @@ def freeze(run: Run) -> None:
   """
   watched, split = experiment.held_out(run.job)
   state = run.state
+  # The program of earlier evaluations serves where a step has their mask.
+  own = run.job.model.stack.spec.has_mask_of_step
   drawn = run.evaluate(
-    run.recipe.network, state.variables(), split, draw_at=int(state.step)
+    run.recipe.network,
+    state.variables(),
+    split,
+    draw_at=int(state.step) if own else None,
   )
   recipe = frozen_recipe(run.recipe, state)
   if count := run.job.config.connectivity.batchnorm_batches:
@@ -89,9 +96,8 @@ def measured_anew(
   both = {False: (state.weights, state.masks, state.statistics)}
   if state.average:
     both[True] = state.variables()
-  totals = {
-    kind: jax.tree.map(jnp.zeros_like, state.statistics) for kind in both
-  }
+  add = jax.jit(functools.partial(jax.tree.map, jnp.add))
+  totals: dict[bool, Any] = {}
   start = int(state.step)
   upcoming = itertools.islice(run.batches.starting_at(start), count)
   for step, (images, _) in enumerate(upcoming, start):
@@ -99,7 +105,8 @@ def measured_anew(
       if step == start:
         run.compile(measure, recipe, variables, images, step)
       one = measure(recipe, variables, images, step)
-      totals[kind] = jax.tree.map(jnp.add, totals[kind], one)
-  means = jax.tree.map(lambda total: total / count, totals)
+      totals[kind] = add(totals[kind], one) if kind in totals else one
+  mean = jax.jit(lambda total, n: jax.tree.map(lambda t: t / n, total))
+  means = {kind: mean(total, float(count)) for kind, total in totals.items()}
   average = state.average and state.average | {'statistics': means[True]}
   return dataclasses.replace(state, statistics=means[False], average=average)
