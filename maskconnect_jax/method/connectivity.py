@@ -270,8 +270,10 @@ def fixed_prev(valid: Any) -> jax.Array:
 
   At the branch level, each branch takes the branch of the same number.
   """
-  valid = jnp.asarray(valid)
-  return jnp.broadcast_to(jnp.eye(valid.shape[-1]), valid.shape)
+  shape = np.shape(valid)
+  return jnp.asarray(
+    np.broadcast_to(np.eye(shape[-1], dtype=np.float32), shape)
+  )
 
 
 def fixed_near(valid: Any, fan_in: int) -> jax.Array:
@@ -295,4 +297,4 @@ def fixed_random(key: jax.Array, valid: Any, fan_in: int) -> jax.Array:
 
 def fixed_all(valid: Any) -> jax.Array:
   """Returns the mask in which each block takes every valid source."""
-  return jnp.asarray(valid, jnp.float32)
+  return jnp.asarray(np.asarray(valid, np.float32))

@@ -57,18 +57,18 @@ import scipy
 ROUNDS = 3  # of `race`
 
 
-def kept(real_mask: jax.Array | np.ndarray, valid: Any) -> jax.Array:
+def kept(real_mask: Any, valid: Any) -> Any:
   """Returns the mask b of a step: ones where a source is still kept.
 
   Args:
-    real_mask: r, float [..., rows, sources].
+    real_mask: r, float [..., rows, sources], of JAX or of NumPy.
     valid: bool, of r's shape.
 
   Returns:
-    b, of r's shape and dtype. Its gradient with respect to r is 0.
+    b, of r's shape, dtype and library. Its gradient with respect to r is 0.
   """
-  still = jnp.asarray(valid) & (real_mask >= 1)
-  return still.astype(jnp.asarray(real_mask).dtype)
+  still = np.asarray(valid) & (real_mask >= 1)
+  return still.astype(real_mask.dtype)
 
 
 def fading_in(mask: jax.Array, chain: Any, weight: Any) -> jax.Array:

@@ -157,8 +157,9 @@ class Wiring(nnx.Module):
       InputError: see `Topology.check`.
     """
     if topology is None:
+      best = jax.jit(connectivity.top_k, static_argnums=2)
       topology = topology_lib.from_mask(
-        connectivity.top_k(self.real_mask[...], self.valid, self.fan_in)
+        best(self.real_mask[...], np.asarray(self.valid), self.fan_in)
       )
     topology.check(self.valid)
     self.topology = nnx.static(topology)

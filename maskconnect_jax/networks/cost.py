@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from maskconnect_jax import backend
+
 
 def count_parameters(model: Any) -> int:
   """Returns the number of parameters, without statistics and real masks."""
@@ -30,9 +32,11 @@ def forward_products(model: Any, shape: Sequence[int]) -> int:
   def of_images(count: int) -> int:
     images = jax.ShapeDtypeStruct((count, *shape), np.float32)
     network, state = nnx.split(model)
-    jaxpr = jax.make_jaxpr(
-      lambda state, images: nnx.merge(network, state)(images)
-    )(state, images)
+    # Without the forms for single platforms, which count alike.
+    with backend.native(False), backend.without_platforms():
+      jaxpr = jax.make_jaxpr(
+        lambda state, images: nnx.merge(network, state)(images)
+      )(state, images)
     return _products(jaxpr.jaxpr)
 
   # The difference leaves out products of kernels with kernels, which a pass
@@ -52,9 +56,6 @@ def _products(jaxpr: Any) -> int:
       (contracted, _), _ = params['dimension_numbers']
       left = equation.invars[0].aval
       total += out.size * math.prod(left.shape[i] for i in contracted)
-    elif equation.primitive.name == 'cond':
-      # One branch for each platform (backend.py); the last is the default.
-      total += _products(params['branches'][-1].jaxpr)
     else:
       for value in params.values():
         inner = getattr(value, 'jaxpr', value)

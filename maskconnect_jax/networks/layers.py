@@ -126,10 +126,12 @@ class BatchNorm(nnx.Module):
       dtype: of the output.
     """
     self.dtype = jnp.dtype(dtype)
-    self.scale = nnx.Param(jnp.full(features, 1.0 - zero_init, jnp.float32))
-    self.bias = nnx.Param(jnp.zeros(features, jnp.float32))
-    self.mean = nnx.BatchStat(jnp.zeros(features, jnp.float32))
-    self.var = nnx.BatchStat(jnp.ones(features, jnp.float32))
+    # By NumPy, as JAX would compile a program for each width.
+    zeros, ones = np.zeros(features, np.float32), np.ones(features, np.float32)
+    self.scale = nnx.Param(jnp.asarray(zeros if zero_init else ones))
+    self.bias = nnx.Param(jnp.asarray(zeros))
+    self.mean = nnx.BatchStat(jnp.asarray(zeros))
+    self.var = nnx.BatchStat(jnp.asarray(ones))
 
   def __call__(self, x: jax.Array, *, use_running_average: bool) -> jax.Array:
     """Maps [..., features] to the same shape.

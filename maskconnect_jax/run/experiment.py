@@ -84,7 +84,8 @@ class Experiment:
       can be written as JSON.
     model: the network before training.
     mesh: all devices.
-    rates: the learning rates of the weights and of the masks, by step.
+    rates: the learning rates of the weights and of the masks, by step, each one
+      program.
     recipe: the recipe of the first phase.
   """
 
@@ -186,7 +187,14 @@ def build(
   )
   native.wait()  # before anything is traced
   return Experiment(
-    config, dataset, plan, architecture, model, mesh, rates, recipe
+    config,
+    dataset,
+    plan,
+    architecture,
+    model,
+    mesh,
+    rates=(jax.jit(rates[0]), jax.jit(rates[1])),
+    recipe=recipe,
   )
 
 

@@ -132,12 +132,14 @@ def init_state(model: nnx.Module, recipe: Recipe) -> TrainState:
   """Returns the state before the first step."""
   _, weights, masks, statistics = split(model)
   average = {'weights': weights, 'statistics': statistics}
+  trained = {'weights': weights, 'masks': masks}
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     weights=weights,
     masks=masks,
     statistics=statistics,
-    optimizer=recipe.optimizer.init({'weights': weights, 'masks': masks}),
+    # One program; otherwise each shape of a momentum would have its own.
+    optimizer=jax.jit(recipe.optimizer.init)(trained),
     average=average if recipe.average else {},
   )
 
