@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
 import io
 import os
 import signal
@@ -28,7 +29,11 @@ def begin() -> None:
   A character that the encoding lacks is written as an escape. Text that
   standard error cannot take is dropped. The first failed write to standard
   output raises `OutputError`; later ones are dropped.
+
+  Python's collector rests until `enter`: nearly all objects of an import stay,
+  and to look through them takes an eighth of its time.
   """
+  gc.disable()
   # The next opened file would take a closed standard number, and the output
   # would go into that file. Standard output is opened for reading, so that
   # writing results fails, and no result is lost in silence.
@@ -41,6 +46,16 @@ def begin() -> None:
   sys.stdout = _stream(_Output(1, 'wb', closefd=False), sys.stdout)
   sys.stderr = _stream(_Messages(2, 'wb', closefd=False), sys.stderr)
   signals.end_the_process()
+
+
+def enter() -> None:
+  """Lets the collector work again, on what is made from now on.
+
+  Otherwise its search through the objects of imports would take a fifth of the
+  time that tracing a step takes.
+  """
+  gc.freeze()
+  gc.enable()
 
 
 @contextlib.contextmanager

@@ -34,7 +34,6 @@ if __name__ == '__main__':  # before JAX is imported, which takes seconds
   command.begin()
 
 import contextlib
-import gc
 import json
 import logging as standard_logging
 import signal
@@ -347,9 +346,7 @@ def run() -> None:
     standard_logging.Formatter('%(levelname)s: %(message)s')
   )
   compilation_cache.use()
-  # The objects of imports stay for ever. Without this, the collector's search
-  # through them would take a fifth of the time that tracing a step takes.
-  gc.freeze()
+  command.enter()
   try:
     with command.results():
       app.run(main, flags_parser=parse_flags)

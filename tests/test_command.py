@@ -200,3 +200,13 @@ def test_the_command_begins_before_jax_is_imported():
     'from maskconnect_jax import __main__; __main__.main()'
   )
   assert finish(start(code)) == (0, b'', b'')
+
+
+def test_the_collector_works_once_everything_is_imported():
+  code = BEGIN + (
+    'import gc; print(gc.isenabled())\n'
+    'from maskconnect_jax import main\n'
+    'main.app.run = lambda *_, **__: print(gc.isenabled())\n'
+    'main.run()'
+  )
+  assert finish(start(code)) == (0, b'False\nTrue\n', b'')
