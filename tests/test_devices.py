@@ -106,13 +106,14 @@ def step_on(count, model, **options):
       np.random.default_rng(3).uniform(size=(4, *np.shape(model.stack.valid)))
       < 0.7
     ) | np.eye(np.shape(model.stack.valid)[-1], dtype=bool)
-    sums['differences'] = jax.jit(measure.differences, static_argnums=(0, 6))(
+    sums['differences'] = jax.jit(measure.differences, static_argnums=(0, 7))(
       recipe,
       (after.weights, after.masks, after.statistics),
       images,
       labels,
       0,
       jax.device_put(masks.astype(np.float32), whole),
+      len(masks) - 1,
       2,
     )
   assert metrics['loss'].sharding.device_set == set(jax.devices()[:count])
