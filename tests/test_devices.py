@@ -103,7 +103,7 @@ def step_on(count, model, **options):
   )
   if jax.tree.leaves(state.masks):
     masks = (
-      np.random.default_rng(3).uniform(size=(4, *np.shape(model.stack.valid)))
+      np.random.default_rng(3).uniform(size=(5, *np.shape(model.stack.valid)))
       < 0.7
     ) | np.eye(np.shape(model.stack.valid)[-1], dtype=bool)
     sums['differences'] = jax.jit(measure.differences, static_argnums=(0, 7))(
