@@ -56,6 +56,9 @@ def _products(jaxpr: Any) -> int:
       (contracted, _), _ = params['dimension_numbers']
       left = equation.invars[0].aval
       total += out.size * math.prod(left.shape[i] for i in contracted)
+    elif equation.primitive.name == 'cond':
+      # A user's block may choose by platform; the last branch is the default.
+      total += _products(params['branches'][-1].jaxpr)
     else:
       for value in params.values():
         inner = getattr(value, 'jaxpr', value)
