@@ -5,6 +5,7 @@ import re
 import xml.etree.ElementTree as ET
 
 import jax
+import jax.numpy as jnp
 import networkx
 import pytest
 from flax import nnx
@@ -179,3 +180,18 @@ def test_bad_config(tiny_config):
   tiny_config.model.name = 'resnet9'
   with pytest.raises(config.InputError, match='6n'):
     describe.describe(tiny_config)
+
+
+def test_products_of_a_choice_by_platform_count_once():
+  class Chooses(nnx.Module):
+    def __init__(self):
+      self.kernel = nnx.Param(jnp.ones((3, 5)))
+
+    def __call__(self, x):
+      return jax.lax.platform_dependent(
+        x,
+        cpu=lambda x: x @ (self.kernel[...] + 1) @ jnp.eye(5),
+        default=lambda x: x @ self.kernel[...],
+      )
+
+  assert cost.forward_products(Chooses(), (4, 6, 3)) == 4 * 6 * 3 * 5
